@@ -1,0 +1,31 @@
+"""torch.compile that survives its failures, says so, and tries again."""
+
+import torch
+
+if torch.torch_version.TorchVersion(torch.__version__) < (2, 10):
+    raise ImportError(f"compile_retry needs torch 2.10 or later, this is {torch.__version__}")
+
+from ._breaker import NextRetry
+from ._decorator import compile_with_fallback, compiled_function
+from ._failures import CompileFailure, is_transient
+from ._function import CompiledFunction
+from ._policy import RetryPolicy
+from ._stats import CompileState, CompileStats
+from ._strict import set_strict
+
+__all__ = [
+    "CompileFailure",
+    "CompileState",
+    "CompileStats",
+    "CompiledFunction",
+    "NextRetry",
+    "RetryPolicy",
+    "compile_with_fallback",
+    "compiled_function",
+    "is_transient",
+    "set_strict",
+]
+
+for _name in __all__:  # where users find them, in reprs, pickles and docs
+    globals()[_name].__module__ = __name__
+del _name

@@ -1,0 +1,136 @@
+"""One captured graph: an attempt to compile it, or the graph itself run eagerly, and what counts which of them ran."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch.fx import Graph, GraphModule
+
+from . import _torch_internals as internals
+from ._control import Attempt, Control, Conversion, PerThread
+from ._failures import is_fatal
+from ._healing import heal
+from ._strict import is_strict
+
+Code: TypeAlias = Callable[..., Any]
+
+# Called before each run of a compiler; may raise what the compiler would have raised. For `compile_retry.testing`.
+faults: list[Callable[[Attempt], None]] = []
+
+
+class HeldOff(Exception):
+    """No attempt may be made now; the frame is to be run eagerly."""
+
+
+class GraphBackend:
+    """The backend that ``torch.compile`` is given: wraps the user's own for one decorated function."""
+
+    def __init__(self, compiler: internals.Compiler, control: Control) -> None:
+        self._compiler = compiler
+        self._control = control
+        self.__name__ = getattr(compiler, "compiler_name", "compile_retry")
+        for attribute in ("get_compiler_config", "reset"):  # torch calls them where a backend has them
+            if hasattr(compiler, attribute):
+                setattr(self, attribute, getattr(compiler, attribute))
+
+    def __call__(self, graph_module: GraphModule, example_inputs: list[Any], **from_torch: Any) -> Code:
+        # torch hands `mode` and `options` back to a callable backend; the compiler has been made with them.
+        control = self._control
+        tally = control.per_thread.tally
+        # Under the stances "eager_then_compile" and "aot_eager_then_compile" torch asks the backend behind the frame
+        # callback's back. Then nobody is there to give way to, nor to remember the fallback.
+        conversion = tally.conversion or Conversion(("unknown frame", "", 0))
+        if not control.may_attempt(tally):
+            control.breaker.turn_away()
+            if conversion is not tally.conversion:
+                return _counted_eager(graph_module.forward, control.per_thread)
+            conversion.gave_way = True
+            raise HeldOff(control.name)
+        if control.breaker.episode is not None:
+            heal()
+        kept = KeptGraph(graph_module)
+        conversion.attempted = True
+        try:
+            code = attempt(self._compiler, graph_module, example_inputs, Attempt(control.name, tally.graphs_before + 1))
+        except internals.CONTROL_FLOW:
+            raise
+        except Exception as exc:
+            if is_fatal(exc):
+                raise
+            failure = control.failed(exc, "backend", conversion.location, tally)
+            conversion.raised = is_strict()
+            if conversion.raised:
+                raise
+            if conversion.retrying is not None:
+                # Dynamo still has the fallback that was to be replaced, and goes on using it.
+                control.fell_back(conversion.retrying, failure.kind, tally)
+                conversion.gave_way = True
+                raise
+            if conversion.fallback != "transient":
+                conversion.fallback = failure.kind
+            return _counted_eager(kept.runner(), control.per_thread)
+        control.succeeded(tally)
+        return _counted_compiled(code, control.per_thread)
+
+
+def attempt(compiler: internals.Compiler, graph_module: GraphModule, example_inputs: list[Any], which: Attempt) -> Code:
+    """One run of the compiler: forward and backward of one graph.
+
+    Everything that decides how an attempt is carried out belongs here: where it runs, and who takes part in it.
+    """
+    for fault in tuple(faults):
+        fault(which)
+    with internals.compiling_backward_too():
+        return compiler(graph_module, example_inputs)
+
+
+class KeptGraph:
+    """A graph as Dynamo captured it. A compiler may change the one it is given before it fails.
+
+    Copies nodes and shares what they refer to: no tensor is copied.
+    """
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        self._graph: Graph = copy.deepcopy(graph_module.graph)
+        self._referred: dict[str, Any] = {}
+        for node in self._graph.nodes:
+            node.meta = {}  # fake tensors, and through them the whole of Dynamo's shape reasoning
+            if node.op in ("get_attr", "call_module"):
+                value = _resolve(graph_module, str(node.target))
+                self._referred[str(node.target)] = KeptGraph(value) if isinstance(value, GraphModule) else value
+
+    def module(self) -> GraphModule:
+        referred = {
+            name: value.module() if isinstance(value, KeptGraph) else value for name, value in self._referred.items()
+        }
+        return GraphModule(referred, self._graph)
+
+    def runner(self) -> Code:
+        """What runs this graph eagerly, operation by operation."""
+        return self.module().forward
+
+
+def _resolve(module: torch.nn.Module, path: str) -> Any:
+    value: Any = module
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _counted_compiled(code: Code, per_thread: PerThread) -> Code:
+    def run_compiled(*args: Any) -> Any:
+        per_thread.tally.compiled += 1
+        return code(*args)
+
+    return run_compiled
+
+
+def _counted_eager(code: Code, per_thread: PerThread) -> Code:
+    def run_eager(*args: Any) -> Any:
+        per_thread.tally.eager += 1
+        return code(*args)
+
+    return run_eager

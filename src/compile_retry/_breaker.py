@@ -1,0 +1,164 @@
+"""May an attempt be made now? Knows the policy and the clock; knows nothing of torch, graphs or functions.
+
+While nothing has failed there is no episode and every call may attempt. From a first failure on there is an episode:
+calls are held off until the next attempt is due; then one call at a time is let through as the *probe*. The probe may
+attempt until an attempt of its own fails, which holds everybody off again.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass, replace
+
+from ._policy import RetryPolicy, decide
+
+# For so many calls after a failure the function goes on through Dynamo even if nothing is compiled, so that it is seen
+# whether other graphs are waiting too. After that, calls go straight to the eager function.
+WATCHED_CALLS = 64
+
+
+@dataclass(frozen=True)
+class NextRetry:
+    """When the next attempt is due; whichever comes first, where both are given.
+
+    Attributes:
+        calls: Calls of the function left until and including the next attempt, or ``None`` if calls do not count.
+        seconds: Seconds left, or ``None`` if seconds do not count.
+    """
+
+    calls: int | None
+    seconds: float | None
+
+    def __str__(self) -> str:
+        parts = []
+        if self.calls is not None:
+            parts.append("in 1 call" if self.calls == 1 else f"in {self.calls} calls")
+        if self.seconds is not None:
+            parts.append(f"in {self.seconds:.6g} s")
+        return " or ".join(parts)
+
+
+@dataclass(frozen=True)
+class Episode:
+    """From a first failure to the recovery. Replaced as a whole, never changed, so it can be read without a lock."""
+
+    failures: int
+    started: float
+    failed_at: float
+    waited: float
+    failed_in_call: int
+    due_call: float
+    due_time: float
+    stopped: bool
+    # Somebody was turned away before this episode's last due moment, and another's failing attempt used that moment up:
+    # the next due moment is for those who were turned away, until as long a wait again has passed.
+    passed_over: bool = False
+
+    def is_due(self, call: int, now: float) -> bool:
+        return call >= self.due_call or now >= self.due_time
+
+    def is_reserved(self, call: int, now: float) -> bool:
+        """Whether the due moment belongs to those who have not failed yet."""
+        return (
+            self.passed_over
+            and call < 2 * self.due_call - self.failed_in_call
+            and now < 2 * self.due_time - self.failed_at
+        )
+
+
+class Breaker:
+    """Decides which calls may attempt. One per decorated function, shared by its threads."""
+
+    def __init__(self, policy: RetryPolicy) -> None:
+        self.policy = policy
+        self.episode: Episode | None = None
+        self._lock = threading.Lock()
+        self._probing = False
+        self._turned_away = False
+
+    def let_through(self, call: int) -> bool:
+        """Whether this call, made during an episode, becomes the probe. If so, `probe_ended` must follow."""
+        episode, now = self.episode, self.policy.clock()
+        if episode is None or self._probing or not episode.is_due(call, now):
+            return False
+        with self._lock:
+            if self._probing or self.episode is not episode:
+                return False
+            self._probing = True
+            return True
+
+    def probe_ended(self) -> None:
+        self._probing = False
+
+    def turn_away(self) -> None:
+        """Remember that something which has not failed itself waits for an attempt."""
+        self._turned_away = True
+
+    def is_reserved(self, call: int) -> bool:
+        """Whether the probe may attempt only what has not failed yet in this episode."""
+        episode = self.episode
+        return episode is not None and episode.passed_over and episode.is_reserved(call, self.policy.clock())
+
+    def failed(self, exc: BaseException, call: int) -> tuple[int, bool]:
+        """An attempt failed: hold off as the policy says, or not at all if this failure is not worth a retry.
+
+        Returns:
+            The attempt's number within the episode, and whether this failure is worth another attempt.
+
+        Raises:
+            Exception: Whatever the policy's strategies raise. The episode is then stopped.
+        """
+        with self._lock:
+            now, last = self.policy.clock(), self.episode
+            attempt = last.failures + 1 if last else 1
+            started = last.started if last else now
+            waited = last.waited + now - last.failed_at if last else 0.0
+            episode = Episode(attempt, started, now, waited, call, math.inf, math.inf, stopped=True)
+            try:
+                decision = decide(self.policy, exc, attempt=attempt, started=started, now=now, waited=waited)
+            except Exception:
+                self.episode = episode
+                raise
+            if decision.retry:
+                if not decision.stop:
+                    episode = replace(
+                        episode, due_call=call + decision.calls, due_time=now + decision.seconds, stopped=False
+                    )
+                passed_over = last is not None and self._turned_away
+                self.episode = replace(episode, passed_over=passed_over)
+                self._turned_away = self._turned_away and last is None
+            return attempt, decision.retry
+
+    def withdraw(self, during: Episode | None, before: Episode | None) -> None:
+        """Take a failure back that turned out to be the program's own, unless more has happened since."""
+        with self._lock:
+            if self.episode is during:
+                self.episode = before
+
+    def served(self) -> None:
+        """An attempt succeeded during an episode: nobody is passed over any more."""
+        with self._lock:
+            if self.episode is not None and self.episode.passed_over:
+                self.episode = replace(self.episode, passed_over=False)
+
+    def end(self) -> Episode | None:
+        """End the episode; returns the one that ended."""
+        with self._lock:
+            ended, self.episode, self._turned_away = self.episode, None, False
+            return ended
+
+    def retry_now(self) -> None:
+        """Make an attempt due at once, also after giving up."""
+        with self._lock:
+            if self.episode is not None:
+                self.episode = replace(self.episode, due_call=0, due_time=-math.inf, stopped=False, passed_over=False)
+
+    def next_retry(self, calls: int) -> NextRetry | None:
+        """How far away the next attempt is after `calls` calls; None if nothing is held off or no retry will come."""
+        episode = self.episode
+        if episode is None or episode.stopped:
+            return None
+        left = None if math.isinf(episode.due_call) else max(0, int(episode.due_call) - calls)
+        seconds = None if episode.due_time == math.inf else max(0.0, episode.due_time - self.policy.clock())
+        return NextRetry(left, seconds)

@@ -1,0 +1,232 @@
+"""`compile_with_fallback`: what it accepts, and what it makes of functions, methods and modules."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from types import MethodType
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast, overload
+
+import torch
+
+from ._function import CompiledFunction, ModuleHandle
+from ._policy import RetryPolicy
+
+if TYPE_CHECKING:
+    from tenacity import Retrying
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+M = TypeVar("M", bound=torch.nn.Module)
+
+
+class Decorator(Protocol):
+    """What ``compile_with_fallback(...)`` without a function returns."""
+
+    @overload
+    def __call__(self, fn: M, /) -> M: ...
+    @overload
+    def __call__(self, fn: staticmethod[P, R], /) -> staticmethod[P, R]: ...
+    @overload
+    def __call__(self, fn: classmethod[T, P, R], /) -> classmethod[T, P, R]: ...
+    @overload
+    def __call__(self, fn: Callable[P, R], /) -> CompiledFunction[P, R]: ...
+
+
+@overload
+def compile_with_fallback(
+    fn: None = None, /, *, policy: RetryPolicy | Retrying | None = ..., name: str | None = ..., **compile_options: Any
+) -> Decorator: ...
+@overload
+def compile_with_fallback(
+    fn: M, /, *, policy: RetryPolicy | Retrying | None = ..., name: str | None = ..., **compile_options: Any
+) -> M: ...
+@overload
+def compile_with_fallback(
+    fn: staticmethod[P, R],
+    /,
+    *,
+    policy: RetryPolicy | Retrying | None = ...,
+    name: str | None = ...,
+    **compile_options: Any,
+) -> staticmethod[P, R]: ...
+@overload
+def compile_with_fallback(
+    fn: classmethod[T, P, R],
+    /,
+    *,
+    policy: RetryPolicy | Retrying | None = ...,
+    name: str | None = ...,
+    **compile_options: Any,
+) -> classmethod[T, P, R]: ...
+@overload
+def compile_with_fallback(
+    fn: Callable[P, R], /, *, policy: RetryPolicy | Retrying | None = ..., name: str | None = ..., **compile_options: Any
+) -> CompiledFunction[P, R]: ...
+def compile_with_fallback(
+    fn: Any = None,
+    /,
+    *,
+    policy: RetryPolicy | Retrying | None = None,
+    name: str | None = None,
+    **compile_options: Any,
+) -> Any:
+    """Compile a function with ``torch.compile``, run it eagerly while that fails, and try again when it is due.
+
+    Use it bare (``@compile_with_fallback``), with arguments (``@compile_with_fallback(dynamic=True)``) or as a plain
+    call. Nothing is compiled before the first call.
+
+    Args:
+        fn: A function, a method in a class body (also a static or class method), any other callable that
+            ``torch.compile`` takes, or an ``nn.Module``. A module is compiled in place, as ``nn.Module.compile()`` does,
+            and returned.
+        policy: When to try again after a failure: a :class:`RetryPolicy` or a ``tenacity.Retrying``, whose wait, stop
+            and retry are used. By default after 30 s, then 60 s, and so on up to an hour, for ever.
+        name: What to call it in log lines; by default the function's own name.
+        **compile_options: Passed to ``torch.compile``: ``backend``, ``mode``, ``options``, ``dynamic``, ``fullgraph``
+            and whatever else the installed torch takes. ``isolate_recompiles`` is on unless it is given.
+
+    Returns:
+        A :class:`CompiledFunction`; for a module, the module; for a static or class method, one of these round a
+        :class:`CompiledFunction`. Without `fn`, a decorator.
+
+    Raises:
+        TypeError: `fn` cannot be compiled (a class, a generator or coroutine function, something not callable), or an
+            argument is of the wrong type, or ``torch.compile`` knows no such option.
+        ValueError: An argument has a value that is not allowed.
+    """
+    if fn is None:
+        _check(policy, name, compile_options)
+        return functools.partial(compile_with_fallback, policy=policy, name=name, **compile_options)
+    if isinstance(fn, (staticmethod, classmethod)):
+        return type(fn)(compile_with_fallback(fn.__func__, policy=policy, name=name, **compile_options))
+
+    target = _plain(fn)
+    if isinstance(target, torch.nn.Module):
+        _check_module(target)
+    else:
+        _check_function(target)
+    _check(policy, name, compile_options)
+    compiled = functools.partial(CompiledFunction, policy=RetryPolicy.of(policy), name=name, options=compile_options)
+    if isinstance(target, torch.nn.Module):
+        ModuleHandle(target, compiled(target._call_impl))
+        return target
+    return compiled(target)
+
+
+def compiled_function(module: torch.nn.Module) -> CompiledFunction[..., Any]:
+    """The :class:`CompiledFunction` behind a module that :func:`compile_with_fallback` has compiled in place.
+
+    Args:
+        module: The module.
+
+    Raises:
+        TypeError: The module has not been compiled by :func:`compile_with_fallback`.
+    """
+    function = getattr(module, "_compiled_call_impl", None)
+    if not isinstance(function, CompiledFunction):
+        raise TypeError(f"{type(module).__qualname__} has not been compiled by compile_with_fallback()")
+    return function
+
+
+def _plain(fn: Any) -> Any:
+    """The function below what has been decorated or compiled already: compiling twice is compiling anew."""
+    if isinstance(fn, MethodType) and isinstance(fn.__func__, CompiledFunction):
+        return MethodType(fn.__func__.eager, fn.__self__)
+    if isinstance(fn, CompiledFunction):
+        return fn.eager
+    if inspect.isfunction(fn) and hasattr(fn, "get_compiler_config"):  # torch.compile's mark on functions
+        from ._torch_internals import innermost
+
+        return innermost(fn)
+    return fn
+
+
+def _check_module(module: torch.nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError("a TorchScript module cannot be compiled; pass the module that it was made from")
+    if type(module).__name__ == "OptimizedModule":
+        raise TypeError("this is what torch.compile() returned; pass the module that was given to it")
+
+
+def _check_function(fn: Any) -> None:
+    allowed = "compile_with_fallback() takes functions, methods, callables and nn.Module instances"
+    if isinstance(fn, type):
+        raise TypeError(f"{allowed}, not the class {fn.__qualname__}; decorate its forward or an instance of it")
+    if not callable(fn):
+        raise TypeError(f"{allowed}, not {fn!r}")
+    code = fn
+    while isinstance(code, functools.partial):
+        code = code.func
+    if not inspect.isroutine(code):
+        code = type(code).__call__
+    for kind, is_kind in (
+        ("an async generator", inspect.isasyncgenfunction),
+        ("a coroutine", inspect.iscoroutinefunction),
+        ("a generator", inspect.isgeneratorfunction),
+    ):
+        if is_kind(code):
+            raise TypeError(f"{allowed}, not {kind} function such as {fn!r}; decorate the step inside it")
+
+
+def _check(policy: object, name: object, options: dict[str, Any]) -> None:
+    RetryPolicy.of(policy)
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"name must be a string or None, not {name!r}")
+    _check_names(options)
+    for option in ("fullgraph", "disable"):
+        if not isinstance(options.get(option, False), bool):
+            raise TypeError(f"{option} must be True or False, not {options[option]!r}")
+    if options.get("dynamic") not in (None, True, False):
+        raise TypeError(f"dynamic must be True, False or None, not {options['dynamic']!r}")
+    backend, mode, inductor = options.get("backend", "inductor"), options.get("mode"), options.get("options")
+    if backend is not None and not isinstance(backend, str) and not callable(backend):
+        raise TypeError(f"backend must be the name of a backend or a callable, not {backend!r}")
+    if mode is not None and not isinstance(mode, str):
+        raise TypeError(f"mode must be a string or None, not {mode!r}")
+    if inductor is not None and not isinstance(inductor, dict):
+        raise TypeError(f"options must be a dict or None, not {inductor!r}")
+    if mode is not None and inductor is not None:
+        raise ValueError(f"mode={mode!r} and options={inductor!r} are both given; torch.compile takes one of them")
+    if mode is not None or inductor or (isinstance(backend, str) and backend != "inductor"):
+        _check_with_torch(backend, mode, inductor, options.get("dynamic"))
+
+
+def _check_names(options: dict[str, Any]) -> None:
+    parameters = inspect.signature(torch.compile).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):  # patched: whoever did it knows what it takes
+        return
+    allowed = [name for name in parameters if name not in ("model", "name")]
+    for option in options:
+        if option not in allowed:
+            raise TypeError(f"torch.compile takes no option {option!r}; it takes {', '.join(allowed)}")
+
+
+def _check_with_torch(backend: Any, mode: str | None, options: dict[str, Any] | None, dynamic: bool | None) -> None:
+    """Have torch look at what only it can judge. Takes a second where it has to import torch._dynamo."""
+    try:
+        from . import _torch_internals as internals
+    except OSError:  # no cache directory, for now; the first attempt meets it again, and that may be retried
+        return
+    if isinstance(backend, str) and backend not in (known := internals.backends()):
+        raise ValueError(_unknown("backend", backend, known))
+    if backend not in (None, "inductor"):
+        return
+    if mode is not None and mode not in (known := internals.inductor_modes()):
+        raise ValueError(_unknown("mode", mode, known))
+    for option in options or ():
+        if option.replace("-", "_") not in (known := internals.inductor_options()):
+            raise ValueError(_unknown("option", option, known))
+    try:
+        internals.make_compiler(backend, mode, options, dynamic)
+    except RuntimeError as exc:
+        raise ValueError(f"torch.compile cannot take options={options!r}: {exc}") from exc
+
+
+def _unknown(what: str, value: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(value, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"torch.compile knows no {what} {value!r}; {hint}known: {', '.join(sorted(known))}"

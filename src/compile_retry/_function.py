@@ -1,0 +1,227 @@
+"""What a decorated function becomes: the call path, and what users ask of it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import threading
+from collections.abc import Callable
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
+
+import torch
+from torch.compiler import is_dynamo_compiling
+
+from . import _looks
+from ._breaker import WATCHED_CALLS, NextRetry
+from ._control import CREATION, Control, Location, Tally
+from ._failures import CompileFailure, is_fatal
+from ._policy import RetryPolicy
+from ._stats import CompileState, CompileStats, Counter
+from ._strict import is_strict
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class CompiledFunction(Generic[P, R]):
+    """A function that runs compiled where it can, eagerly where it must, and tries again when its policy says so.
+
+    Made by :func:`compile_with_fallback`. Call it like the function it decorates; in a class body it binds like one.
+
+    Attributes:
+        eager: The original function.
+        policy: The policy that decides when to try again.
+        name: What it is called in log lines.
+    """
+
+    eager: Callable[P, R]
+    policy: RetryPolicy
+    name: str
+
+    def __init__(self, fn: Callable[P, R], *, policy: RetryPolicy, name: str | None, options: dict[str, Any]) -> None:
+        functools.update_wrapper(self, fn, updated=())
+        self.eager = fn
+        self.policy = policy
+        self.name = name if name is not None else _name_of(fn)
+        self._options = options
+        self._control = Control(self.name, policy)
+        self._calls = Counter()
+        self._creation = threading.Lock()
+        self._compiled: Callable[P, R] = self._create_and_call
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if is_dynamo_compiling():  # an outer compile traces through: be the plain function
+            return self.eager(*args, **kwargs)
+        call, control = self._calls.add(), self._control
+        tally, episode = control.per_thread.tally, control.breaker.episode
+        probing = False
+        if episode is not None and not tally.probing:
+            probing = control.breaker.let_through(call)
+            if not probing and not control.has_code and call > episode.failed_in_call + WATCHED_CALLS:
+                control.books.eager_calls.add()
+                return self.eager(*args, **kwargs)
+            if probing:
+                tally.probing, tally.reserved = True, control.breaker.is_reserved(call)
+        tally.call = call
+        compiled, eager = tally.compiled, tally.eager
+        tally.started = compiled + eager
+        try:
+            result = self._compiled(*args, **kwargs)
+            if tally.unsettled:
+                control.settle(tally, _looks.of_call(args, kwargs), program_raised=False)
+            return result
+        except BaseException:
+            if tally.unsettled:
+                control.settle(tally, _looks.of_call(args, kwargs), program_raised=True)
+            raise
+        finally:
+            if tally.compiled == compiled:
+                control.books.eager_calls.add()
+            elif tally.eager == eager:
+                control.books.compiled_calls.add()
+            else:
+                control.books.mixed_calls.add()
+            if probing:
+                clean = tally.compiled != compiled and tally.eager == eager
+                control.probe_ended(tally, _looks.of_call(args, kwargs) if clean else None)
+
+    def _create_and_call(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Stands in for the compiled function until ``torch.compile`` has returned one."""
+        return (self._create() or self.eager)(*args, **kwargs)
+
+    def _create(self) -> Callable[P, R] | None:
+        control, tally = self._control, self._control.per_thread.tally
+        with self._creation:
+            if self._compiled != self._create_and_call:  # another thread was faster
+                return self._compiled
+            if CREATION in control.fallbacks.hopeless or not control.may_attempt(tally):
+                return None
+            try:
+                compiled = self._torch_compile()
+            except Exception as exc:
+                if is_fatal(exc):
+                    raise
+                failure = control.failed(exc, "torch.compile", _location(self.eager), tally)
+                if is_strict():
+                    raise
+                if failure.kind == "transient":
+                    control.fallbacks.failed[CREATION] = None
+                else:
+                    control.fallbacks.hopeless.add(CREATION)
+                return None
+            if CREATION in control.fallbacks.failed:
+                del control.fallbacks.failed[CREATION]
+                control.made_progress()
+            self._compiled = compiled
+            return compiled
+
+    def _torch_compile(self) -> Callable[P, R]:
+        # Imports torch._dynamo, which takes a second and may itself fail, for want of a cache directory for example.
+        from . import _torch_internals as internals
+        from ._backend import GraphBackend
+        from ._frames import FrameConverter
+
+        control, options = self._control, dict(self._options)
+        compiler = internals.make_compiler(
+            options.get("backend", "inductor"), options.get("mode"), options.get("options"), options.get("dynamic")
+        )
+        options["backend"] = GraphBackend(compiler, control)
+        if options.get("options") is not None:
+            options["options"] = dict(options["options"])  # torch.compile takes things out of it
+        if internals.isolates_recompiles() and _accepts(torch.compile, "isolate_recompiles"):
+            options.setdefault("isolate_recompiles", True)
+        compiled: Callable[P, R] = torch.compile(self.eager, **options)
+        internals.interpose(compiled, lambda inner: FrameConverter(inner, control))
+        return compiled
+
+    @property
+    def state(self) -> CompileState:
+        """How the function stands now."""
+        return self._control.state
+
+    @property
+    def stats(self) -> CompileStats:
+        """A snapshot of its books."""
+        return self._control.books.snapshot()
+
+    @property
+    def last_failure(self) -> CompileFailure | None:
+        """The last failed attempt, or ``None`` if none has failed since the start or the last :meth:`reset`."""
+        return self._control.last_failure
+
+    @property
+    def next_retry(self) -> NextRetry | None:
+        """How far away the next attempt is, or ``None`` if nothing is held off or no retry will come."""
+        return self._control.breaker.next_retry(self.stats.calls)
+
+    def retry_now(self) -> None:
+        """Make the next call an attempt for everything that runs eagerly, also after giving up."""
+        self._control.retry_now()
+
+    def reset(self) -> None:
+        """Forget all failures, also that it gave up: the next call attempts what is not compiled. The books stay."""
+        self._control.reset()
+
+    @overload
+    def __get__(self, instance: None, owner: type | None = None) -> Self: ...
+    @overload
+    def __get__(self, instance: object, owner: type | None = None) -> Callable[..., R]: ...
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        return self if instance is None else MethodType(self, instance)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        fn = copy.deepcopy(self.eager, memo)
+        return type(self)(fn, policy=self.policy, name=self.name, options=self._options)
+
+    def __copy__(self) -> Self:
+        return type(self)(self.eager, policy=self.policy, name=self.name, options=self._options)
+
+    def __reduce__(self) -> str:
+        return self.__qualname__  # by reference, as functions are pickled
+
+    def __repr__(self) -> str:
+        return f"<CompiledFunction {self.name}: {self.state.value}>"
+
+
+class ModuleHandle:
+    """Keeps a compiled module's compiled call with it through a deep copy, and out of what is saved.
+
+    ``nn.Module`` leaves its compiled call out of copies and pickles. This rides along in the module's attributes: a deep
+    copy gets a compiled call of its own; in a saved module nothing of it is left but ``None``.
+    """
+
+    def __init__(self, module: torch.nn.Module, function: CompiledFunction[..., Any]) -> None:
+        module.__dict__["_compiled_call_impl"] = function
+        module.__dict__["_compile_retry"] = self
+        self._module = module
+        self._function = function
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleHandle:
+        return ModuleHandle(copy.deepcopy(self._module, memo), copy.deepcopy(self._function, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+def _accepts(fn: Callable[..., Any], option: str) -> bool:
+    parameters = inspect.signature(fn).parameters
+    return option in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _name_of(fn: object) -> str:
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    owner = getattr(fn, "__self__", None)
+    if isinstance(owner, torch.nn.Module):
+        return type(owner).__qualname__
+    return getattr(fn, "__qualname__", type(fn).__qualname__).rpartition("<locals>.")[2]
+
+
+def _location(fn: object) -> Location:
+    code = getattr(inspect.unwrap(fn) if callable(fn) else fn, "__code__", None)
+    return _name_of(fn), getattr(code, "co_filename", "unknown file"), getattr(code, "co_firstlineno", 0)

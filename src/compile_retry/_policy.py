@@ -1,0 +1,144 @@
+"""When to try again, in tenacity's terms. Nothing here sleeps or loops, and nothing here knows torch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import TypeAlias, cast
+
+from tenacity import (
+    AsyncRetrying,
+    BaseRetrying,
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_never,
+    wait_exponential,
+)
+
+from ._failures import is_transient
+
+WaitStrategy: TypeAlias = Callable[[RetryCallState], float]
+StopStrategy: TypeAlias = Callable[[RetryCallState], bool]
+RetryPredicate: TypeAlias = Callable[[RetryCallState], bool]
+
+# tenacity's strategies are handed the object that drives them. Nothing drives them here.
+_NOBODY = Retrying()
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How long to stay eager after a failed attempt, and when to give up.
+
+    Attributes:
+        wait: Seconds until the next attempt: a tenacity wait strategy, a number, or ``None``.
+        wait_calls: The same in calls of the decorated function: after a failure in call *c*, a wait of *w* calls makes
+            call *c + w* an attempt. Fractions are rounded up, and less than one call counts as one. If both are
+            given, whichever comes first counts.
+        stop: A tenacity stop strategy over the episode's failed attempts and the seconds since its first failure.
+        retry: A tenacity retry predicate: which failures are worth another attempt. By default
+            :func:`is_transient` decides.
+        clock: Any callable that returns seconds and never runs backwards. Tests put a fake one here.
+
+    Raises:
+        TypeError: A value of the wrong kind, for example a number where a strategy belongs.
+        ValueError: A negative or NaN wait, less than one call, or neither wait given.
+    """
+
+    wait: WaitStrategy | float | None = wait_exponential(multiplier=30, min=30, max=3600)
+    wait_calls: WaitStrategy | float | None = None
+    stop: StopStrategy = stop_never
+    retry: RetryPredicate = retry_if_exception(is_transient)
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        _check_wait("wait", self.wait, at_least=0)
+        _check_wait("wait_calls", self.wait_calls, at_least=1)
+        if self.wait is None and self.wait_calls is None:
+            raise ValueError("wait and wait_calls are both None, so no retry would ever be due; give at least one of them")
+        _check_strategy("stop", self.stop, "a tenacity stop strategy such as stop_after_attempt(10) or stop_never")
+        _check_strategy("retry", self.retry, "a tenacity retry predicate such as retry_if_exception_type(OSError)")
+        _check_strategy("clock", self.clock, "a callable that returns seconds, such as time.monotonic")
+
+    @classmethod
+    def of(cls, policy: object) -> RetryPolicy:
+        """The policy that a ``policy=`` argument means: a policy, a ``tenacity.Retrying``, or ``None`` for the default."""
+        if policy is None:
+            return cls()
+        if isinstance(policy, cls):
+            return policy
+        if isinstance(policy, BaseRetrying) and not isinstance(policy, AsyncRetrying):
+            return cls(wait=policy.wait, stop=policy.stop, retry=cast(RetryPredicate, policy.retry))
+        raise TypeError(f"policy must be a RetryPolicy, a tenacity.Retrying or None, not {policy!r}")
+
+
+def _check_wait(name: str, value: object, at_least: int) -> None:
+    unit = "calls" if at_least else "seconds"
+    if value is None or (callable(value) and not isinstance(value, type)):
+        return
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a tenacity wait strategy, a number of {unit} or None, not {value!r}")
+    if math.isnan(value) or value < at_least:
+        raise ValueError(f"{name} must be at least {at_least} {unit}, not {value!r}")
+
+
+def _check_strategy(name: str, value: object, what: str) -> None:
+    if not callable(value) or isinstance(value, type):
+        raise TypeError(f"{name} must be {what}, not {value!r}")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a policy says of one failed attempt: how long to hold off, or that nothing more will be tried.
+
+    ``seconds`` and ``calls`` are infinite where that wait does not apply.
+    """
+
+    retry: bool
+    stop: bool
+    seconds: float
+    calls: float
+
+
+def decide(policy: RetryPolicy, exc: BaseException, *, attempt: int, started: float, now: float, waited: float) -> Decision:
+    """Ask the policy's strategies about a failed attempt.
+
+    The strategies are called the way tenacity's own loop calls them (``wait`` before ``stop``, so that
+    ``stop_before_delay`` sees the coming wait), on a state that is dropped afterwards: it holds the exception.
+
+    Args:
+        policy: Whose strategies are asked.
+        exc: The root cause of the failure.
+        attempt: Number of the failed attempt within its episode, from 1.
+        started: The clock at the episode's first failure.
+        now: The clock now.
+        waited: Seconds of hold-off so far in this episode.
+    """
+    state = RetryCallState(_NOBODY, None, (), {})
+    state.attempt_number = attempt
+    state.start_time = started
+    state.idle_for = waited
+    state.set_exception((type(exc), exc, None))
+    state.outcome_timestamp = now
+    try:
+        if not policy.retry(state):
+            return Decision(retry=False, stop=False, seconds=math.inf, calls=math.inf)
+        seconds = _evaluate("wait", policy.wait, state)
+        calls = _evaluate("wait_calls", policy.wait_calls, state)
+        state.upcoming_sleep = 0.0 if math.isinf(seconds) else seconds
+        stop = bool(policy.stop(state))
+        return Decision(retry=True, stop=stop, seconds=seconds, calls=max(1, calls if math.isinf(calls) else math.ceil(calls)))
+    finally:
+        state.outcome = None
+
+
+def _evaluate(name: str, wait: WaitStrategy | float | None, state: RetryCallState) -> float:
+    if wait is None:
+        return math.inf
+    value = wait(state) if callable(wait) else wait
+    if math.isnan(value) or value < 0:
+        raise ValueError(f"{name} strategy {wait!r} returned {value!r}; it must return a number that is not negative")
+    return float(value)

@@ -1,0 +1,106 @@
+"""The books: what became of the calls, and how a function stands."""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import threading
+from dataclasses import asdict, dataclass
+
+
+class CompileState(enum.Enum):
+    """How a decorated function stands."""
+
+    PENDING = "pending"
+    """Nothing has been attempted yet."""
+
+    COMPILED = "compiled"
+    """What has been called runs compiled code, as far as torch compiles it."""
+
+    FALLBACK = "fallback"
+    """Something runs eagerly, and a retry will come."""
+
+    GAVE_UP = "gave up"
+    """Something runs eagerly, and no retry will come."""
+
+
+@dataclass(frozen=True)
+class CompileStats:
+    """A snapshot of a decorated function's books.
+
+    Attributes:
+        compiled_calls: Calls in which every captured graph was compiled code, and there was at least one.
+        mixed_calls: Calls in which some graphs were compiled code and others ran eagerly.
+        eager_calls: Calls in which no compiled code ran, for whatever reason.
+        attempts: Runs of the compiler, one per captured graph.
+        failures: Attempts that did not produce code.
+        recoveries: How often everything that had fallen back was compiled again.
+        compile_seconds: Seconds spent in attempts, failed ones included, by the policy's clock.
+    """
+
+    compiled_calls: int
+    mixed_calls: int
+    eager_calls: int
+    attempts: int
+    failures: int
+    recoveries: int
+    compile_seconds: float
+
+    @property
+    def calls(self) -> int:
+        """Calls of the function that are over or running. Calls that Dynamo traces into are part of their caller's."""
+        return self.compiled_calls + self.mixed_calls + self.eager_calls
+
+    @property
+    def compiled_fraction(self) -> float:
+        """The share of calls that ran compiled code only, from 0 to 1; 0 before the first call."""
+        return self.compiled_calls / self.calls if self.calls else 0.0
+
+    def as_dict(self) -> dict[str, int | float]:
+        """All figures by name, for a metrics logger."""
+        return {"calls": self.calls, **asdict(self), "compiled_fraction": self.compiled_fraction}
+
+
+class Counter:
+    """Counts without a lock: `add` is one C call and therefore atomic. Reading takes the lock."""
+
+    def __init__(self) -> None:
+        ticks = itertools.count(1)
+        self.add = ticks.__next__
+        self._reads = 0
+        self._lock = threading.Lock()
+
+    @property
+    def value(self) -> int:
+        with self._lock:
+            self._reads += 1
+            return self.add() - self._reads
+
+
+class Books:
+    """The running counts behind `CompileStats`."""
+
+    def __init__(self) -> None:
+        self.compiled_calls = Counter()
+        self.mixed_calls = Counter()
+        self.eager_calls = Counter()
+        self.attempts = Counter()
+        self.failures = Counter()
+        self.recoveries = Counter()
+        self._seconds = 0.0
+        self._lock = threading.Lock()
+
+    def add_seconds(self, seconds: float) -> None:
+        with self._lock:
+            self._seconds += seconds
+
+    def snapshot(self) -> CompileStats:
+        return CompileStats(
+            compiled_calls=self.compiled_calls.value,
+            mixed_calls=self.mixed_calls.value,
+            eager_calls=self.eager_calls.value,
+            attempts=self.attempts.value,
+            failures=self.failures.value,
+            recoveries=self.recoveries.value,
+            compile_seconds=self._seconds,
+        )

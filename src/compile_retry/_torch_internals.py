@@ -1,0 +1,283 @@
+"""Every use of non-public PyTorch, each with its reason, since when it is there, and what happens without it.
+
+Written against torch 2.13 and checked on 2.10 and 2.14. Importing this module imports ``torch._dynamo``, so it is
+imported at the first attempt and not before.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import CodeType
+from typing import Any, Protocol, TypeAlias
+
+import torch
+import torch._dynamo
+import torch._functorch.config
+import torch._inductor
+
+# The C half of Dynamo, since 2.0. Essential.
+import torch._C._dynamo.eval_frame as _eval_frame
+
+# Counts the compiles of each frame towards `accumulated_recompile_limit`; since 2.2. Essential, because without taking
+# failed compiles back out of it 256 failures would use a frame up.
+from torch._dynamo.convert_frame import FRAME_COMPILE_COUNTER, has_tensor_in_frame
+
+# The way in which an analysis is started again, and the way in which a backend asks for a frame to be skipped. Both
+# leave a backend as exceptions without being failures. Since 2.0. Essential.
+from torch._dynamo.exc import FailOnRecompileLimitHit, RestartAnalysis, SkipFrame
+
+# What replaces the guards of a dropped cache entry; since 2.6. Essential: Dynamo has no public way to drop one entry.
+from torch._dynamo.guards import DeletedGuardManagerWrapper
+
+# Which frames Dynamo leaves alone; since 2.0. Essential for honest books: such a frame has not fallen back.
+from torch._dynamo.trace_rules import check as _is_skipped_file
+
+# The protocol between the C half and a frame callback; since 2.7. Essential.
+from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
+
+CONTROL_FLOW: tuple[type[Exception], ...] = (RestartAnalysis, SkipFrame)
+
+Frame: TypeAlias = Any
+FrameState: TypeAlias = dict[Any, Any]
+Compiler: TypeAlias = Callable[..., Callable[..., Any]]
+
+
+class FrameCallback(Protocol):
+    """What Dynamo calls for each Python frame that no cached code fits."""
+
+    def __call__(self, frame: Frame, cache_entry: object, frame_state: FrameState) -> ConvertFrameReturn: ...
+
+
+class UnsupportedTorchError(RuntimeError):
+    """This version of PyTorch has changed where the library must reach into it."""
+
+
+def make_compiler(backend: object, mode: str | None, options: dict[str, Any] | None, dynamic: bool | None) -> Compiler:
+    """The compiler that ``torch.compile`` would hand captured graphs to, built by the classes it uses itself.
+
+    Private because ``torch.compile`` keeps what it builds to itself. Since 2.0 (``use_aoti``: 2.8). Essential: only
+    these give ``mode`` and ``options`` their meaning.
+    """
+    options = dict(options) if options else {}
+    options.pop("guard_filter_fn", None)  # for Dynamo, not for the compiler
+    use_aoti = options.pop("use_aoti", False)
+    if backend is None:
+        default = getattr(torch._dynamo.backends.registry, "get_default_backend", None)  # 2.12
+        backend = default() if default is not None else "inductor"
+    if backend != "inductor":
+        wrapper: Compiler = torch._TorchCompileWrapper(backend, mode, options, dynamic)
+    elif use_aoti:
+        wrapper = torch._TorchCompileAOTInductorWrapper(mode, options, dynamic)
+    else:
+        wrapper = torch._TorchCompileInductorWrapper(mode, options, dynamic)
+    return wrapper
+
+
+def innermost(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function below ``torch.compile``. Since 2.0; Dynamo compiles that one too if it is compiled twice."""
+    inner: Callable[..., Any] = torch._dynamo.eval_frame.innermost_fn(fn)
+    return inner
+
+
+def backends() -> list[str]:
+    """Names of the backends that can be given as a string."""
+    names: list[str] = torch._dynamo.list_backends(None)
+    return names
+
+
+def inductor_modes() -> list[str]:
+    """Names of inductor's modes. Since 2.0."""
+    return list(torch._inductor.list_mode_options())
+
+
+def inductor_options() -> list[str]:
+    """Names of inductor's options, and of those that ``torch.compile`` takes for itself. Since 2.0."""
+    return [*torch._inductor.list_options(), "guard_filter_fn", "use_aoti"]
+
+
+def isolates_recompiles() -> bool:
+    """Whether ``isolate_recompiles`` exists (2.12). Without it wrappers of one code object share its recompile limit."""
+    return hasattr(_eval_frame, "set_eval_frame_isolate_recompiles_id")
+
+
+def interpose(compiled: object, wrap: Callable[[FrameCallback], FrameCallback]) -> bool:
+    """Put a callback of ours in front of the one with which a ``torch.compile``d function has its frames compiled.
+
+    Dynamo offers no hook there, and it is the only place where a frame can be run eagerly once, whatever failed, before
+    anything of it has run. The callback is a closure variable of the function that ``torch.compile`` returns; so it has
+    been since 2.0. Essential.
+
+    Returns:
+        False if `compiled` did not come from Dynamo (a disabled or patched ``torch.compile``).
+
+    Raises:
+        UnsupportedTorchError: It came from Dynamo, but not in the shape this module knows.
+    """
+    if not hasattr(compiled, "_torchdynamo_orig_callable"):
+        return False
+    code, closure = getattr(compiled, "__code__", None), getattr(compiled, "__closure__", None)
+    if code is None or closure is None or "callback" not in code.co_freevars:
+        raise UnsupportedTorchError(f"torch {torch.__version__} keeps its frame callback where compile_retry cannot find it")
+    cell = closure[code.co_freevars.index("callback")]
+    inner = cell.cell_contents
+    outer: Any = wrap(inner)
+    # Dynamo walks this chain to the backend, whose identity decides which cache entries belong together.
+    outer._torchdynamo_orig_backend = inner._torchdynamo_orig_backend
+    cell.cell_contents = outer
+    return True
+
+
+def concerns_dynamo(frame: Frame) -> bool:
+    """Whether Dynamo would try to compile this frame at all, rather than pass over it."""
+    return not _is_skipped_file(frame.f_code, frame=frame) and has_tensor_in_frame(frame)
+
+
+def run_eagerly(*, inner_frames: bool) -> ConvertFrameReturn:
+    """Tell Dynamo to run this frame eagerly, this once. It remembers nothing.
+
+    Args:
+        inner_frames: Whether frames below this one may be compiled. If not, they still use cached code.
+    """
+    count_for_fullgraph()
+    below = FrameAction.DEFAULT if inner_frames else FrameAction.RUN_ONLY
+    return ConvertFrameReturn(frame_exec_strategy=FrameExecStrategy(FrameAction.DEFAULT, below), apply_to_code=False)
+
+
+def count_for_fullgraph() -> bool:
+    """Keep ``fullgraph=True`` from raising "found no compiled frames" after the body has run, which loses its result.
+
+    That check counts frames in a thread-local counter, negative while it is off. Since 2.12; before, there is no check.
+
+    Returns:
+        Whether the check is on and this frame is the first one that it counts.
+    """
+    swap = getattr(_eval_frame, "set_fullgraph_compiled_frame_count", None)
+    if swap is None:
+        return False
+    count = swap(-1)
+    swap(count + 1 if count >= 0 else count)
+    return bool(count == 0)
+
+
+def skip_for_good() -> ConvertFrameReturn:
+    """Tell Dynamo to pass over all frames of this code, though not over those below."""
+    return ConvertFrameReturn()
+
+
+def is_disabled() -> bool:
+    """Whether Dynamo is switched off for now. It would remember to skip the frame even after it is on again."""
+    return bool(torch._dynamo.config.disable)
+
+
+def hit_recompile_limit(result: ConvertFrameReturn) -> bool:
+    """Whether Dynamo has given a frame up because it was recompiled too often. From then on it says nothing."""
+    return result.guarded_code is None and result.frame_exec_strategy.cur_action == FrameAction.RUN_ONLY
+
+
+def is_deliberate_limit(exc: BaseException) -> bool:
+    """Whether the user asked for an error at the recompile limit."""
+    return isinstance(exc, FailOnRecompileLimitHit) and bool(torch._dynamo.config.fail_on_recompile_limit_hit)
+
+
+def count_compiles(frame_state: FrameState) -> int:
+    """How often Dynamo has compiled this frame, for its `accumulated_recompile_limit`."""
+    return FRAME_COMPILE_COUNTER.get(frame_state.get("_id"), 0)
+
+
+def uncount_compiles(frame_state: FrameState, count: int) -> None:
+    """Put that number back: a failed compile should not use the frame up."""
+    if "_id" in frame_state:
+        FRAME_COMPILE_COUNTER[frame_state["_id"]] = count
+
+
+class CachedFrame:
+    """A cache entry of Dynamo's that we may want to pass over or to drop. Holds it weakly: Dynamo owns it.
+
+    `CacheEntry` itself is a C object that dangles after a reset; the guard manager knows whether it is still in use.
+    Since 2.6. Essential.
+    """
+
+    def __init__(self, code: CodeType, guarded_code: Any, is_wanted: Callable[[CachedFrame], bool]) -> None:
+        self.code = code
+        manager = guarded_code.guard_manager
+        self._manager = weakref.ref(manager)
+        # Evaluated last, so only where everything else says that this entry fits. Dynamo itself uses this kind of guard
+        # for relations between shapes. If it says no, Dynamo compiles the frame afresh.
+        _add_last_guard(manager.root, functools.partial(_still_wanted, self, is_wanted))
+        manager.id_matched_objs = _UNCOUNTED
+
+    @property
+    def alive(self) -> bool:
+        """Whether Dynamo may still use this entry: not after ``torch._dynamo.reset()``, nor once a guarded object died."""
+        manager = self._manager()
+        return manager is not None and manager.extra_state is not None
+
+    def drop(self) -> None:
+        """Make Dynamo forget this entry, and this entry only."""
+        manager = self._manager()
+        if manager is not None and manager.extra_state is not None:
+            dead = DeletedGuardManagerWrapper("compile_retry compiled this frame again")
+            dead.id_matched_objs = _UNCOUNTED
+            manager.extra_state.invalidate(manager.cache_entry, dead)
+
+
+def _still_wanted(entry: CachedFrame, is_wanted: Callable[[CachedFrame], bool], f_locals: object) -> bool:
+    return is_wanted(entry)
+
+
+class _Nobody:
+    pass
+
+
+# Entries are counted towards `recompile_limit` only if the local variables that they were specialised to are the frame's
+# own. An eager fallback should not use the limit up, so it names an object that no frame has.
+_NOBODY = _Nobody()
+_UNCOUNTED: dict[str, weakref.ReferenceType[object]] = {"compile_retry": weakref.ref(_NOBODY)}
+
+
+def _add_last_guard(root: Any, guard: Callable[[object], bool]) -> None:
+    reason = ["compile_retry: no retry is due"]
+    try:
+        root.add_epilogue_lambda_guard(guard, reason, None)
+    except TypeError:  # 2.10 does not ask for the user's stack
+        root.add_epilogue_lambda_guard(guard, reason)
+
+
+def compiling_backward_too() -> AbstractContextManager[object]:
+    """Make the backward graph's compile part of the forward's, where a failure of it can still be answered.
+
+    Where no gradient is wanted there is no backward graph, and nothing changes. Since 2.10. Essential: otherwise a
+    failing backward compile would surface in ``backward()``.
+    """
+    patch: AbstractContextManager[object] = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
+    return patch
+
+
+def probe_caches() -> Iterator[Callable[[], None]]:
+    """How to clear what inductor remembers of its compiler probes, also of those that failed.
+
+    Since 2.1. Where a module or a cache is missing there is nothing to clear.
+    """
+    import torch._inductor.cpp_builder as cpp_builder
+    import torch._inductor.cpu_vec_isa as cpu_vec_isa
+
+    for module in (cpp_builder, cpu_vec_isa):
+        for thing in list(vars(module).values()):
+            for cached in (thing, *(vars(thing).values() if isinstance(thing, type) else ())):
+                if isinstance(cached, functools._lru_cache_wrapper):
+                    yield cached.cache_clear
+
+
+@contextmanager
+def cxx(command: str) -> Iterator[None]:
+    """Have inductor use another C++ compiler. Since 2.0; for `compile_retry.testing` only.
+
+    Inductor reads the environment's ``CXX`` when it is imported, so later only its configuration is left to change.
+    """
+    import torch._inductor.config as config
+
+    with config.patch({"cpp.cxx": (command,)}):
+        yield

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import compile_retry
+
+
+@pytest.fixture(autouse=True)
+def _fresh_torch() -> Iterator[None]:
+    """Each test starts without compiled code, without log output from torch, and without strict mode."""
+    logging.getLogger("torch._dynamo").setLevel(logging.CRITICAL)
+    torch.manual_seed(0)
+    with compile_retry.set_strict(False):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Inductor caches in a directory of this run: what other runs compiled must not hide a failure."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield

@@ -1,0 +1,89 @@
+"""What several test modules share: a compiler that fails when told to, and a training step with its eager twin."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+
+class Compiler:
+    """A backend that runs graphs as they are, counts what it is asked and what it runs, and fails when told to.
+
+    `fails` is called with the example inputs and returns the exception to raise, or None.
+    """
+
+    def __init__(self, fails: Callable[[list[Any]], Exception | None] = lambda inputs: None) -> None:
+        self.fails = fails
+        self.asked = 0
+        self.ran = 0
+
+    def __call__(self, graph_module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        self.asked += 1
+        if (exc := self.fails(inputs)) is not None:
+            raise exc
+
+        def run(*args: Any) -> Any:
+            self.ran += 1
+            return graph_module.forward(*args)
+
+        return run
+
+
+def full_disk(inputs: object = None) -> OSError:
+    return OSError(28, "No space left on device")
+
+
+def first(n: int, exc: Callable[[], Exception] = full_disk) -> Callable[[list[Any]], Exception | None]:
+    """Fails the first n attempts."""
+    left = [n]
+
+    def fails(inputs: list[Any]) -> Exception | None:
+        left[0] -= 1
+        return exc() if left[0] >= 0 else None
+
+    return fails
+
+
+def rows(n: int, exc: Callable[[], Exception] = full_disk) -> Callable[[list[Any]], Exception | None]:
+    """Fails every graph that has an input of n rows."""
+
+    def fails(inputs: list[Any]) -> Exception | None:
+        hit = any(isinstance(x, torch.Tensor) and x.ndim and x.shape[0] == n for x in inputs)
+        return exc() if hit else None
+
+    return fails
+
+
+class Trainer:
+    """A small network with BatchNorm, dropout and momentum, its optimizer, and a count of its steps."""
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.3), torch.nn.ReLU(), torch.nn.Linear(8, 1)
+        )
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9)
+        self.steps = 0
+
+    def twin(self) -> Trainer:
+        return copy.deepcopy(self)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        momentum = {
+            f"momentum{i}": state["momentum_buffer"]
+            for i, state in self.optimizer.state_dict()["state"].items()
+            if state.get("momentum_buffer") is not None
+        }
+        return {**self.net.state_dict(), **momentum}
+
+
+def assert_twins(a: Trainer, b: Trainer) -> None:
+    assert a.steps == b.steps
+    ours, theirs = a.state(), b.state()
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        torch.testing.assert_close(value, theirs[key], msg=lambda m, key=key: f"{key}: {m}")
