@@ -44,7 +44,6 @@ class GraphBackend:
         # callback's back. Then nobody is there to give way to, nor to remember the fallback.
         conversion = tally.conversion or Conversion(("unknown frame", "", 0))
         if not control.may_attempt(tally):
-            control.breaker.turn_away()
             if conversion is not tally.conversion:
                 return _counted_eager(graph_module.forward, control.per_thread)
             conversion.gave_way = True
@@ -66,7 +65,8 @@ class GraphBackend:
                 raise
             if conversion.retrying is not None:
                 # Dynamo still has the fallback that was to be replaced, and goes on using it.
-                control.fell_back(conversion.retrying, failure.kind, tally)
+                if failure.kind == "permanent":
+                    control.fallbacks.give_up(conversion.retrying)
                 conversion.gave_way = True
                 raise
             if conversion.fallback != "transient":

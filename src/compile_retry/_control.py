@@ -71,7 +71,7 @@ class Doubt:
 
     exc: BaseException
     failure: CompileFailure
-    fingerprint: Fingerprint
+    fallback: Fallback
     before: Episode | None
     during: Episode | None
 
@@ -109,7 +109,7 @@ class Tally:
         # What is left to do when the call is over.
         self.unsettled = False
         self.doubts: list[Doubt] = []
-        self.fallen: list[CachedFrame | Fingerprint] = []
+        self.fallen: list[Fallback] = []
         self.skipped: list[tuple[CodeType, dict[object, object]]] = []
 
 
@@ -126,67 +126,87 @@ class PerThread(threading.local):
         self.tally = Tally()
 
 
-class Fallbacks:
-    """What runs eagerly now, and whether it is to be tried again.
+@dataclass(eq=False)
+class Fallback:
+    """Something that runs eagerly.
 
-    Known by Dynamo's cache entry, or by its fingerprint where Dynamo itself failed and made none. What waits is kept
-    with what the call that it fell back in looked like.
+    Attributes:
+        fingerprint: The frame.
+        entry: Dynamo's cache entry for it; None where Dynamo itself failed and made none.
+        looks: What the call that it fell back in looked like; known when that call is over.
     """
+
+    fingerprint: Fingerprint
+    entry: CachedFrame | None = None
+    looks: Looks | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs eagerly. The user's ``torch._dynamo.reset()`` sweeps cache entries away."""
+        return self.entry is None or self.entry.alive
+
+
+class Fallbacks:
+    """What runs eagerly now: what waits for another attempt, and what does not."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.waiting: dict[CachedFrame, Looks | None] = {}
-        self.failed: dict[Fingerprint, Looks | None] = {}
-        self.permanent: set[CachedFrame] = set()
-        self.hopeless: set[Fingerprint] = set()
+        self._waiting: list[Fallback] = []
+        self._permanent: list[Fallback] = []
 
-    def add(self, entry: CachedFrame, kind: FailureKind) -> None:
+    def add(self, fallback: Fallback, kind: FailureKind) -> None:
         with self._lock:
-            if kind == "transient":
-                self.waiting.setdefault(entry, None)
-            else:
-                self.waiting.pop(entry, None)
-                self.permanent.add(entry)
+            (self._waiting if kind == "transient" else self._permanent).append(fallback)
 
-    def label(self, item: CachedFrame | Fingerprint, looks: Looks) -> None:
-        """Note what the call looked like, once it is over."""
+    def remove(self, entry: CachedFrame | None, fingerprint: Fingerprint | None = None) -> None:
+        """Forget what this entry stands for, or what has this fingerprint and no entry: it is compiled now, or tried."""
         with self._lock:
-            for items in (self.waiting, self.failed):
-                if item in items:
-                    items[item] = looks  # type: ignore[index]  # the two kinds of key do not mix
+            for fallbacks in (self._waiting, self._permanent):
+                fallbacks[:] = [
+                    f for f in fallbacks if f.entry is not entry or (entry is None and f.fingerprint != fingerprint)
+                ]
 
-    def replaced(self, entry: CachedFrame) -> None:
-        """Compiled code has taken this entry's place."""
+    def give_up(self, entry: CachedFrame) -> None:
+        """A retry has shown that this can never be compiled."""
         with self._lock:
-            self.waiting.pop(entry, None)
-            self.permanent.discard(entry)
-        entry.drop()
+            self._permanent += [f for f in self._waiting if f.entry is entry]
+            self._waiting = [f for f in self._waiting if f.entry is not entry]
+
+    def forget(self, *, waiting: bool = False, permanent: bool = False, looks: Looks | None = None) -> None:
+        """Make Dynamo drop these (with `looks`, only what fell back in calls that looked so): their next call compiles."""
+        with self._lock:
+            dropped = [
+                f
+                for f in (self._waiting if waiting else []) + (self._permanent if permanent else [])
+                if looks is None or f.looks == looks
+            ]
+            self._waiting = [f for f in self._waiting if f not in dropped]
+            self._permanent = [f for f in self._permanent if f not in dropped]
+        for fallback in dropped:
+            if fallback.entry is not None:
+                fallback.entry.drop()
 
     def any_waiting(self) -> bool:
-        """Whether anything is to be tried again. What the user's ``torch._dynamo.reset()`` has swept away is not."""
         with self._lock:
-            self.waiting = {entry: looks for entry, looks in self.waiting.items() if entry.alive}
-            return bool(self.waiting or self.failed)
+            self._waiting = [f for f in self._waiting if f.alive]
+            return bool(self._waiting)
 
     def any_permanent(self) -> bool:
-        with self._lock:
-            return bool(self.hopeless) or any(entry.alive for entry in self.permanent)
+        return any(f.alive for f in tuple(self._permanent))
 
-    def forget_waiting(self, looks: Looks | None = None) -> None:
-        """Drop what is to be tried again (only what fell back in calls that looked so), so that its next call compiles."""
-        with self._lock:
-            kept = {entry: seen for entry, seen in self.waiting.items() if looks is not None and seen != looks}
-            dropped, self.waiting = self.waiting.keys() - kept.keys(), kept
-            self.failed = {item: seen for item, seen in self.failed.items() if looks is not None and seen != looks}
-        for entry in dropped:
-            entry.drop()
+    def waits(self, fingerprint: Fingerprint) -> bool:
+        """Whether this frame is among those that failed and wait."""
+        return any(f.fingerprint == fingerprint for f in tuple(self._waiting))
 
-    def forget_permanent(self) -> None:
-        """Drop what was never to be tried again, so that its next call compiles it after all."""
-        with self._lock:
-            dropped, self.permanent, self.hopeless = self.permanent, set(), set()
-        for entry in dropped:
-            entry.drop()
+    def waits_without_entry(self, fingerprint: Fingerprint) -> bool:
+        return any(f.entry is None and f.fingerprint == fingerprint for f in tuple(self._waiting))
+
+    def is_hopeless(self, fingerprint: Fingerprint) -> bool:
+        """Whether Dynamo cannot compile this frame and is not to be asked again."""
+        return any(f.entry is None and f.fingerprint == fingerprint for f in tuple(self._permanent))
+
+    def is_permanent(self, entry: CachedFrame) -> bool:
+        return any(f.entry is entry for f in tuple(self._permanent))
 
 
 class Control:
@@ -222,7 +242,7 @@ class Control:
     def is_wanted(self, entry: CachedFrame) -> bool:
         """Asked by Dynamo when a cached fallback fits the call: use it? If not, the frame is compiled afresh."""
         tally = self.per_thread.tally
-        if entry in self.fallbacks.permanent or tally.reserved or not self.may_attempt(tally):
+        if self.fallbacks.is_permanent(entry) or tally.reserved or not self.may_attempt(tally):
             return True
         tally.retrying = entry
         return False
@@ -261,20 +281,16 @@ class Control:
         before = self.breaker.episode
         failure = self._judge(exc, "trace", location, tally)
         exact, coarse = fingerprints
-        if failure.kind == "transient":
-            self.fallbacks.failed.setdefault(exact, None)
-            tally.fallen.append(exact)
-        else:
-            self.fallbacks.hopeless.add(coarse)
-        fingerprint = exact if failure.kind == "transient" else coarse
-        tally.doubts.append(Doubt(exc, failure, fingerprint, before, self.breaker.episode))
-        tally.unsettled = True
+        fallback = Fallback(exact if failure.kind == "transient" else coarse)
+        self.fell_back(fallback, failure.kind, tally)
+        tally.doubts.append(Doubt(exc, failure, fallback, before, self.breaker.episode))
         return failure
 
-    def fell_back(self, entry: CachedFrame, kind: FailureKind, tally: Tally) -> None:
-        """A frame has been compiled with its graph left to run eagerly."""
-        self.fallbacks.add(entry, kind)
-        tally.fallen.append(entry)
+    def fell_back(self, fallback: Fallback, kind: FailureKind, tally: Tally) -> None:
+        """Something runs eagerly from now on."""
+        self.fallbacks.remove(fallback.entry, fallback.fingerprint)
+        self.fallbacks.add(fallback, kind)
+        tally.fallen.append(fallback)
         tally.unsettled = True
 
     def settle(self, tally: Tally, looks: Looks, *, program_raised: bool) -> None:
@@ -289,12 +305,11 @@ class Control:
         skipped, tally.skipped = tally.skipped, []
         fallen, tally.fallen = tally.fallen, []
         tally.unsettled = False
-        for item in fallen:
-            self.fallbacks.label(item, looks)
+        for fallback in fallen:
+            fallback.looks = looks
         if program_raised:
             for doubt in reversed(doubts):
-                self.fallbacks.failed.pop(doubt.fingerprint, None)
-                self.fallbacks.hopeless.discard(doubt.fingerprint)
+                self.fallbacks.remove(None, doubt.fallback.fingerprint)
                 self.breaker.withdraw(doubt.during, doubt.before)
             return
         self.given_up.update(skipped)
@@ -317,11 +332,11 @@ class Control:
         if looks is not None and self._progress:
             # Something new runs compiled, in a call like the one in which something fell back: that is over then, though
             # it may never be asked for again. The first call of an optimizer, which makes its state, is not.
-            self.fallbacks.forget_waiting(looks)
+            self.fallbacks.forget(waiting=True, looks=looks)
             self._clean_calls += 1
         if self.fallbacks.any_waiting() and self._clean_calls < WATCHED_CALLS:
             return
-        self.fallbacks.forget_waiting()
+        self.fallbacks.forget(waiting=True)
         episode, now = self.breaker.end(), self.policy.clock()
         if episode is not None and self._progress:
             self.books.recoveries.add()
@@ -341,12 +356,11 @@ class Control:
     # What users may do
 
     def retry_now(self) -> None:
-        self.fallbacks.forget_permanent()
+        self.fallbacks.forget(permanent=True)
         self.breaker.retry_now()
 
     def reset(self) -> None:
-        self.fallbacks.forget_waiting()
-        self.fallbacks.forget_permanent()
+        self.fallbacks.forget(waiting=True, permanent=True)
         self.breaker.end()
         self.last_failure = None
 

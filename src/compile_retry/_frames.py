@@ -12,7 +12,7 @@ import torch
 
 from . import _looks
 from . import _torch_internals as internals
-from ._control import Control, Conversion, Fingerprint, Location, Tally
+from ._control import Control, Conversion, Fallback, Fingerprint, Location, Tally
 from ._failures import is_fatal
 
 
@@ -41,14 +41,10 @@ class FrameConverter:
         retrying, tally.retrying = tally.retrying, None
         exact, coarse = _fingerprint(frame, shapes=True), _fingerprint(frame, shapes=False)
         may_attempt = control.may_attempt(tally)
-        if coarse in fallbacks.hopeless:
+        if fallbacks.is_hopeless(coarse) or (tally.reserved and fallbacks.waits_without_entry(exact)):
             return _eagerly(tally, inner_frames=may_attempt)
-        if exact in fallbacks.failed:
-            if tally.reserved or not may_attempt:
-                return _eagerly(tally, inner_frames=may_attempt)
-        elif not may_attempt:
-            control.breaker.turn_away()
-            return _eagerly(tally, inner_frames=False)
+        if not may_attempt:
+            return self._turn_away(exact, tally)
         conversion = Conversion(_location(code), retrying if retrying is not None and retrying.code is code else None)
         return self._convert(conversion, frame, cache_entry, frame_state, (exact, coarse), tally)
 
@@ -69,7 +65,7 @@ class FrameConverter:
         except Exception as exc:
             internals.uncount_compiles(frame_state, compiles)
             if conversion.gave_way:
-                return _eagerly(tally, inner_frames=False)
+                return self._turn_away(fingerprints[0], tally)
             if conversion.raised or is_fatal(exc) or internals.is_deliberate_limit(exc):
                 raise
             failure = control.doubt(exc, conversion.location, fingerprints, tally)
@@ -80,12 +76,13 @@ class FrameConverter:
                 control.books.add_seconds(control.policy.clock() - started)
 
         if result.guarded_code is not None:
-            control.fallbacks.failed.pop(fingerprints[0], None)
+            control.fallbacks.remove(None, fingerprints[0])
             if conversion.retrying is not None:
-                control.fallbacks.replaced(conversion.retrying)
+                control.fallbacks.remove(conversion.retrying)
+                conversion.retrying.drop()
             if conversion.fallback is not None:
                 entry = internals.CachedFrame(frame.f_code, result.guarded_code, control.is_wanted)
-                control.fell_back(entry, conversion.fallback, tally)
+                control.fell_back(Fallback(fingerprints[0], entry), conversion.fallback, tally)
             return result
         if internals.hit_recompile_limit(result):
             self._over_limit[frame.f_code] = frame_state
@@ -96,6 +93,12 @@ class FrameConverter:
         tally.skipped.append((frame.f_code, frame_state))
         tally.unsettled = True
         return replace(_passed_over(result), apply_to_code=False)
+
+    def _turn_away(self, fingerprint: Fingerprint, tally: Tally) -> internals.ConvertFrameReturn:
+        """Run the frame eagerly because no attempt may be made now."""
+        if not self._control.fallbacks.waits(fingerprint):
+            self._control.breaker.turn_away()
+        return _eagerly(tally, inner_frames=False)
 
 
 def _eagerly(tally: Tally, *, inner_frames: bool) -> internals.ConvertFrameReturn:

@@ -15,7 +15,7 @@ from torch.compiler import is_dynamo_compiling
 
 from . import _looks
 from ._breaker import WATCHED_CALLS, NextRetry
-from ._control import CREATION, Control, Location, Tally
+from ._control import CREATION, Control, Fallback, Location
 from ._failures import CompileFailure, is_fatal
 from ._policy import RetryPolicy
 from ._stats import CompileState, CompileStats, Counter
@@ -99,8 +99,9 @@ class CompiledFunction(Generic[P, R]):
         with self._creation:
             if self._compiled != self._create_and_call:  # another thread was faster
                 return self._compiled
-            if CREATION in control.fallbacks.hopeless or not control.may_attempt(tally):
+            if control.fallbacks.is_hopeless(CREATION) or not control.may_attempt(tally):
                 return None
+            retrying = control.fallbacks.waits(CREATION)
             try:
                 compiled = self._torch_compile()
             except Exception as exc:
@@ -109,13 +110,10 @@ class CompiledFunction(Generic[P, R]):
                 failure = control.failed(exc, "torch.compile", _location(self.eager), tally)
                 if is_strict():
                     raise
-                if failure.kind == "transient":
-                    control.fallbacks.failed[CREATION] = None
-                else:
-                    control.fallbacks.hopeless.add(CREATION)
+                control.fell_back(Fallback(CREATION), failure.kind, tally)
                 return None
-            if CREATION in control.fallbacks.failed:
-                del control.fallbacks.failed[CREATION]
+            if retrying:
+                control.fallbacks.remove(None, CREATION)
                 control.made_progress()
             self._compiled = compiled
             return compiled

@@ -1,0 +1,21 @@
+"""Use the installed package once, where nothing but the package and its dependencies is installed."""
+
+from importlib.resources import files
+
+import torch
+
+import compile_retry
+
+
+@compile_retry.compile_with_fallback(backend="eager")
+def double(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+result = double(torch.ones(2))
+
+assert result.tolist() == [2.0, 2.0]
+assert double.state is compile_retry.CompileState.COMPILED, double.state
+assert files("compile_retry").joinpath("py.typed").is_file()
+assert "site-packages" in compile_retry.__file__, compile_retry.__file__
+print("compiled by", compile_retry.__file__)

@@ -1,0 +1,53 @@
+PYTHON ?= python3
+
+# Tools are run as `python -m tool`: the scripts beside it hold the absolute path of the place where they were installed.
+VENV_PYTHON := .venv/bin/python
+
+# Named after the place for the same reason: a moved checkout installs itself again.
+INSTALLED := .venv/installed-in-$(shell pwd | cksum | cut -d ' ' -f 1)
+
+# From a fresh environment each time: what Sphinx has cached is not warned of again.
+SPHINX := $(VENV_PYTHON) -m sphinx --fresh-env --quiet --fail-on-warning --keep-going
+
+.PHONY: help test demo lint types docs snippets wheel ci clean
+.DEFAULT_GOAL := help
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
+
+test: $(INSTALLED) ## run the tests and measure their coverage
+	$(VENV_PYTHON) -m pytest --cov
+
+demo: $(INSTALLED) ## train a network while its compiler breaks and is repaired (ARGS=--smoke: quickly)
+	$(VENV_PYTHON) examples/demo.py $(ARGS)
+
+lint: $(INSTALLED) ## check style and format
+	$(VENV_PYTHON) -m ruff check
+	$(VENV_PYTHON) -m ruff format --check
+
+types: $(INSTALLED) ## check types
+	$(VENV_PYTHON) -m mypy
+
+docs: $(INSTALLED) ## build docs/_build/html and run the doctests
+	$(SPHINX) -b html docs docs/_build/html
+	$(SPHINX) -b doctest docs docs/_build/doctest
+
+snippets: $(INSTALLED) ## run the code blocks of README.md and docs/
+	$(VENV_PYTHON) -m pytest README.md docs
+
+wheel: $(INSTALLED) ## build dist/*.whl
+	rm -rf dist
+	$(VENV_PYTHON) -m build
+
+ci: ## run every check
+	.ci/run
+
+clean: ## remove what the other targets made, except .venv
+	rm -rf dist docs/_build .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+# Also made anew: an environment that was left half-made, or whose Python is gone.
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "installing into .venv (from nothing: a minute or two)"
+	@$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@$(VENV_PYTHON) -m pip install -qq --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,205 @@
+"""G5 and G6: a failure costs no other graph its compiled code, and nobody starves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from compile_retry import CompileState, RetryPolicy, compile_with_fallback
+from support import Compiler, full_disk, rows
+
+EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
+
+
+def sine(x: torch.Tensor) -> torch.Tensor:
+    return x.sin()
+
+
+def two_graphs(x: torch.Tensor) -> torch.Tensor:
+    y = x.sin()
+    torch._dynamo.graph_break()
+    return y.cos()
+
+
+@pytest.mark.parametrize("retries", [0, 15, 300])
+def test_the_compiled_shape_stays_compiled(retries: int) -> None:
+    """Through any number of failed retries of another shape; and the next retry can still succeed."""
+    compiler = Compiler(rows(4))
+    fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=EVERY_CALL)
+    a, b = torch.ones(3), torch.ones(4)
+    fn(a)
+    for _ in range(retries + 1):
+        torch.testing.assert_close(fn(b), b.sin())
+        before = compiler.ran
+        fn(a)
+        assert compiler.ran == before + 1
+    assert fn.stats.failures == retries + 1
+    assert fn.stats.compiled_calls == retries + 2
+    assert fn.state is CompileState.FALLBACK
+    compiler.fails = lambda inputs: None
+    fn(b)
+    assert fn.state is CompileState.COMPILED
+    assert fn.stats.compiled_calls == retries + 3
+    fn(a), fn(b)
+    assert fn.stats.attempts == retries + 3
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_the_other_graph_of_a_step_stays_compiled(failing: int) -> None:
+    """Whichever graph of a step fails, through fifteen retries: the other one runs compiled in every call after."""
+    graphs = {1: "sin", 2: "cos"}
+    compiled: list[str] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        if graphs[failing] in gm.code:
+            raise full_disk()
+
+        def run(*args: Any) -> Any:
+            compiled.append("sin" if "sin" in gm.code else "cos")
+            return gm.forward(*args)
+
+        return run
+
+    fn = compile_with_fallback(two_graphs, backend=backend, policy=RetryPolicy(wait=None, wait_calls=3))
+    x = torch.ones(3)
+    for _ in range(45):
+        torch.testing.assert_close(fn(x), x.sin().cos())
+    other = graphs[3 - failing]
+    assert set(compiled) == {other}
+    # The first graph gets its turn at the first call; the second one is compiled within two due moments.
+    assert len(compiled) >= (45 - 15 - 9 if failing == 1 else 45)
+    assert fn.stats.failures >= 12
+    assert fn.state is CompileState.FALLBACK
+
+
+@pytest.mark.parametrize("wait", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("pattern", ["AB", "AAB", "AAAB", "ABB"])
+def test_nobody_starves(wait: int, pattern: str) -> None:
+    """Of two waiting shapes, the one that would compile is compiled within two due moments of its being called."""
+    compiler = Compiler(rows(3))
+    fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=RetryPolicy(wait=None, wait_calls=wait))
+    shapes = {"A": torch.ones(3), "B": torch.ones(4)}
+    waiting_since = None
+    for call in range(1, 60):
+        shape = pattern[(call - 1) % len(pattern)]
+        before = compiler.ran
+        torch.testing.assert_close(fn(shapes[shape]), shapes[shape].sin())
+        if compiler.ran > before:
+            break
+        if shape == "B" and waiting_since is None:
+            waiting_since = call
+    else:
+        pytest.fail("B was never compiled")
+    due_moments = 2
+    assert call - (waiting_since or call) <= (due_moments + 1) * (wait + len(pattern))
+    for call in range(call + 1, call + 40):
+        shape = pattern[(call - 1) % len(pattern)]
+        before = compiler.ran
+        fn(shapes[shape])
+        assert compiler.ran == before + (shape == "B")
+
+
+def test_one_graph_that_cannot_be_compiled() -> None:
+    """A NotImplementedError in one graph is not retried and holds nothing else off."""
+    asked: list[str] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        name = "sin" if "sin" in gm.code else "cos"
+        asked.append(name)
+        if name == "sin":
+            raise NotImplementedError("no lowering for sin")
+        return gm.forward
+
+    fn = compile_with_fallback(two_graphs, backend=backend, policy=EVERY_CALL)
+    x = torch.ones(3)
+    for _ in range(10):
+        torch.testing.assert_close(fn(x), x.sin().cos())
+    assert asked == ["sin", "cos"]
+    assert (fn.stats.mixed_calls, fn.stats.failures) == (10, 1)
+    assert fn.state is CompileState.GAVE_UP
+    assert fn.next_retry is None
+    assert fn.last_failure is not None
+    assert fn.last_failure.kind == "permanent"
+
+    fn.retry_now()
+    fn(x)
+    assert asked == ["sin", "cos", "sin"]
+    fn.reset()
+    fn(x)
+    assert asked == ["sin", "cos", "sin", "sin"]
+    assert fn.stats.mixed_calls == 12
+
+
+def test_one_shape_that_cannot_be_compiled() -> None:
+    """Other shapes are attempted at once, and compiled."""
+    compiler = Compiler(rows(3, lambda: NotImplementedError("three rows")))
+    fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=EVERY_CALL)
+    for _ in range(3):
+        fn(torch.ones(3))
+        fn(torch.ones(4))
+    assert (fn.stats.eager_calls, fn.stats.compiled_calls, compiler.asked) == (3, 3, 2)
+
+
+def test_a_failure_that_turns_permanent_ends_the_episode() -> None:
+    """A retry that shows that a graph cannot be compiled is the last one."""
+    compiler = Compiler(lambda inputs: full_disk())
+    fn = compile_with_fallback(sine, backend=compiler, policy=EVERY_CALL)
+    x = torch.ones(3)
+    fn(x)
+    compiler.fails = lambda inputs: NotImplementedError("not this")
+    fn(x)
+    for _ in range(5):
+        fn(x)
+    assert compiler.asked == 2
+    assert fn.state is CompileState.GAVE_UP
+    assert fn.stats.recoveries == 0
+
+
+def test_failures_do_not_use_up_the_recompile_limit() -> None:
+    """Eight shapes that all fall back once are all compiled in the end."""
+    compiler = Compiler(lambda inputs: full_disk())
+    fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=EVERY_CALL)
+    shapes = [torch.ones(n) for n in range(3, 11)]
+    for _ in range(3):
+        for x in shapes:
+            fn(x)
+    compiler.fails = lambda inputs: None
+    for _ in range(3):
+        for x in shapes:
+            fn(x)
+    assert fn.stats.compiled_calls == 24
+    assert fn.state is CompileState.COMPILED
+
+
+def test_another_shapes_code_may_cover_a_fallback() -> None:
+    """With automatic dynamic shapes, the shape that fell back may never need its own code; that is a recovery too."""
+    compiler = Compiler(lambda inputs: full_disk())
+    fn = compile_with_fallback(sine, backend=compiler, policy=RetryPolicy(wait=None, wait_calls=2))
+    fn(torch.ones(3))
+    fn(torch.ones(4))
+    compiler.fails = lambda inputs: None
+    for n in range(5, 80):
+        fn(torch.ones(n))
+    assert fn.stats.compiled_calls == 75
+    assert fn.state is CompileState.COMPILED
+    assert fn.stats.recoveries == 1
+
+
+def test_reset_by_the_user_at_any_moment() -> None:
+    """torch._dynamo.reset() drops all code; what was held off stays held off, and recovers."""
+    compiler = Compiler(rows(4))
+    fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=RetryPolicy(wait=None, wait_calls=3))
+    a, b = torch.ones(3), torch.ones(4)
+    fn(a), fn(b)
+    torch._dynamo.reset()
+    fn(b), fn(b)
+    assert compiler.asked == 2
+    compiler.fails = lambda inputs: None
+    fn(b), fn(a)
+    assert fn.state is CompileState.COMPILED
+    torch._dynamo.reset()
+    fn(a), fn(b)
+    assert (fn.stats.failures, fn.stats.recoveries, fn.state) == (1, 1, CompileState.COMPILED)
+    assert compiler.ran == 5

@@ -1,0 +1,260 @@
+"""G4 and the schedule: when attempts happen, by calls, by seconds, by threads, and when they stop."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import tenacity
+import torch
+from tenacity import stop_after_attempt, stop_after_delay, wait_exponential, wait_fixed
+
+from compile_retry import CompiledFunction, CompileState, NextRetry, RetryPolicy, compile_with_fallback
+from compile_retry.testing import FakeClock, record_transitions
+from support import Compiler, first, full_disk, rows
+
+X = torch.ones(3)
+
+
+def sine(x: torch.Tensor) -> torch.Tensor:
+    return x.sin()
+
+
+def attempts_in(fn: CompiledFunction[..., Any], calls: int, x: torch.Tensor = X) -> list[int]:
+    """In which of the next calls there was an attempt."""
+    made = []
+    for call in range(1, calls + 1):
+        before = fn.stats.attempts
+        torch.testing.assert_close(fn(x), x.sin())
+        if fn.stats.attempts > before:
+            made.append(call)
+    return made
+
+
+def test_the_schedule_of_a_cifar_step() -> None:
+    """Two failing attempts, waits of 2 and 4 calls: attempts in calls 1, 3 and 7, though batches differ in size."""
+    compiler = Compiler(first(2))
+    policy = RetryPolicy(wait=None, wait_calls=wait_exponential(multiplier=2, max=64), stop=stop_after_attempt(6))
+
+    @compile_with_fallback(dynamic=True, policy=policy, backend=compiler)
+    def train_step(model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor, criterion: torch.nn.Module) -> Any:
+        outputs = model(inputs)
+        return criterion(outputs, targets), outputs
+
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(3600, 10)
+    )
+    made = []
+    for call in range(1, 13):
+        batch = 6 if call % 4 == 0 else 8
+        before = train_step.stats.attempts
+        loss, outputs = train_step(
+            model, torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,)), torch.nn.CrossEntropyLoss()
+        )
+        loss.backward()
+        assert outputs.shape == (batch, 10)
+        if train_step.stats.attempts > before:
+            made.append(call)
+    stats = train_step.stats
+    assert made == [1, 3, 7]
+    assert (stats.eager_calls, stats.compiled_calls, stats.mixed_calls) == (6, 6, 0)
+    assert (stats.attempts, stats.failures, stats.recoveries) == (3, 2, 1)
+    assert train_step.state is CompileState.COMPILED
+
+
+@pytest.mark.parametrize(("clock_per_call", "expected"), [(1.0, [1, 6, 11]), (4.0, [1, 4, 7, 10]), (0.0, [1, 6, 11])])
+def test_calls_or_seconds_whichever_comes_first(clock_per_call: float, expected: list[int]) -> None:
+    """With wait=10.0 and wait_calls=5, slow calls are retried by the clock and fast ones by their number."""
+    clock = FakeClock()
+    fn = compile_with_fallback(
+        sine, backend=Compiler(lambda inputs: full_disk()), policy=RetryPolicy(wait=10.0, wait_calls=5, clock=clock)
+    )
+    made = []
+    for call in range(1, 13):
+        made += [call for _ in attempts_in(fn, 1)]
+        clock.advance(clock_per_call)
+    assert made == expected
+
+
+def test_seconds_only() -> None:
+    """No number of calls makes an attempt due before its time."""
+    clock = FakeClock()
+    fn = compile_with_fallback(sine, backend=Compiler(first(2)), policy=RetryPolicy(wait=10.0, clock=clock))
+    assert attempts_in(fn, 200) == [1]
+    assert fn.next_retry == NextRetry(calls=None, seconds=10.0)
+    clock.advance(9.9)
+    assert attempts_in(fn, 3) == []
+    clock.advance(0.1)
+    assert fn.next_retry == NextRetry(calls=None, seconds=0.0)
+    assert attempts_in(fn, 3) == [1]
+    clock.advance(10)
+    assert attempts_in(fn, 3) == [1]
+    assert fn.state is CompileState.COMPILED
+    assert fn.next_retry is None
+
+
+def test_next_retry_counts_down() -> None:
+    """`calls` counts down to 1, the attempt itself."""
+    fn = compile_with_fallback(sine, backend=Compiler(first(1)), policy=RetryPolicy(wait=None, wait_calls=3))
+    assert fn.next_retry is None
+    left = []
+    for _ in range(3):
+        fn(X)
+        assert fn.next_retry is not None
+        assert fn.next_retry.seconds is None
+        left.append(fn.next_retry.calls)
+    assert left == [3, 2, 1]
+    fn(X)
+    assert fn.next_retry is None
+
+
+def test_giving_up_and_coming_back() -> None:
+    """After `stop` nothing is attempted, until retry_now() or reset()."""
+    compiler = Compiler(lambda inputs: full_disk())
+    policy = RetryPolicy(wait=None, wait_calls=2, stop=stop_after_attempt(3))
+    fn = compile_with_fallback(sine, backend=compiler, policy=policy)
+    assert attempts_in(fn, 20) == [1, 3, 5]
+    assert fn.state is CompileState.GAVE_UP
+    assert fn.next_retry is None
+
+    fn.retry_now()
+    assert fn.state is CompileState.FALLBACK
+    assert attempts_in(fn, 5) == [1]
+    assert fn.state is CompileState.GAVE_UP
+    assert fn.last_failure is not None
+    assert fn.last_failure.attempt == 4
+
+    fn.reset()
+    assert fn.last_failure is None
+    assert fn.state is CompileState.PENDING
+    assert attempts_in(fn, 20) == [1, 3, 5]
+    assert fn.last_failure.attempt == 3
+
+    compiler.fails = lambda inputs: None
+    fn.retry_now()
+    assert attempts_in(fn, 5) == [1]
+    assert fn.state is CompileState.COMPILED
+    assert fn.stats.recoveries == 1
+
+
+def test_stop_after_delay_counts_from_the_first_failure() -> None:
+    """tenacity's stop strategies see the seconds since the episode began."""
+    clock = FakeClock()
+    policy = RetryPolicy(wait=10, stop=stop_after_delay(25), clock=clock)
+    fn = compile_with_fallback(sine, backend=Compiler(lambda inputs: full_disk()), policy=policy)
+    clock.advance(1000)
+    for _ in range(10):
+        fn(X)
+        clock.advance(10)
+    assert fn.state is CompileState.GAVE_UP
+    assert fn.stats.attempts == 4
+
+
+def test_a_new_episode_starts_afresh() -> None:
+    """After a recovery the backoff begins at its beginning."""
+    compiler = Compiler(first(3))
+    fn = compile_with_fallback(
+        sine, backend=compiler, policy=RetryPolicy(wait=None, wait_calls=wait_exponential(multiplier=2)), dynamic=False
+    )
+    assert attempts_in(fn, 15) == [1, 3, 7, 15]
+    compiler.fails = first(1)
+    y = torch.ones(4)
+    assert attempts_in(fn, 4, y) == [1, 3]
+    assert (fn.stats.failures, fn.stats.recoveries) == (4, 2)
+
+
+def test_retry_now_when_nothing_is_held_off() -> None:
+    """It changes nothing."""
+    fn = compile_with_fallback(sine, backend=Compiler())
+    fn.retry_now()
+    fn(X)
+    fn.retry_now()
+    assert attempts_in(fn, 3) == []
+    assert fn.state is CompileState.COMPILED
+
+
+def test_a_tenacity_retrying_is_a_policy() -> None:
+    """Its wait, stop and retry are used; it is not run."""
+    clock = FakeClock()
+    retrying = tenacity.Retrying(
+        wait=wait_fixed(5), stop=stop_after_attempt(2), retry=tenacity.retry_if_exception_type(OSError)
+    )
+    fn = compile_with_fallback(sine, backend=Compiler(lambda inputs: full_disk()), policy=retrying)
+    assert (fn.policy.wait, fn.policy.stop, fn.policy.retry) == (retrying.wait, retrying.stop, retrying.retry)
+    object.__setattr__(fn.policy, "clock", clock)
+    assert attempts_in(fn, 4) == [1]
+    clock.advance(5)
+    assert attempts_in(fn, 4) == [1]
+    assert fn.state is CompileState.GAVE_UP
+
+
+def test_new_shapes_are_not_attempted_during_hold_off() -> None:
+    """Not while nothing is compiled, and not while something is."""
+    clock = FakeClock()
+    compiler = Compiler(rows(3))
+    fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=RetryPolicy(wait=10, clock=clock))
+    fn(torch.ones(3))
+    for n in range(4, 80):
+        fn(torch.ones(n))
+    assert (compiler.asked, fn.stats.eager_calls) == (1, 77)
+    clock.advance(10)
+    fn(torch.ones(4))
+    assert (compiler.asked, fn.stats.compiled_calls) == (2, 1)
+    fn(torch.ones(3))
+    assert (compiler.asked, fn.stats.failures) == (3, 2)
+    for n in range(5, 20):
+        fn(torch.ones(n))
+        fn(torch.ones(4))
+    assert compiler.asked == 3
+    assert compiler.ran == 16
+
+
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_one_attempt_per_due_moment_under_eight_threads(compiled_before: bool) -> None:
+    """However many threads call at a due moment, one of them attempts."""
+    clock, compiler = FakeClock(), Compiler(rows(3))
+    fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=RetryPolicy(wait=10, clock=clock))
+    if compiled_before:
+        fn(torch.ones(2))
+    start, done, errors = threading.Barrier(9), threading.Barrier(9), list[BaseException]()
+
+    def work() -> None:
+        try:
+            for _ in range(6):
+                start.wait()
+                for _ in range(5):
+                    torch.testing.assert_close(fn(X), X.sin())
+                done.wait()
+        except BaseException as exc:
+            errors.append(exc)
+            start.abort()
+            done.abort()
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    asked = []
+    for _ in range(6):
+        before = compiler.asked
+        start.wait()
+        done.wait()
+        asked.append(compiler.asked - before)
+        clock.advance(10)
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert asked == [1] * 6
+    stats = fn.stats
+    assert stats.calls == stats.eager_calls + stats.compiled_calls == 240 + compiled_before
+    assert (stats.failures, stats.attempts) == (6, 6 + compiled_before)
+
+
+def test_transitions_are_told_once() -> None:
+    """Failure, failure, recovery: three transitions for many calls."""
+    fn = compile_with_fallback(sine, backend=Compiler(first(2)), policy=RetryPolicy(wait=None, wait_calls=10), name="f")
+    with record_transitions("f") as transitions:
+        attempts_in(fn, 50)
+    assert [t.kind for t in transitions] == ["failed", "failed", "compiled", "recovered"]
+    assert [t.call for t in transitions] == [1, 11, 21, 21]
+    assert [t.next_retry for t in transitions[:2]] == [NextRetry(10, None)] * 2
