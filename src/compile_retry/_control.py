@@ -212,8 +212,9 @@ class Fallbacks:
 class Control:
     """The state of one decorated function, without the function."""
 
-    def __init__(self, name: str, policy: RetryPolicy) -> None:
+    def __init__(self, name: str, location: Location, policy: RetryPolicy) -> None:
         self.name = name
+        self.location = location
         self.policy = policy
         self.breaker = Breaker(policy)
         self.books = Books()

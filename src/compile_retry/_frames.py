@@ -45,7 +45,8 @@ class FrameConverter:
             return _eagerly(tally, inner_frames=may_attempt)
         if not may_attempt:
             return self._turn_away(exact, tally)
-        conversion = Conversion(_location(code), retrying if retrying is not None and retrying.code is code else None)
+        location = control.location if internals.is_inline_wrapper(code) else _location(code)
+        conversion = Conversion(location, retrying if retrying is not None and retrying.code is code else None)
         return self._convert(conversion, frame, cache_entry, frame_state, (exact, coarse), tally)
 
     def _convert(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import pickle
 import threading
 from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 import torch
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_dynamo_compiling, is_exporting
 
 from . import _looks
 from ._breaker import WATCHED_CALLS, NextRetry
@@ -49,7 +50,7 @@ class CompiledFunction(Generic[P, R]):
         self.policy = policy
         self.name = name if name is not None else _name_of(fn)
         self._options = options
-        self._control = Control(self.name, policy)
+        self._control = Control(self.name, _location(fn), policy)
         self._calls = Counter()
         self._creation = threading.Lock()
         self._compiled: Callable[P, R] = self._create_and_call
@@ -99,7 +100,8 @@ class CompiledFunction(Generic[P, R]):
         with self._creation:
             if self._compiled != self._create_and_call:  # another thread was faster
                 return self._compiled
-            if control.fallbacks.is_hopeless(CREATION) or not control.may_attempt(tally):
+            # Inside torch.export, torch.compile would give the plain function back, for good.
+            if control.fallbacks.is_hopeless(CREATION) or not control.may_attempt(tally) or is_exporting():
                 return None
             retrying = control.fallbacks.waits(CREATION)
             try:
@@ -107,7 +109,7 @@ class CompiledFunction(Generic[P, R]):
             except Exception as exc:
                 if is_fatal(exc):
                     raise
-                failure = control.failed(exc, "torch.compile", _location(self.eager), tally)
+                failure = control.failed(exc, "torch.compile", control.location, tally)
                 if is_strict():
                     raise
                 control.fell_back(Fallback(CREATION), failure.kind, tally)
@@ -133,7 +135,7 @@ class CompiledFunction(Generic[P, R]):
             options["options"] = dict(options["options"])  # torch.compile takes things out of it
         if internals.isolates_recompiles() and _accepts(torch.compile, "isolate_recompiles"):
             options.setdefault("isolate_recompiles", True)
-        compiled: Callable[P, R] = torch.compile(self.eager, **options)
+        compiled: Callable[P, R] = torch.compile(internals.visible(self.eager), **options)
         internals.interpose(compiled, lambda inner: FrameConverter(inner, control))
         return compiled
 
@@ -170,7 +172,11 @@ class CompiledFunction(Generic[P, R]):
     @overload
     def __get__(self, instance: object, owner: type | None = None) -> Callable[..., R]: ...
     def __get__(self, instance: object, owner: type | None = None) -> Any:
-        return self if instance is None else MethodType(self, instance)
+        if instance is None:
+            return self
+        if is_dynamo_compiling():  # Dynamo cannot make a method of an object
+            return functools.partial(self.eager, instance)
+        return MethodType(self, instance)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         fn = copy.deepcopy(self.eager, memo)
@@ -180,7 +186,10 @@ class CompiledFunction(Generic[P, R]):
         return type(self)(self.eager, policy=self.policy, name=self.name, options=self._options)
 
     def __reduce__(self) -> str:
-        return self.__qualname__  # by reference, as functions are pickled
+        name = getattr(self, "__qualname__", None)
+        if not isinstance(name, str):
+            raise pickle.PicklingError(f"{self!r} has no name to be pickled by")
+        return name  # by reference, as functions are pickled
 
     def __repr__(self) -> str:
         return f"<CompiledFunction {self.name}: {self.state.value}>"

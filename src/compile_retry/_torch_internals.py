@@ -29,6 +29,9 @@ from torch._dynamo.convert_frame import FRAME_COMPILE_COUNTER, has_tensor_in_fra
 # leave a backend as exceptions without being failures. Since 2.0. Essential.
 from torch._dynamo.exc import FailOnRecompileLimitHit, RestartAnalysis, SkipFrame
 
+# What `torch.compile` itself puts round callables without a frame of their own; since 2.1. Essential.
+from torch._dynamo.external_utils import wrap_inline
+
 # What replaces the guards of a dropped cache entry; since 2.6. Essential: Dynamo has no public way to drop one entry.
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 
@@ -80,6 +83,25 @@ def innermost(fn: Callable[..., Any]) -> Callable[..., Any]:
     """The function below ``torch.compile``. Since 2.0; Dynamo compiles that one too if it is compiled twice."""
     inner: Callable[..., Any] = torch._dynamo.eval_frame.innermost_fn(fn)
     return inner
+
+
+def visible(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The call of a module in a form that Dynamo does not pass over.
+
+    Dynamo passes over frames of torch.nn's own files. It takes up the module's ``forward`` below, unless that is
+    torch.nn's own as well, as for a Sequential; then ``module.compile()`` compiles nothing, without a word.
+    ``torch.compile(module)`` wraps the call in that case, and so does this. Since 2.1.
+    """
+    module = getattr(fn, "__self__", None)
+    if isinstance(module, torch.nn.Module) and _is_skipped_file(module.forward):
+        wrapped: Callable[..., Any] = wrap_inline(fn)
+        return wrapped
+    return fn
+
+
+def is_inline_wrapper(code: CodeType) -> bool:
+    """Whether this is the frame that torch puts round callables that have none of their own."""
+    return code.co_filename == wrap_inline.__code__.co_filename
 
 
 def backends() -> list[str]:
@@ -168,8 +190,12 @@ def skip_for_good() -> ConvertFrameReturn:
 
 
 def is_disabled() -> bool:
-    """Whether Dynamo is switched off for now. It would remember to skip the frame even after it is on again."""
-    return bool(torch._dynamo.config.disable)
+    """Whether nothing is to be compiled for now.
+
+    Switched off, Dynamo would note in the code object to pass over it even after it is on again; and under
+    ``torch.export`` without Dynamo the function is to be traced as it is.
+    """
+    return bool(torch._dynamo.config.disable) or torch.compiler.is_exporting()
 
 
 def hit_recompile_limit(result: ConvertFrameReturn) -> bool:

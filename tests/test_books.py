@@ -1,0 +1,261 @@
+"""G11: the books are honest. Silent eager counts as eager, and the figures add up, under threads too."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from compile_retry import CompileState, CompileStats, RetryPolicy, compile_with_fallback
+from compile_retry.testing import record_transitions
+from support import Compiler, first, full_disk
+
+X = torch.ones(3)
+EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
+
+
+def sine(x: torch.Tensor) -> torch.Tensor:
+    return x.sin()
+
+
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_past_the_recompile_limit(fullgraph: bool) -> None:
+    """Calls count as eager, their results are right, and it is said once."""
+    compiler = Compiler()
+    fn = compile_with_fallback(sine, backend=compiler, dynamic=False, fullgraph=fullgraph)
+    limit = torch._dynamo.config.recompile_limit
+    with record_transitions() as transitions:
+        for n in range(2, limit + 12):
+            x = torch.ones(n)
+            torch.testing.assert_close(fn(x), x.sin())
+    assert (compiler.asked, fn.stats.compiled_calls, fn.stats.eager_calls) == (limit, limit, 10)
+    assert len(transitions) == 2
+    for n in range(2, limit + 2):
+        fn(torch.ones(n))
+    assert fn.stats.compiled_calls == 2 * limit
+
+
+def test_the_recompile_limit_in_a_later_graph() -> None:
+    """A call of which one graph is over the limit is mixed; after torch._dynamo.reset() the limit is fresh."""
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        z = x.sin()
+        torch._dynamo.graph_break()
+        return y.cos()
+
+    fn = compile_with_fallback(step, backend=Compiler(), dynamic=False)
+    torch._dynamo.config.recompile_limit, limit = 2, torch._dynamo.config.recompile_limit
+    try:
+        for n in (2, 3, 4, 5, 4):
+            fn(X, torch.ones(n))
+    finally:
+        torch._dynamo.config.recompile_limit = limit
+    assert (fn.stats.eager_calls + fn.stats.mixed_calls, fn.stats.compiled_calls) == (3, 2)
+    torch._dynamo.reset()
+    fn(X, torch.ones(4))
+    assert fn.stats.compiled_calls == 3
+
+
+def test_the_limit_that_the_user_wants_to_raise() -> None:
+    """torch._dynamo.config.fail_on_recompile_limit_hit is honoured."""
+    fn = compile_with_fallback(sine, backend=Compiler(), dynamic=False)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=1):
+        fn(torch.ones(2))
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            fn(torch.ones(3))
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_stances(fullgraph: bool) -> None:
+    """force_eager and eager_on_recompile count as eager; fail_on_recompile raises what the user asked for."""
+    fn = compile_with_fallback(sine, backend=Compiler(), fullgraph=fullgraph, dynamic=False)
+    with torch.compiler.set_stance("force_eager"):
+        fn(X)
+    assert (fn.stats.eager_calls, fn.state) == (1, CompileState.PENDING)
+    fn(X)
+    with torch.compiler.set_stance("eager_on_recompile"):
+        fn(X)
+        fn(torch.ones(4))
+    with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError, match="fail_on_recompile"):
+        fn(torch.ones(5))
+    assert (fn.stats.compiled_calls, fn.stats.eager_calls, fn.stats.failures) == (2, 3, 0)
+
+
+def test_the_stances_that_compile_later() -> None:
+    """eager_then_compile asks our backend behind the frame callback's back; failures are survived there, too."""
+    fn = compile_with_fallback(sine, backend=Compiler(first(1)), dynamic=False, policy=RetryPolicy(wait=1000))
+    with torch.compiler.set_stance("eager_then_compile"):
+        for n in (3, 3, 3, 4, 4):
+            x = torch.ones(n)
+            torch.testing.assert_close(fn(x), x.sin())
+    assert fn.stats.failures == 1
+    assert fn.stats.compiled_calls == 0
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_disabled_dynamo(fullgraph: bool) -> None:
+    """torch._dynamo.config.disable counts as eager while it lasts, also where it was on in the first call."""
+    fn = compile_with_fallback(sine, backend=Compiler(), fullgraph=fullgraph)
+    with torch._dynamo.config.patch(disable=True):
+        for _ in range(3):
+            torch.testing.assert_close(fn(X), X.sin())
+    fn(X)
+    assert (fn.stats.eager_calls, fn.stats.compiled_calls) == (3, 1)
+
+
+def test_disable_true_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile(disable=True) and TORCHDYNAMO_DISABLE=1 are honoured and counted as eager."""
+    fn = compile_with_fallback(sine, disable=True)
+    fn(X)
+    assert (fn.stats.eager_calls, fn.stats.calls, fn.state) == (1, 1, CompileState.PENDING)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    fn = compile_with_fallback(sine)
+    fn(X)
+    assert (fn.stats.eager_calls, fn.state) == (1, CompileState.PENDING)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_nothing_to_compile(fullgraph: bool) -> None:
+    """A function without tensors runs once per call and gives its result, with fullgraph=True too."""
+    ran = 0
+
+    def add(a: int, b: int) -> int:
+        nonlocal ran
+        ran += 1
+        return a + b
+
+    fn = compile_with_fallback(add, fullgraph=fullgraph, backend="eager")
+    assert [fn(2, 3), fn(2, 3), fn(4, 5)] == [5, 5, 9]
+    assert ran == 3
+    assert (fn.stats.calls, fn.stats.failures) == (3, 0)
+    assert fn.stats.eager_calls >= 1
+
+
+def test_a_frame_that_torch_skips() -> None:
+    """A graph break that Dynamo cannot resume from makes it skip the frame; that counts as eager, call after call."""
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            for i in range(2):
+                try:
+                    torch._dynamo.graph_break()
+                finally:
+                    x = x + i
+        return x
+
+    compiler = Compiler()
+    fn = compile_with_fallback(step, backend=compiler)
+    for _ in range(4):
+        torch.testing.assert_close(fn(X), X + 1)
+    stats = fn.stats
+    assert stats.calls == 4
+    assert stats.failures == 0
+    assert (stats.compiled_calls > 0) == (compiler.ran > 0)
+
+
+def test_control_flow_through_the_backend() -> None:
+    """Dynamo restarts its analysis by raising through the backend: neither a failure nor a second attempt."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    fn = compile_with_fallback(lambda x: net(x).sum(), backend="aot_eager", dynamic=True)
+    for _ in range(3):
+        fn(torch.randn(8, 3, 8, 8))
+    assert (fn.stats.attempts, fn.stats.failures, fn.stats.compiled_calls) == (1, 0, 3)
+
+
+def test_a_backend_that_skips_frames() -> None:
+    """SkipFrame is a backend's word for "leave this one alone", not a failure."""
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        raise torch._dynamo.exc.SkipFrame("not this one")
+
+    fn = compile_with_fallback(sine, backend=backend)
+    for _ in range(3):
+        torch.testing.assert_close(fn(X), X.sin())
+    assert (fn.stats.eager_calls, fn.stats.failures) == (3, 0)
+
+
+def test_nested_calls_are_part_of_their_callers_graph() -> None:
+    """What Dynamo traces into is not a call; what runs on its own is."""
+    inner = compile_with_fallback(sine, backend=Compiler(), name="inner")
+    outer = compile_with_fallback(lambda x: inner(x) + 1, backend=Compiler(), name="outer")
+    for _ in range(3):
+        outer(X)
+    assert (outer.stats.compiled_calls, inner.stats.calls) == (3, 0)
+    inner(X)
+    assert inner.stats.compiled_calls == 1
+
+
+def test_recursion() -> None:
+    """A decorated function that calls itself where Dynamo does not look."""
+
+    def step(x: torch.Tensor, depth: int) -> torch.Tensor:
+        if depth:
+            x = again(x, depth - 1)
+        return x.sin()
+
+    fn = compile_with_fallback(step, backend=Compiler(first(2)), policy=EVERY_CALL)
+    again = torch.compiler.disable(lambda x, depth: fn(x, depth))
+    for _ in range(6):
+        torch.testing.assert_close(fn(X, 2), X.sin().sin().sin())
+    assert fn.stats.calls == 18
+    assert fn.state is CompileState.COMPILED
+
+
+def test_eight_threads_four_shapes() -> None:
+    """Failures coming and going: every result is right and the books add up."""
+    rng = random.Random(0)
+    compiler = Compiler(lambda inputs: full_disk() if rng.random() < 0.5 else None)
+    fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=RetryPolicy(wait=None, wait_calls=5))
+    errors: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        mine = random.Random(seed)
+        try:
+            for _ in range(200):
+                x = torch.full((mine.choice([2, 3, 4, 5]),), mine.random())
+                torch.testing.assert_close(fn(x), x.sin())
+        except BaseException as exc:
+            errors.append(exc)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stats = fn.stats
+    assert not errors
+    assert stats.calls == 1600 == stats.compiled_calls + stats.mixed_calls + stats.eager_calls
+    assert stats.attempts == compiler.asked
+    compiler.fails = lambda inputs: None
+    for _ in range(20):
+        for n in (2, 3, 4, 5):
+            fn(torch.ones(n))
+    assert fn.state is CompileState.COMPILED
+
+
+def test_stats_are_a_snapshot() -> None:
+    """`as_dict` holds every figure; a snapshot does not change."""
+    fn = compile_with_fallback(sine, backend=Compiler(first(1)), policy=EVERY_CALL)
+    empty = fn.stats
+    for _ in range(4):
+        fn(X)
+    assert (empty.calls, empty.compiled_fraction) == (0, 0.0)
+    stats = fn.stats
+    assert stats.as_dict() == {
+        "calls": 4,
+        "compiled_calls": 3,
+        "mixed_calls": 0,
+        "eager_calls": 1,
+        "attempts": 2,
+        "failures": 1,
+        "recoveries": 1,
+        "compile_seconds": stats.compile_seconds,
+        "compiled_fraction": 0.75,
+    }
+    assert stats.compile_seconds > 0
+    assert stats == CompileStats(3, 0, 1, 2, 1, 1, stats.compile_seconds)

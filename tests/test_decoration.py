@@ -1,0 +1,258 @@
+"""What may be decorated and with what; failures of torch.compile() itself."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from compile_retry import CompileState, RetryPolicy, compile_with_fallback
+from support import Compiler, full_disk
+
+EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
+SECOND_CALL = RetryPolicy(wait=None, wait_calls=2)
+X = torch.ones(3)
+
+
+def sine(x: torch.Tensor) -> torch.Tensor:
+    return x.sin()
+
+
+def test_three_ways() -> None:
+    """Bare, with arguments, and as a call."""
+
+    @compile_with_fallback
+    def bare(x: torch.Tensor) -> torch.Tensor:
+        return x.sin()
+
+    @compile_with_fallback(backend="eager", name="mine")
+    def with_arguments(x: torch.Tensor) -> torch.Tensor:
+        return x.sin()
+
+    called = compile_with_fallback(sine, backend="eager", policy=EVERY_CALL)
+    assert (bare.name, with_arguments.name, called.name) == ("bare", "mine", "sine")
+    assert (bare.policy, called.policy) == (RetryPolicy(clock=bare.policy.clock), EVERY_CALL)
+    for fn in (with_arguments, called):
+        assert fn.state is CompileState.PENDING
+        torch.testing.assert_close(fn(X), X.sin())
+        assert fn.state is CompileState.COMPILED
+
+
+async def coroutine() -> None: ...
+
+
+async def async_generator() -> AsyncIterator[int]:
+    yield 1
+
+
+def generator() -> Iterator[int]:
+    yield 1
+
+
+class Generating:
+    def __call__(self) -> Iterator[int]:
+        yield 1
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (coroutine, "coroutine function"),
+        (async_generator, "async generator function"),
+        (generator, "generator function"),
+        (functools.partial(generator), "generator function"),
+        (Generating(), "generator function"),
+        (staticmethod(generator), "a generator function"),
+        (torch.nn.Linear, "the class Linear"),
+        (3, "not 3"),
+        ("sine", "not 'sine'"),
+        (property(sine), "property object"),
+
+
+    ],
+)
+@pytest.mark.parametrize("with_arguments", [False, True])
+def test_what_cannot_be_decorated(fn: Any, message: str, with_arguments: bool) -> None:
+    """Raises at decoration and says what is allowed."""
+    with pytest.raises(TypeError, match=message):
+        compile_with_fallback(dynamic=True)(fn) if with_arguments else compile_with_fallback(fn)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"foo": 1}, TypeError, "no option 'foo'; it takes .*fullgraph"),
+        ({"fullgraph": "yes"}, TypeError, "fullgraph must be True or False, not 'yes'"),
+        ({"disable": None}, TypeError, "disable must be True or False, not None"),
+        ({"dynamic": "auto"}, TypeError, "dynamic must be True, False or None, not 'auto'"),
+        ({"backend": 3}, TypeError, "backend must be the name of a backend or a callable, not 3"),
+        ({"backend": "inductr"}, ValueError, "no backend 'inductr'; did you mean 'inductor'.*eager"),
+        ({"mode": 3}, TypeError, "mode must be a string or None, not 3"),
+        ({"mode": "fastest"}, ValueError, "no mode 'fastest'; .*max-autotune"),
+        ({"options": [1]}, TypeError, "options must be a dict or None"),
+        ({"options": {"max_autotun": True}}, ValueError, "no option 'max_autotun'; did you mean 'max_autotune'"),
+        ({"options": {"max_autotune": "yes"}}, ValueError, "max_autotune"),
+        ({"mode": "max-autotune", "options": {"max_autotune": True}}, ValueError, "both given"),
+        ({"name": 3}, TypeError, "name must be a string or None, not 3"),
+        ({"policy": 3}, TypeError, "policy must be a RetryPolicy, a tenacity.Retrying or None, not 3"),
+        ({"policy": RetryPolicy}, TypeError, "policy must be"),
+    ],
+)
+def test_wrong_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    """Raise at decoration, with and without a function, and name what is allowed."""
+    with pytest.raises(error, match=message):
+        compile_with_fallback(sine, **options)
+    with pytest.raises(error, match=message):
+        compile_with_fallback(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "default"},
+        {"mode": "reduce-overhead"},
+        {"mode": "max-autotune-no-cudagraphs", "dynamic": False},
+        {"options": {"max-autotune": False, "trace.enabled": False}},
+        {"options": {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}},
+        {"backend": "aot_eager", "fullgraph": True},
+        {"backend": "inductor", "dynamic": True},
+        {"backend": "eager"},
+    ],
+    ids=str,
+)
+def test_options_pass_through(options: dict[str, Any]) -> None:
+    """What torch.compile takes is taken, arrives unchanged, and is left alone; the function compiles with it."""
+    seen: list[dict[str, Any]] = []
+    real, given = torch.compile, {**options}
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append({k: (dict(v) if isinstance(v, dict) else v) for k, v in kwargs.items()})
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", spy)
+        fn = compile_with_fallback(sine, **options)
+        torch.testing.assert_close(fn(X), X.sin())
+    assert fn.stats.compiled_calls == 1
+    assert options == given
+    assert {k: v for k, v in seen[0].items() if k not in ("backend", "isolate_recompiles")} == {
+        k: v for k, v in options.items() if k != "backend"
+    }
+
+
+def test_mode_and_options_reach_the_backend() -> None:
+    """A callable backend gets them as torch.compile hands them over, inductor as its configuration."""
+    seen: list[dict[str, Any]] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any], **kwargs: Any) -> Any:
+        seen.append(kwargs)
+        return gm.forward
+
+    compile_with_fallback(sine, backend=backend, options={"a": 1})(X)
+    compile_with_fallback(sine, backend=backend, mode="b")(X)
+    assert seen == [{"options": {"a": 1}}, {"mode": "b"}]
+
+    configs: list[Any] = []
+    real = torch._inductor.compile_fx.compile_fx
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        configs.append(kwargs["config_patches"])
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._inductor.compile_fx, "compile_fx", spy)
+        compile_with_fallback(lambda x: x.cos() + 1, options={"epilogue_fusion": False})(X)
+        compile_with_fallback(lambda x: x.cos() + 1, mode="max-autotune-no-cudagraphs")(X)
+    assert configs[0] == {"epilogue_fusion": False}
+    assert configs[1] == torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
+
+
+def test_a_backends_reset_and_config_are_kept() -> None:
+    """torch._dynamo.reset() reaches a backend's reset()."""
+    compiler = Compiler()
+    resets: list[int] = []
+    compiler.reset = lambda: resets.append(1)  # type: ignore[attr-defined]
+    fn = compile_with_fallback(sine, backend=compiler)
+    fn(X)
+    torch._dynamo.reset()
+    assert resets == [1]
+
+
+def test_torch_compile_itself_fails() -> None:
+    """It is survived and retried like any other failure; it is looked up when it is needed, so tests can patch it."""
+    real, left, calls = torch.compile, 2, []
+
+    def flaky(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        calls.append(fn.stats.calls + 1)
+        left -= 1
+        if left >= 0:
+            raise full_disk()
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", flaky)
+        fn = compile_with_fallback(sine, backend=Compiler(), policy=SECOND_CALL)
+        for _ in range(8):
+            torch.testing.assert_close(fn(X), X.sin())
+    assert calls == [1, 3, 5]
+    stats = fn.stats
+    assert (stats.eager_calls, stats.compiled_calls, stats.failures, stats.recoveries) == (4, 4, 2, 1)
+    assert fn.last_failure is not None
+    assert (fn.last_failure.stage, fn.last_failure.frame[0]) == ("torch.compile", "sine")
+    assert fn.state is CompileState.COMPILED
+
+
+def test_torch_compile_cannot_work() -> None:
+    """A permanent failure of torch.compile() is not retried, until the user says so."""
+    calls: list[int] = []
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        raise NotImplementedError("not on this platform")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", broken)
+        fn = compile_with_fallback(sine, backend=Compiler(), policy=EVERY_CALL)
+        for _ in range(5):
+            fn(X)
+        assert (len(calls), fn.state, fn.stats.eager_calls) == (1, CompileState.GAVE_UP, 5)
+    fn.retry_now()
+    fn(X)
+    assert (fn.stats.compiled_calls, fn.state) == (1, CompileState.COMPILED)
+
+
+def test_torch_compile_is_patched_away() -> None:
+    """Users' tests replace torch.compile by the identity, or by anything else that can be called."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda fn, **options: fn)
+        fn = compile_with_fallback(sine, dynamic=True, whatever=1)
+        torch.testing.assert_close(fn(X), X.sin())
+    assert (fn.stats.eager_calls, fn.state) == (1, CompileState.PENDING)
+
+
+def test_an_unknown_torch() -> None:
+    """Where torch has changed under the library, functions run eagerly and the log says why."""
+
+    def unknown(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    unknown._torchdynamo_orig_callable = sine  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda fn, **options: unknown)
+        fn = compile_with_fallback(sine, policy=EVERY_CALL)
+        torch.testing.assert_close(fn(X), X.sin())
+    assert fn.last_failure is not None
+    assert "keeps its frame callback where compile_retry cannot find it" in fn.last_failure.message
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_modules_that_cannot_be_compiled_in_place() -> None:
+    """TorchScript, and what torch.compile() has made of a module."""
+    with pytest.raises(TypeError, match="TorchScript module"):
+        compile_with_fallback(torch.jit.script(torch.nn.Linear(1, 1)))
+    with pytest.raises(TypeError, match=r"what torch\.compile\(\) returned"):
+        compile_with_fallback(torch.compile(torch.nn.Linear(1, 1)))

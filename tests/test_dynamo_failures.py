@@ -1,0 +1,112 @@
+"""Failures inside Dynamo itself, which no backend sees: at the entry frame, after a graph break, in a nested frame."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch._dynamo.symbolic_convert import InstructionTranslator
+
+from compile_retry import CompileState, RetryPolicy, compile_with_fallback
+from support import Compiler
+
+EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
+X = torch.ones(3)
+
+
+@contextmanager
+def dynamo_fails_in(name: str, exc: Exception, times: int = 10**9) -> Iterator[list[str]]:
+    """Dynamo raises when it translates a frame whose function's name contains `name`."""
+    run, failed = InstructionTranslator.run, []
+
+    def failing_run(self: InstructionTranslator) -> None:
+        if name in self.f_code.co_name and len(failed) < times:
+            failed.append(self.f_code.co_name)
+            raise exc
+        run(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InstructionTranslator, "run", failing_run)
+        yield failed
+
+
+def nested(x: torch.Tensor) -> torch.Tensor:
+    y = x * 2
+    torch._dynamo.graph_break()
+    return y + 1
+
+
+def step(x: torch.Tensor, log: list[str]) -> torch.Tensor:
+    log.append("first")
+    y = nested(x.sin())
+    torch._dynamo.graph_break()
+    log.append("second")
+    return y.cos()
+
+
+@pytest.mark.parametrize("frame", ["step", "nested", "resume_in_step", "resume_in_nested"])
+@pytest.mark.parametrize("wait", [1, 3])
+def test_a_frame_fails_in_dynamo(frame: str, wait: int) -> None:
+    """The step completes, everything in it happens once, the frame is tried again and compiled in the end."""
+    fn = compile_with_fallback(step, backend=Compiler(), policy=RetryPolicy(wait=None, wait_calls=wait))
+    with dynamo_fails_in(frame, MemoryError("simulated")) as failed:
+        for _ in range(7):
+            log: list[str] = []
+            torch.testing.assert_close(fn(X, log), step(X, []))
+            assert log == ["first", "second"]
+    assert fn.state is CompileState.FALLBACK
+    # Two of the due moments may go to frames that were turned away in the meantime.
+    assert (5 if wait == 1 else 2) <= fn.stats.failures == len(failed) <= (7 if wait == 1 else 3)
+    assert fn.last_failure is not None
+    assert (fn.last_failure.error_type, fn.last_failure.stage) == ("builtins.MemoryError", "trace")
+    for _ in range(2 * wait + 3):
+        fn(X, [])
+    assert fn.state is CompileState.COMPILED
+    before = fn.stats.compiled_calls
+    fn(X, [])
+    assert fn.stats.compiled_calls == before + 1
+
+
+def test_a_new_shape_fails_in_dynamo() -> None:
+    """The compiled shape stays compiled, and other shapes are not starved."""
+    compiler = Compiler()
+    fn = compile_with_fallback(
+        lambda x: x.sin(), backend=compiler, dynamic=False, policy=RetryPolicy(wait=None, wait_calls=2)
+    )
+    fn(X)
+    with dynamo_fails_in("lambda", MemoryError()):
+        for n in (4, 4, 5, 4, 4):
+            x = torch.ones(n)
+            torch.testing.assert_close(fn(x), x.sin())
+            before = compiler.ran
+            fn(X)
+            assert compiler.ran == before + 1
+    for n in (4, 5, 4, 5, 4, 5):
+        fn(torch.ones(n))
+    assert fn.state is CompileState.COMPILED
+
+
+def test_a_frame_that_dynamo_can_never_compile() -> None:
+    """Runs eagerly without being tried again, and frames below it are compiled."""
+    compiler = Compiler()
+    fn = compile_with_fallback(step, backend=compiler, policy=EVERY_CALL)
+    with dynamo_fails_in("step", torch._dynamo.exc.UncapturedHigherOrderOpError("cannot")) as failed:
+        for _ in range(4):
+            torch.testing.assert_close(fn(X, []), step(X, []))
+    assert len(failed) == fn.stats.failures == 1
+    assert compiler.ran == 8
+    assert (fn.state, fn.stats.mixed_calls) == (CompileState.GAVE_UP, 4)
+
+
+def test_dynamo_fails_and_the_program_raises() -> None:
+    """Then it was no compile failure."""
+
+    def bad(x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("the program's")
+
+    fn = compile_with_fallback(bad, backend=Compiler(), policy=EVERY_CALL)
+    with dynamo_fails_in("bad", MemoryError()), pytest.raises(ValueError, match="the program's"):
+        fn(X)
+    assert (fn.stats.failures, fn.state) == (0, CompileState.PENDING)

@@ -1,0 +1,322 @@
+"""G13: functions, methods, modules, copies, pickles, outer compiles, DDP, and many wrappers of one code object."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import io
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from module_level import double
+
+from compile_retry import CompiledFunction, CompileState, RetryPolicy, compile_with_fallback, compiled_function
+from support import Compiler, first
+
+X = torch.ones(3)
+EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
+
+
+class Holder:
+    """Decorated methods of every kind."""
+
+    factor = 3.0
+
+    @compile_with_fallback(backend="eager")
+    def method(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+    @staticmethod
+    @compile_with_fallback(backend="eager")
+    def static_inside(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @compile_with_fallback(backend="eager")
+    @staticmethod
+    def static_outside(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @classmethod
+    @compile_with_fallback(backend="eager")
+    def class_inside(cls, x: torch.Tensor) -> torch.Tensor:
+        return x * cls.factor
+
+    @compile_with_fallback(backend="eager")
+    @classmethod
+    def class_outside(cls, x: torch.Tensor) -> torch.Tensor:
+        return x * cls.factor
+
+
+def test_methods() -> None:
+    """Bind as methods do, through instance and class, and count."""
+    holder = Holder()
+    for bound, factor in [
+        (holder.method, 3),
+        (functools.partial(Holder.method, holder), 3),
+        (holder.static_inside, 2),
+        (Holder.static_outside, 2),
+        (holder.class_inside, 3),
+        (Holder.class_outside, 3),
+    ]:
+        torch.testing.assert_close(bound(X), X * factor)
+    assert isinstance(Holder.method, CompiledFunction)
+    assert holder.method.stats.compiled_calls == 2  # type: ignore[attr-defined]
+    assert Holder.class_outside.stats.compiled_calls == 1  # type: ignore[attr-defined]
+    assert pickle.loads(pickle.dumps(holder.method))(X).tolist() == (X * 3).tolist()
+
+
+class Callable:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sin()
+
+
+def test_other_callables() -> None:
+    """Lambdas, closures, partials, bound methods, callable objects, builtins."""
+    shift = torch.ones(3)
+
+    def closure(x: torch.Tensor) -> torch.Tensor:
+        return x + shift
+
+    for fn, expected in [
+        (lambda x: x * 2, X * 2),
+        (closure, X + 1),
+        (functools.partial(torch.mul, other=5), X * 5),
+        (functools.partial(functools.partial(closure)), X + 1),
+        (Callable(), X.sin()),
+        (torch.sin, X.sin()),
+    ]:
+        compiler = Compiler(first(2))
+        ours = compile_with_fallback(fn, backend=compiler, policy=EVERY_CALL)
+        for _ in range(4):
+            torch.testing.assert_close(ours(X), expected)
+        assert (ours.stats.compiled_calls, ours.stats.failures) == (2, 2)
+        assert ours.name
+
+
+def test_looks_like_the_function() -> None:
+    """Name, doc, signature, module and __wrapped__ are the function's."""
+    assert double.__name__ == "double"
+    assert double.__qualname__ == "double"
+    assert double.__doc__ == "Twice x."
+    assert double.__module__ == "module_level"
+    assert inspect.signature(double) == inspect.signature(double.eager)
+    assert double.__wrapped__ is double.eager  # type: ignore[attr-defined]
+    assert repr(double).startswith("<CompiledFunction double: ")
+
+
+def test_pickle_and_copies() -> None:
+    """Pickles by reference, as functions do; copies are fresh."""
+    assert pickle.loads(pickle.dumps(double)) is double
+    double(X)
+    for fresh in (copy.copy(double), copy.deepcopy(double)):
+        assert fresh is not double
+        assert (fresh.eager, fresh.policy, fresh.name) == (double.eager, double.policy, double.name)
+        assert fresh.stats.calls == 0
+        torch.testing.assert_close(fresh(X), 2 * X)
+        assert fresh.stats.compiled_calls == 1
+    local = compile_with_fallback(lambda x: x)
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        pickle.dumps(local)
+    with pytest.raises(pickle.PicklingError):
+        pickle.dumps(compile_with_fallback(functools.partial(double.eager)))
+
+
+def make_module() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.ReLU())
+
+
+def test_module_in_place() -> None:
+    """Same object, class and state_dict keys; falls back and recovers; hooks run once."""
+    module = make_module()
+    keys, hooks = list(module.state_dict()), []
+    module.register_forward_hook(lambda *args: hooks.append(1))
+    twin = copy.deepcopy(module)
+    compiled = compile_with_fallback(module, backend=Compiler(first(2)), policy=EVERY_CALL)
+    assert compiled is module
+    assert type(compiled) is torch.nn.Sequential
+    assert list(compiled.state_dict()) == keys
+    x = torch.randn(5, 3)
+    for _ in range(4):
+        torch.testing.assert_close(compiled(x), twin(x))
+    assert compiled.state_dict()["1.num_batches_tracked"] == 4
+    assert len(hooks) == 8
+    function = compiled_function(module)
+    assert (function.stats.eager_calls, function.stats.compiled_calls, function.state) == (2, 2, CompileState.COMPILED)
+    assert function.name == "Sequential"
+
+
+def test_module_copies_and_files() -> None:
+    """A deep copy gets a compiled call of its own; a saved module loads as a plain one."""
+    module = compile_with_fallback(make_module(), backend="eager", policy=RetryPolicy(clock=lambda: 0.0))
+    x = torch.randn(5, 3)
+    module(x)
+    twin = copy.deepcopy(module)
+    assert compiled_function(twin) is not compiled_function(module)
+    with torch.no_grad():
+        twin[0].weight.zero_()  # type: ignore[index, union-attr, operator]
+    assert not torch.equal(twin(x), module(x))
+    assert (compiled_function(twin).stats.calls, compiled_function(module).stats.calls) == (1, 2)
+
+    holder = torch.nn.ModuleList([module])
+    assert compiled_function(copy.deepcopy(holder)[0]) is not compiled_function(module)
+
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    torch.testing.assert_close(loaded.eval()(x), module.eval()(x))
+    with pytest.raises(TypeError, match="Sequential has not been compiled"):
+        compiled_function(loaded)
+    again = compile_with_fallback(loaded, backend="eager")
+    again(x)
+    assert compiled_function(again).stats.compiled_calls == 1
+
+
+def test_module_decorated_twice() -> None:
+    """The second time counts."""
+    module = compile_with_fallback(compile_with_fallback(make_module(), backend="eager", name="a"), backend="eager", name="b")
+    module(torch.randn(5, 3))
+    assert compiled_function(module).name == "b"
+
+
+def test_decorated_twice() -> None:
+    """Compiling what is decorated or compiled already compiles the plain function below it."""
+    once = compile_with_fallback(lambda x: x.sin(), backend="eager")
+    twice = compile_with_fallback(once, backend=Compiler(first(1)), policy=EVERY_CALL)
+    after_torch = compile_with_fallback(torch.compile(once.eager), backend=Compiler(first(1)), policy=EVERY_CALL)
+    assert twice.eager is after_torch.eager is once.eager
+    for fn in (twice, after_torch):
+        for _ in range(3):
+            torch.testing.assert_close(fn(X), X.sin())
+        assert (fn.stats.eager_calls, fn.stats.compiled_calls) == (1, 2)
+    assert once.stats.calls == 0
+    method = compile_with_fallback(Holder().method, backend="eager")
+    torch.testing.assert_close(method(X), X * 3)
+    assert method.stats.compiled_calls == 1
+
+
+@pytest.mark.parametrize("held_off", [False, True])
+def test_inside_an_outer_compile(held_off: bool) -> None:
+    """Traced as the plain function, by torch.compile(fullgraph=True), as itself, as a method, and by torch.export."""
+    compiler = Compiler(first(10))
+    inner = compile_with_fallback(lambda x: x.sin(), backend=compiler)
+    holder = Holder()
+    if held_off:
+        inner(X)
+    calls = inner.stats.calls
+    for outer, expected in [
+        (lambda x: inner(x) + 1, X.sin() + 1),
+        (lambda x: holder.method(x) + 1, X * 3 + 1),
+        (lambda x: Holder.static_inside(x) + Holder.static_outside(x), X * 4),
+        (inner, X.sin()),
+    ]:
+        graphs = Compiler()
+        compiled = torch.compile(outer, fullgraph=True, backend=graphs)
+        for _ in range(2):
+            torch.testing.assert_close(compiled(X), expected)
+        assert (graphs.asked, graphs.ran) == (1, 2)
+
+    class Net(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return inner(x) + 1
+
+    for strict in (False, True):
+        exported = torch.export.export(Net(), (X,), strict=strict)
+        torch.testing.assert_close(exported.module()(X), X.sin() + 1)
+    assert compiler.asked == held_off
+    assert inner.stats.failures == held_off
+    assert inner.stats.calls <= calls + 1
+
+
+def test_class_methods_inside_an_outer_compile() -> None:
+    """Dynamo breaks the graph there, because it takes only plain functions for class methods; the result is right."""
+    outer = torch.compile(lambda x: Holder.class_inside(x * 2) + Holder.class_outside(x), backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(outer(X), X * 9)
+
+
+def test_an_outer_compile_that_breaks() -> None:
+    """Where the outer compile cannot trace the decorated function, that one still runs, once."""
+    ran: list[int] = []
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        torch.compiler.disable(ran.append)(1)
+        return x.sin()
+
+    inner = compile_with_fallback(step, backend="eager")
+    outer = torch.compile(lambda x: inner(x * 2) + 1, backend="eager")
+    for n in range(1, 4):
+        torch.testing.assert_close(outer(X), (X * 2).sin() + 1)
+        assert len(ran) == n
+
+
+def test_a_compiled_module_inside_an_outer_compile() -> None:
+    """An outer compile traces the plain module."""
+    module = compile_with_fallback(make_module(), backend=Compiler(first(10)))
+    outer = torch.compile(lambda x: module(x) + 1, backend="eager", fullgraph=True)
+    outer(torch.randn(5, 3))
+    assert compiled_function(module).stats.calls == 0
+
+
+@pytest.mark.parametrize("fails", [0, 2])
+def test_twenty_closures_of_one_factory(fails: int) -> None:
+    """All compile: they share no recompile limit."""
+
+    def make(k: float) -> CompiledFunction[[torch.Tensor], torch.Tensor]:
+        return compile_with_fallback(lambda x: x * k, backend=Compiler(first(fails)), policy=EVERY_CALL)
+
+    functions = [make(float(k)) for k in range(20)]
+    for _ in range(4):
+        for k, fn in enumerate(functions):
+            torch.testing.assert_close(fn(X), X * k)
+    assert all(fn.stats.compiled_calls == 4 - fails for fn in functions)
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).relu())  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def process_group(tmp_path: Any) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore:.*barrier.*:UserWarning")
+@pytest.mark.parametrize("where", ["module inside DDP", "step round DDP"])
+def test_ddp(where: str) -> None:
+    """A module compiled in place under DDP, and a step that calls a DDP module: both fall back, recover, and train."""
+    torch.manual_seed(0)
+    plain = Net()
+    twin = copy.deepcopy(plain)
+    compiler = Compiler(first(2))
+    if where == "module inside DDP":
+        compile_with_fallback(plain, backend=compiler, policy=EVERY_CALL)
+        model = torch.nn.parallel.DistributedDataParallel(plain)
+        step, function = model.__call__, compiled_function(plain)
+    else:
+        model = torch.nn.parallel.DistributedDataParallel(plain)
+        step = function = compile_with_fallback(lambda x: model(x), backend=compiler, policy=EVERY_CALL)  # type: ignore[assignment]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (plain, twin)]
+    for _ in range(5):
+        x = torch.randn(4, 3)
+        losses = [step(x).pow(2).mean(), twin(x).pow(2).mean()]
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    torch.testing.assert_close(plain.state_dict(), twin.state_dict())
+    assert function.stats.failures == 2
+    assert function.state is CompileState.COMPILED
+    assert function.stats.compiled_calls >= 2

@@ -1,0 +1,183 @@
+"""G9 and G10: nothing else changes, and nothing is kept."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import random
+import subprocess
+import sys
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import torch._functorch.config
+import torch._inductor.config
+
+from compile_retry import CompileFailure, CompileState, RetryPolicy, compile_with_fallback
+from compile_retry.testing import fail_compiles
+from support import Compiler, first, full_disk
+
+EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
+
+
+def two_graphs(x: torch.Tensor) -> torch.Tensor:
+    y = x.sin()
+    torch._dynamo.graph_break()
+    return y.cos()
+
+
+@pytest.mark.parametrize("fails", [1, 2, 3])
+def test_nothing_else_changes(fails: int) -> None:
+    """Configuration, environment, random generators, callbacks, stance and other functions' code are as before."""
+    other_compiler = Compiler()
+    other = torch.compile(two_graphs, backend=other_compiler)
+    ours = compile_with_fallback(two_graphs, backend=Compiler(first(fails)), policy=EVERY_CALL)
+    x = torch.ones(3)
+    other(x)
+
+    def process_state() -> list[Any]:
+        return [
+            {k: v for k, v in torch._dynamo.config.get_config_copy().items()},
+            {k: v for k, v in torch._functorch.config.get_config_copy().items()},
+            {k: v for k, v in torch._inductor.config.get_config_copy().items()},
+            dict(os.environ),
+            random.getstate(),
+            torch.get_rng_state().tolist(),
+            torch._dynamo.eval_frame._stance,
+            torch.is_grad_enabled(),
+        ]
+
+    before = process_state()
+    for _ in range(5):
+        ours(x)
+    assert process_state() == before
+    other(x)
+    assert (other_compiler.asked, other_compiler.ran) == (2, 4)
+    assert ours.state is CompileState.COMPILED
+
+
+@pytest.mark.parametrize("where", [1, 2])
+def test_no_input_is_alive_after_a_failed_call(where: int) -> None:
+    """Not even until the next garbage collection."""
+    asked = 0
+
+    def fails(inputs: list[Any]) -> Exception | None:
+        nonlocal asked
+        asked += 1
+        return full_disk() if asked == where else None
+
+    fn = compile_with_fallback(two_graphs, backend=Compiler(fails), policy=EVERY_CALL)
+    gc.collect()
+    gc.disable()
+    try:
+        x = torch.ones(1000)
+        alive = weakref.ref(x)
+        y = fn(x)
+        del x
+        assert fn.stats.failures == 1
+        gc.collect()
+        assert alive() is None
+        alive = weakref.ref(y)
+        del y
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_wrappers_are_collected() -> None:
+    """Fifty wrappers made, used, failed and dropped: functions, wrappers and captured tensors are gone."""
+
+    def make(fails: int) -> tuple[weakref.ref[Any], ...]:
+        weight = torch.ones(3)
+        fn = compile_with_fallback(lambda x: x * weight, backend=Compiler(first(fails)), policy=EVERY_CALL)
+        for _ in range(fails + 1):
+            fn(torch.ones(3))
+        return weakref.ref(fn), weakref.ref(fn.eager)
+
+    made = [make(k % 3) for k in range(50)]
+    gc.collect()
+    assert [ref() for refs in made for ref in refs if ref() is not None] == []
+
+
+def test_the_record_is_text() -> None:
+    """A failure can be pickled, compared and printed, and holds no exception."""
+    fn = compile_with_fallback(two_graphs, backend=Compiler(first(1)), policy=EVERY_CALL)
+    fn(torch.ones(3))
+    failure = fn.last_failure
+    assert failure is not None
+    assert pickle.loads(pickle.dumps(failure)) == failure
+    assert isinstance(failure, CompileFailure)
+    assert (failure.kind, failure.error_type, failure.stage) == ("transient", "builtins.OSError", "backend")
+    assert (failure.attempt, failure.call) == (1, 1)
+    assert failure.frame[0].endswith("two_graphs")
+    assert failure.frame[1] == __file__
+    assert str(failure) == "OSError: [Errno 28] No space left on device"
+    assert "full_disk" not in failure.message
+    assert "OSError: [Errno 28]" in failure.traceback
+
+
+def test_held_off_calls_keep_nothing() -> None:
+    """Ten thousand held-off calls leave no objects behind."""
+    fn = compile_with_fallback(two_graphs, backend=Compiler(lambda inputs: full_disk()), policy=RetryPolicy(wait=1e9))
+    x = torch.ones(3)
+    for _ in range(200):
+        fn(x)
+    gc.collect()
+    before = len(gc.get_objects())
+    for _ in range(10_000):
+        fn(x)
+    gc.collect()
+    assert len(gc.get_objects()) - before < 50
+
+
+def test_failed_retries_keep_nothing() -> None:
+    """A hundred failed retries leave next to nothing behind; what torch itself keeps is not ours to drop."""
+    fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: full_disk()), policy=EVERY_CALL)
+    x = torch.ones(3)
+    for _ in range(20):
+        fn(x)
+    gc.collect()
+    threads, before = threading.active_count(), len(gc.get_objects())
+    for _ in range(100):
+        fn(x)
+    gc.collect()
+    assert threading.active_count() == threads
+    assert (len(gc.get_objects()) - before) / 100 < 100
+
+
+def test_import_is_light() -> None:
+    """Importing the library imports no part of torch's compiler."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import compile_retry
+new = set(sys.modules) - before
+assert not [m for m in new if m.startswith("torch.")], sorted(new)
+assert "torch._dynamo" not in sys.modules
+
+@compile_retry.compile_with_fallback(dynamic=True, policy=compile_retry.RetryPolicy(wait=1.0))
+def step(x):
+    return x.sin()
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_interrupt_during_an_attempt() -> None:
+    """KeyboardInterrupt passes through, and the function stays usable: the same attempt can be made again."""
+    fn = compile_with_fallback(two_graphs, backend=Compiler(first(1)), policy=RetryPolicy(wait=None, wait_calls=2))
+    x = torch.ones(3)
+    for _ in range(2):
+        with fail_compiles(KeyboardInterrupt), pytest.raises(KeyboardInterrupt):  # type: ignore[arg-type]
+            fn(x)
+    assert fn.stats.failures == 0
+    fn(x), fn(x)
+    with fail_compiles(KeyboardInterrupt), pytest.raises(KeyboardInterrupt):  # type: ignore[arg-type]
+        fn(x)
+    torch.testing.assert_close(fn(x), x.sin().cos())
+    assert fn.stats.failures == 1
+    assert fn.state is CompileState.COMPILED

@@ -1,0 +1,192 @@
+"""RetryPolicy: what it accepts, and how tenacity's strategies are asked."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from typing import Any
+
+import pytest
+import tenacity
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tenacity import RetryCallState
+
+from compile_retry import CompileState, NextRetry, RetryPolicy, compile_with_fallback
+from compile_retry.testing import FakeClock
+from support import Compiler, full_disk
+
+X = torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"wait": -1}, ValueError, "wait must be at least 0 seconds, not -1"),
+        ({"wait": math.nan}, ValueError, "wait must be at least 0 seconds, not nan"),
+        ({"wait": "30"}, TypeError, "wait must be a tenacity wait strategy, a number of seconds or None, not '30'"),
+        ({"wait": True}, TypeError, "not True"),
+        ({"wait": tenacity.wait_fixed}, TypeError, "wait must be"),
+        ({"wait_calls": 0}, ValueError, "wait_calls must be at least 1 calls, not 0"),
+        ({"wait_calls": 0.5}, ValueError, "wait_calls must be at least 1 calls"),
+        ({"wait_calls": math.nan}, ValueError, "wait_calls must be at least 1 calls"),
+        ({"wait_calls": []}, TypeError, "wait_calls must be a tenacity wait strategy, a number of calls or None"),
+        ({"wait": None}, ValueError, "wait and wait_calls are both None"),
+        ({"stop": 5}, TypeError, r"stop must be a tenacity stop strategy such as stop_after_attempt\(10\)"),
+        ({"stop": None}, TypeError, "stop must be"),
+        ({"stop": tenacity.stop_after_attempt}, TypeError, "stop must be"),
+        ({"retry": OSError}, TypeError, "retry must be a tenacity retry predicate"),
+        ({"retry": False}, TypeError, "retry must be"),
+        ({"clock": 3.0}, TypeError, "clock must be a callable"),
+    ],
+)
+def test_wrong_values(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    """Raise, naming the argument, the value and what is allowed."""
+    with pytest.raises(error, match=message):
+        RetryPolicy(**arguments)
+
+
+def test_right_values() -> None:
+    """Numbers, infinities, strategies, sums of strategies, plain callables."""
+    for arguments in (
+        {},
+        {"wait": 0},
+        {"wait": 1.5, "wait_calls": 7},
+        {"wait": math.inf},
+        {"wait": None, "wait_calls": 1.5},
+        {"wait": tenacity.wait_fixed(1) + tenacity.wait_random(0, 1), "stop": tenacity.stop_after_attempt(3) | tenacity.stop_after_delay(9)},
+        {"wait": lambda state: 3.0, "stop": lambda state: False, "retry": lambda state: True},
+    ):
+        policy = RetryPolicy(**arguments)  # type: ignore[arg-type]
+        assert policy == RetryPolicy(**arguments)  # type: ignore[arg-type]
+    with pytest.raises(AttributeError):
+        RetryPolicy().wait = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("policy", [tenacity.AsyncRetrying(), "30s", tenacity.wait_fixed(3)])
+def test_what_is_no_policy(policy: Any) -> None:
+    """Only a RetryPolicy, a Retrying or nothing."""
+    with pytest.raises(TypeError, match="policy must be a RetryPolicy, a tenacity.Retrying or None"):
+        compile_with_fallback(lambda x: x, policy=policy)
+
+
+def test_the_default() -> None:
+    """30 s, 60 s, and so on up to an hour, for ever; and it draws no random numbers."""
+    clock = FakeClock()
+    fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda i: full_disk()), policy=RetryPolicy(clock=clock))
+    waits, state = [], random.getstate()
+    for _ in range(10):
+        fn(X)
+        assert fn.next_retry is not None
+        assert fn.next_retry.calls is None
+        waits.append(fn.next_retry.seconds)
+        clock.advance(fn.next_retry.seconds or 0)
+    assert waits == [30, 60, 120, 240, 480, 960, 1920, 3600, 3600, 3600]
+    assert random.getstate() == state
+
+
+def test_strategies_see_what_tenacity_would_show_them() -> None:
+    """Attempt number, the root cause, the time since the first failure, the wait to come, and none of the arguments."""
+    seen: list[tuple[Any, ...]] = []
+    clock = FakeClock(100)
+
+    def wait(retry_state: RetryCallState) -> float:
+        assert retry_state.outcome is not None
+        seen.append(
+            ("wait", retry_state.attempt_number, repr(retry_state.outcome.exception()), retry_state.seconds_since_start)
+        )
+        assert (retry_state.args, retry_state.kwargs, retry_state.fn) == ((), {}, None)
+        return 5.0
+
+    def stop(retry_state: RetryCallState) -> bool:
+        seen.append(("stop", retry_state.upcoming_sleep, retry_state.idle_for))
+        return False
+
+    states: list[RetryCallState] = []
+    policy = RetryPolicy(wait=tenacity.wait_chain(wait, wait), stop=stop, retry=lambda s: bool(states.append(s)) or True, clock=clock)
+    fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: full_disk()), policy=policy)
+    fn(X)
+    clock.advance(7)
+    fn(X)
+    disk = repr(full_disk())
+    assert seen == [("wait", 1, disk, 0.0), ("stop", 5.0, 0.0), ("wait", 2, disk, 7.0), ("stop", 5.0, 7.0)]
+    assert [state.outcome for state in states] == [None, None]
+
+
+def test_stop_before_delay() -> None:
+    """Strategies that look at the coming wait see it."""
+    clock = FakeClock()
+    policy = RetryPolicy(wait=10, stop=tenacity.stop_before_delay(25), clock=clock)
+    fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: full_disk()), policy=policy)
+    for _ in range(5):
+        fn(X)
+        clock.advance(10)
+    assert (fn.stats.attempts, fn.state) == (3, CompileState.GAVE_UP)
+
+
+def test_the_retry_predicate_decides() -> None:
+    """What it refuses is permanent, whatever it is."""
+    policy = RetryPolicy(wait=None, wait_calls=1, retry=tenacity.retry_if_not_exception_type(OSError))
+    fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: full_disk()), policy=policy)
+    for _ in range(4):
+        fn(X)
+    assert (fn.stats.failures, fn.state) == (1, CompileState.GAVE_UP)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"wait": lambda state: math.nan},
+        {"wait": lambda state: -1.0},
+        {"wait": None, "wait_calls": lambda state: "soon"},
+        {"stop": lambda state: 1 / 0},
+        {"retry": lambda state: state.nothing},
+    ],
+)
+def test_a_strategy_that_fails(broken: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Never breaks a step: the log says so, and no attempt is made any more."""
+    fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: full_disk()), policy=RetryPolicy(**broken))
+    with caplog.at_level(logging.ERROR, logger="compile_retry"):
+        for _ in range(4):
+            torch.testing.assert_close(fn(X), X.sin())
+    assert (fn.stats.failures, fn.state) == (1, CompileState.GAVE_UP)
+    assert sum("the retry policy raised" in r.message for r in caplog.records) == 1
+
+
+def test_next_retry_in_words() -> None:
+    """For log lines."""
+    assert str(NextRetry(1, None)) == "in 1 call"
+    assert str(NextRetry(5, 30.0)) == "in 5 calls or in 30 s"
+    assert str(NextRetry(None, 0.25)) == "in 0.25 s"
+
+
+
+@given(
+    waits=st.lists(st.floats(min_value=0, max_value=50), min_size=1, max_size=6),
+    calls=st.integers(min_value=1, max_value=120),
+    fails=st.integers(min_value=0, max_value=6),
+)
+def test_the_schedule_is_the_model(waits: list[float], calls: int, fails: int) -> None:
+    """Attempts happen exactly where a reference model of the schedule puts them."""
+    from compile_retry._breaker import Breaker
+
+    policy = RetryPolicy(wait=None, wait_calls=lambda s: waits[min(s.attempt_number, len(waits)) - 1])
+    breaker, made, left = Breaker(policy), [], fails
+    for call in range(1, calls + 1):
+        if breaker.episode is None or breaker.let_through(call):
+            made.append(call)
+            breaker.probe_ended()
+            if left == 0:
+                breaker.end()
+                break
+            left -= 1
+            breaker.failed(OSError(), call)
+    expected, due = [], 1
+    for attempt in range(fails + 1):
+        if due > calls:
+            break
+        expected.append(due)
+        due += max(1, math.ceil(waits[min(attempt + 1, len(waits)) - 1]))
+    assert made == expected

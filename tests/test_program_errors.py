@@ -1,0 +1,223 @@
+"""G3: the program's errors stay the program's. What eager raises too was not a compile failure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import compile_retry
+from compile_retry import CompileState, RetryPolicy, compile_with_fallback
+from compile_retry.testing import record_transitions
+from support import Compiler, first
+
+X = torch.ones(3)
+
+
+class Trouble(Exception):
+    pass
+
+
+def test_value_error_under_fullgraph() -> None:
+    """Arrives as itself, though Dynamo dresses it up; the body runs once; nothing is counted or held off."""
+    ran = 0
+
+    def step(x: torch.Tensor, bad: bool) -> torch.Tensor:
+        nonlocal ran
+        ran += 1
+        if bad:
+            raise ValueError("bad batch", 7)
+        return x.sin()
+
+    fn = compile_with_fallback(step, backend=Compiler(), fullgraph=True)
+    for calls in (1, 2):
+        with pytest.raises(ValueError, match="bad batch") as caught:
+            fn(X, bad=True)
+        assert type(caught.value) is ValueError
+        assert caught.value.args == ("bad batch", 7)
+        assert ran == calls
+    assert (fn.stats.attempts, fn.stats.failures, fn.last_failure) == (0, 0, None)
+    assert fn.state is CompileState.PENDING
+    fn(X, bad=False)
+    assert (fn.stats.compiled_calls, fn.state) == (1, CompileState.COMPILED)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_the_first_calls_raise(fullgraph: bool) -> None:
+    """A function whose first calls raise is compiled by its first good one."""
+
+    def step(x: torch.Tensor, bad: bool) -> torch.Tensor:
+        y = x.sin()
+        if bad:
+            raise Trouble("no")
+        return y.cos()
+
+    fn = compile_with_fallback(step, backend=Compiler(), fullgraph=fullgraph)
+    for _ in range(3):
+        with pytest.raises(Trouble):
+            fn(X, bad=True)
+    for _ in range(3):
+        fn(X, bad=False)
+    assert fn.stats.compiled_calls == 3
+    assert fn.stats.failures == 0
+    with pytest.raises(Trouble):
+        fn(X, bad=True)
+    fn(X, bad=False)
+    assert (fn.stats.compiled_calls, fn.state) == (4, CompileState.COMPILED)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_shape_mismatch(fullgraph: bool, compiled_before: bool) -> None:
+    """Arrives as eager's own error, word for word, and counts nothing."""
+
+    def step(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return x @ w
+
+    fn = compile_with_fallback(step, backend=Compiler(), fullgraph=fullgraph)
+    if compiled_before:
+        fn(torch.ones(2, 3), torch.ones(3, 2))
+    state, stats = fn.state, fn.stats
+    with pytest.raises(RuntimeError) as eager:
+        step(torch.ones(2, 3), torch.ones(4, 5))
+    with pytest.raises(RuntimeError) as ours, record_transitions() as transitions:
+        fn(torch.ones(2, 3), torch.ones(4, 5))
+    assert (type(ours.value), ours.value.args) == (type(eager.value), eager.value.args)
+    assert (fn.stats.attempts, fn.stats.failures) == (stats.attempts, stats.failures)
+    assert (fn.state, fn.next_retry, transitions) == (state, None, [])
+    fn(torch.ones(2, 3), torch.ones(3, 2))
+    assert fn.stats.compiled_calls == stats.compiled_calls + 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("v"),
+        KeyError("k"),
+        StopIteration(3),
+        NotImplementedError("n"),
+        OSError(28, "No space left on device"),
+        MemoryError(),
+        Trouble("t", 1),
+        KeyboardInterrupt(),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+@pytest.mark.parametrize("when", ["before", "between", "after"])
+def test_any_error_anywhere(error: BaseException, when: str) -> None:
+    """Same object, raised once, body run once, at every place of a step with a graph break."""
+    places: list[str] = []
+    armed = False
+
+    def trouble(place: str) -> None:
+        places.append(place)
+        if armed and place == when:
+            raise error
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        torch.compiler.disable(trouble)("before")
+        y = x.sin()
+        torch.compiler.disable(trouble)("between")
+        z = y.cos()
+        torch.compiler.disable(trouble)("after")
+        return z
+
+    fn = compile_with_fallback(step, backend=Compiler())
+    for turn in range(3):
+        places.clear()
+        armed = turn != 1
+        if armed:
+            with pytest.raises(type(error)) as caught:
+                fn(X)
+            assert caught.value is error
+            assert places == ["before", "between", "after"][: ["before", "between", "after"].index(when) + 1]
+        else:
+            torch.testing.assert_close(fn(X), X.sin().cos())
+    assert (fn.stats.failures, fn.last_failure) == (0, None)
+    assert fn.state is CompileState.COMPILED
+
+
+def test_error_while_held_off() -> None:
+    """A program error changes nothing about a hold-off."""
+
+    def step(x: torch.Tensor, bad: bool = False) -> torch.Tensor:
+        if bad:
+            raise Trouble
+        return x.sin()
+
+    fn = compile_with_fallback(step, backend=Compiler(first(1)), policy=RetryPolicy(wait=None, wait_calls=3))
+    fn(X)
+    with pytest.raises(Trouble):
+        fn(X, bad=True)
+    fn(X)
+    assert (fn.stats.failures, fn.stats.attempts, fn.state) == (1, 1, CompileState.FALLBACK)
+    fn(X)
+    assert fn.state is CompileState.COMPILED
+
+
+def test_wrong_arguments() -> None:
+    """A call that does not fit the signature is the caller's TypeError."""
+    fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler())
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        fn()
+    with pytest.raises(TypeError):
+        fn(X, X)
+    fn(X)
+    assert (fn.stats.failures, fn.state) == (0, CompileState.COMPILED)
+
+
+def test_graph_break_under_fullgraph() -> None:
+    """Is a permanent failure: the call runs eagerly, once, and the log says why, once."""
+    ran = 0
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        nonlocal ran
+        ran += 1
+        torch._dynamo.graph_break()
+        return x.sin()
+
+    fn = compile_with_fallback(step, backend=Compiler(), fullgraph=True)
+    with record_transitions() as transitions:
+        for _ in range(5):
+            torch.testing.assert_close(fn(X), X.sin())
+    assert ran == 5
+    assert (fn.stats.eager_calls, fn.stats.failures, fn.state) == (5, 1, CompileState.GAVE_UP)
+    assert [t.kind for t in transitions] == ["gave up"]
+    assert "graph_break" in transitions[0].message
+    assert fn.last_failure is not None
+    assert (fn.last_failure.kind, fn.last_failure.stage) == ("permanent", "trace")
+    with compile_retry.set_strict(True):
+        fn.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            fn(X)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_errors_of_the_compiled_code_itself(fullgraph: bool) -> None:
+    """What compiled code raises while it runs is the program's: not a compile failure, never a reason to run again."""
+    ran = 0
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        def run(*args: torch.Tensor) -> object:
+            nonlocal ran
+            ran += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return run
+
+    fn = compile_with_fallback(lambda x: x.sin(), backend=backend, fullgraph=fullgraph)
+    for calls in (1, 2):
+        with pytest.raises(torch.OutOfMemoryError):
+            fn(X)
+        assert ran == calls
+    assert fn.stats.failures == 0
+
+
+def test_fatal_errors_surface() -> None:
+    """After a sticky device error eager cannot run either: it is surfaced, and not a failure to be retried."""
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: error))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        fn(X)
+    assert fn.stats.failures == 0
