@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,8 +18,6 @@ EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
 
 def sine(x: torch.Tensor) -> torch.Tensor:
     return x.sin()
-
-
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])
@@ -44,7 +41,7 @@ def test_the_recompile_limit_in_a_later_graph() -> None:
     """A call of which one graph is over the limit is mixed; after torch._dynamo.reset() the limit is fresh."""
 
     def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        z = x.sin()
+        x.sin()
         torch._dynamo.graph_break()
         return y.cos()
 
@@ -198,8 +195,11 @@ def test_recursion() -> None:
             x = again(x, depth - 1)
         return x.sin()
 
+    def call(x: torch.Tensor, depth: int) -> torch.Tensor:
+        return fn(x, depth)
+
     fn = compile_with_fallback(step, backend=Compiler(first(2)), policy=EVERY_CALL)
-    again = torch.compiler.disable(lambda x, depth: fn(x, depth))
+    again = torch.compiler.disable(call)
     for _ in range(6):
         torch.testing.assert_close(fn(X, 2), X.sin().sin().sin())
     assert fn.stats.calls == 18

@@ -36,9 +36,9 @@ def test_three_ways() -> None:
     assert (bare.name, with_arguments.name, called.name) == ("bare", "mine", "sine")
     assert (bare.policy, called.policy) == (RetryPolicy(clock=bare.policy.clock), EVERY_CALL)
     for fn in (with_arguments, called):
-        assert fn.state is CompileState.PENDING
+        assert (fn.state, fn.stats.calls) == (CompileState.PENDING, 0)
         torch.testing.assert_close(fn(X), X.sin())
-        assert fn.state is CompileState.COMPILED
+        assert (fn.state, fn.stats.calls) == (CompileState.COMPILED, 1)
 
 
 async def coroutine() -> None: ...
@@ -70,8 +70,6 @@ class Generating:
         (3, "not 3"),
         ("sine", "not 'sine'"),
         (property(sine), "property object"),
-
-
     ],
 )
 @pytest.mark.parametrize("with_arguments", [False, True])
@@ -174,7 +172,7 @@ def test_a_backends_reset_and_config_are_kept() -> None:
     """torch._dynamo.reset() reaches a backend's reset()."""
     compiler = Compiler()
     resets: list[int] = []
-    compiler.reset = lambda: resets.append(1)  # type: ignore[attr-defined]
+    compiler.reset = lambda: resets.append(1)
     fn = compile_with_fallback(sine, backend=compiler)
     fn(X)
     torch._dynamo.reset()
@@ -240,7 +238,7 @@ def test_an_unknown_torch() -> None:
     def unknown(x: torch.Tensor) -> torch.Tensor:
         return x
 
-    unknown._torchdynamo_orig_callable = sine  # type: ignore[attr-defined]
+    unknown.__dict__["_torchdynamo_orig_callable"] = sine
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda fn, **options: unknown)
         fn = compile_with_fallback(sine, policy=EVERY_CALL)

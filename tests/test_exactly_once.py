@@ -1,4 +1,4 @@
-"""G1 and G2: the call survives, and everything in it happens exactly as often as in eager. The oracle is an eager twin."""
+"""G1 and G2: the call survives, and everything in it happens just as often as in eager. The oracle is an eager twin."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECOND_CALL = RetryPolicy(wait=None, wait_calls=2)
 
 def whole_step(t: Trainer, x: torch.Tensor) -> torch.Tensor:
     t.optimizer.zero_grad()
-    loss = t.net(x).pow(2).mean()
+    loss: torch.Tensor = t.net(x).pow(2).mean()
     t.steps += 1
     loss.backward()
     t.optimizer.step()
@@ -34,7 +34,7 @@ def broken_step(t: Trainer, x: torch.Tensor) -> torch.Tensor:
     h = x * 2
     torch._dynamo.graph_break()
     t.steps += 10
-    loss = t.net(h).pow(2).mean()
+    loss: torch.Tensor = t.net(h).pow(2).mean()
     torch._dynamo.graph_break()
     t.steps += 100
     loss.backward()
@@ -44,10 +44,13 @@ def broken_step(t: Trainer, x: torch.Tensor) -> torch.Tensor:
 
 def forward_only(t: Trainer, x: torch.Tensor) -> torch.Tensor:
     t.steps += 1
-    return t.net(x).pow(2).mean()
+    loss: torch.Tensor = t.net(x).pow(2).mean()
+    return loss
 
 
-def run(step: Callable[..., torch.Tensor], t: Trainer, calls: int, *, optimize: bool, batches: tuple[int, ...] = (5,)) -> list[float]:
+def run(
+    step: Callable[..., torch.Tensor], t: Trainer, calls: int, *, optimize: bool, batches: tuple[int, ...] = (5,)
+) -> list[float]:
     losses = []
     for call in range(calls):
         torch.manual_seed(call)
@@ -102,7 +105,9 @@ def test_attempts_fail_often(body: Callable[..., Any], optimize: bool, dynamic: 
     twin = ours.twin()
     step = compile_with_fallback(body, backend=Compiler(fails), policy=EVERY_CALL, dynamic=dynamic)
     batches = (5, 5, 3, 4)
-    assert run(step, ours, 16, optimize=optimize, batches=batches) == run(body, twin, 16, optimize=optimize, batches=batches)
+    assert run(step, ours, 16, optimize=optimize, batches=batches) == run(
+        body, twin, 16, optimize=optimize, batches=batches
+    )
     assert_twins(ours, twin)
 
 
@@ -165,7 +170,7 @@ def test_a_compiler_that_changes_the_graph_before_it_fails() -> None:
 
     def vandal(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         for node in list(gm.graph.nodes):
-            if node.op == "call_function" or node.op == "call_method":
+            if node.op in ("call_function", "call_method"):
                 node.replace_all_uses_with(node.args[0])
                 gm.graph.erase_node(node)
         gm.recompile()
@@ -191,7 +196,8 @@ def test_control_flow_in_the_graph_survives_as_well() -> None:
         raise full_disk()
 
     def step(x: torch.Tensor) -> torch.Tensor:
-        return torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,))
+        y: torch.Tensor = torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,))
+        return y
 
     ours = compile_with_fallback(step, backend=vandal, policy=EVERY_CALL)
     for x in (torch.ones(3), -torch.ones(3)):

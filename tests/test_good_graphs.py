@@ -36,12 +36,10 @@ def test_the_compiled_shape_stays_compiled(retries: int) -> None:
         fn(a)
         assert compiler.ran == before + 1
     assert fn.stats.failures == retries + 1
-    assert fn.stats.compiled_calls == retries + 2
-    assert fn.state is CompileState.FALLBACK
+    assert (fn.stats.compiled_calls, fn.state) == (retries + 2, CompileState.FALLBACK)
     compiler.fails = lambda inputs: None
     fn(b)
-    assert fn.state is CompileState.COMPILED
-    assert fn.stats.compiled_calls == retries + 3
+    assert (fn.stats.compiled_calls, fn.state) == (retries + 3, CompileState.COMPILED)
     fn(a), fn(b)
     assert fn.stats.attempts == retries + 3
 
@@ -94,8 +92,8 @@ def test_nobody_starves(wait: int, pattern: str) -> None:
         pytest.fail("B was never compiled")
     due_moments = 2
     assert call - (waiting_since or call) <= (due_moments + 1) * (wait + len(pattern))
-    for call in range(call + 1, call + 40):
-        shape = pattern[(call - 1) % len(pattern)]
+    for later in range(call + 1, call + 40):
+        shape = pattern[(later - 1) % len(pattern)]
         before = compiler.ran
         fn(shapes[shape])
         assert compiler.ran == before + (shape == "B")

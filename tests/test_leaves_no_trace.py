@@ -41,9 +41,9 @@ def test_nothing_else_changes(fails: int) -> None:
 
     def process_state() -> list[Any]:
         return [
-            {k: v for k, v in torch._dynamo.config.get_config_copy().items()},
-            {k: v for k, v in torch._functorch.config.get_config_copy().items()},
-            {k: v for k, v in torch._inductor.config.get_config_copy().items()},
+            dict(torch._dynamo.config.get_config_copy()),
+            dict(torch._functorch.config.get_config_copy()),
+            dict(torch._inductor.config.get_config_copy()),
             dict(os.environ),
             random.getstate(),
             torch.get_rng_state().tolist(),

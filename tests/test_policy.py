@@ -50,17 +50,21 @@ def test_wrong_values(arguments: dict[str, Any], error: type[Exception], message
 
 def test_right_values() -> None:
     """Numbers, infinities, strategies, sums of strategies, plain callables."""
-    for arguments in (
+    cases: list[dict[str, Any]] = [
         {},
         {"wait": 0},
         {"wait": 1.5, "wait_calls": 7},
         {"wait": math.inf},
         {"wait": None, "wait_calls": 1.5},
-        {"wait": tenacity.wait_fixed(1) + tenacity.wait_random(0, 1), "stop": tenacity.stop_after_attempt(3) | tenacity.stop_after_delay(9)},
+        {
+            "wait": tenacity.wait_fixed(1) + tenacity.wait_random(0, 1),
+            "stop": tenacity.stop_after_attempt(3) | tenacity.stop_after_delay(9),
+        },
         {"wait": lambda state: 3.0, "stop": lambda state: False, "retry": lambda state: True},
-    ):
-        policy = RetryPolicy(**arguments)  # type: ignore[arg-type]
-        assert policy == RetryPolicy(**arguments)  # type: ignore[arg-type]
+    ]
+    for arguments in cases:
+        policy = RetryPolicy(**arguments)
+        assert policy == RetryPolicy(**arguments)
     with pytest.raises(AttributeError):
         RetryPolicy().wait = 3  # type: ignore[misc]
 
@@ -68,14 +72,16 @@ def test_right_values() -> None:
 @pytest.mark.parametrize("policy", [tenacity.AsyncRetrying(), "30s", tenacity.wait_fixed(3)])
 def test_what_is_no_policy(policy: Any) -> None:
     """Only a RetryPolicy, a Retrying or nothing."""
-    with pytest.raises(TypeError, match="policy must be a RetryPolicy, a tenacity.Retrying or None"):
+    with pytest.raises(TypeError, match=r"policy must be a RetryPolicy, a tenacity\.Retrying or None"):
         compile_with_fallback(lambda x: x, policy=policy)
 
 
 def test_the_default() -> None:
     """30 s, 60 s, and so on up to an hour, for ever; and it draws no random numbers."""
     clock = FakeClock()
-    fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda i: full_disk()), policy=RetryPolicy(clock=clock))
+    fn = compile_with_fallback(
+        lambda x: x.sin(), backend=Compiler(lambda i: full_disk()), policy=RetryPolicy(clock=clock)
+    )
     waits, state = [], random.getstate()
     for _ in range(10):
         fn(X)
@@ -92,20 +98,25 @@ def test_strategies_see_what_tenacity_would_show_them() -> None:
     seen: list[tuple[Any, ...]] = []
     clock = FakeClock(100)
 
-    def wait(retry_state: RetryCallState) -> float:
-        assert retry_state.outcome is not None
-        seen.append(
-            ("wait", retry_state.attempt_number, repr(retry_state.outcome.exception()), retry_state.seconds_since_start)
-        )
-        assert (retry_state.args, retry_state.kwargs, retry_state.fn) == ((), {}, None)
-        return 5.0
+    class Wait(tenacity.wait.wait_base):  # wait_chain is annotated to take no plain functions
+        def __call__(self, retry_state: RetryCallState) -> float:
+            assert retry_state.outcome is not None
+            exc = repr(retry_state.outcome.exception())
+            seen.append(("wait", retry_state.attempt_number, exc, retry_state.seconds_since_start))
+            assert (retry_state.args, retry_state.kwargs, retry_state.fn) == ((), {}, None)
+            return 5.0
 
     def stop(retry_state: RetryCallState) -> bool:
         seen.append(("stop", retry_state.upcoming_sleep, retry_state.idle_for))
         return False
 
     states: list[RetryCallState] = []
-    policy = RetryPolicy(wait=tenacity.wait_chain(wait, wait), stop=stop, retry=lambda s: bool(states.append(s)) or True, clock=clock)
+
+    def retry(retry_state: RetryCallState) -> bool:
+        states.append(retry_state)
+        return True
+
+    policy = RetryPolicy(wait=tenacity.wait_chain(Wait(), Wait()), stop=stop, retry=retry, clock=clock)
     fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: full_disk()), policy=policy)
     fn(X)
     clock.advance(7)
@@ -147,7 +158,9 @@ def test_the_retry_predicate_decides() -> None:
 )
 def test_a_strategy_that_fails(broken: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     """Never breaks a step: the log says so, and no attempt is made any more."""
-    fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: full_disk()), policy=RetryPolicy(**broken))
+    fn = compile_with_fallback(
+        lambda x: x.sin(), backend=Compiler(lambda inputs: full_disk()), policy=RetryPolicy(**broken)
+    )
     with caplog.at_level(logging.ERROR, logger="compile_retry"):
         for _ in range(4):
             torch.testing.assert_close(fn(X), X.sin())
@@ -160,7 +173,6 @@ def test_next_retry_in_words() -> None:
     assert str(NextRetry(1, None)) == "in 1 call"
     assert str(NextRetry(5, 30.0)) == "in 5 calls or in 30 s"
     assert str(NextRetry(None, 0.25)) == "in 0.25 s"
-
 
 
 @given(

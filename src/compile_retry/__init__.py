@@ -2,7 +2,7 @@
 
 import torch
 
-if torch.torch_version.TorchVersion(torch.__version__) < (2, 10):
+if torch.__version__ < "2.10":  # compares as a version
     raise ImportError(f"compile_retry needs torch 2.10 or later, this is {torch.__version__}")
 
 from ._breaker import NextRetry

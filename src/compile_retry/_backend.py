@@ -10,8 +10,10 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from . import _torch_internals as internals
-from ._control import Attempt, Control, Conversion, PerThread
+from ._call import Attempt, Conversion, PerThread, Tally
+from ._control import Control
 from ._failures import is_fatal
+from ._fallbacks import Fallback
 from ._healing import heal
 from ._strict import is_strict
 
@@ -21,7 +23,7 @@ Code: TypeAlias = Callable[..., Any]
 faults: list[Callable[[Attempt], None]] = []
 
 
-class HeldOff(Exception):
+class HeldOffError(Exception):
     """No attempt may be made now; the frame is to be run eagerly."""
 
 
@@ -37,17 +39,17 @@ class GraphBackend:
                 setattr(self, attribute, getattr(compiler, attribute))
 
     def __call__(self, graph_module: GraphModule, example_inputs: list[Any], **from_torch: Any) -> Code:
-        # torch hands `mode` and `options` back to a callable backend; the compiler has been made with them.
+        # `mode` and `options`, which torch hands back to a callable backend, are in the compiler already.
         control = self._control
         tally = control.per_thread.tally
-        # Under the stances "eager_then_compile" and "aot_eager_then_compile" torch asks the backend behind the frame
-        # callback's back. Then nobody is there to give way to, nor to remember the fallback.
-        conversion = tally.conversion or Conversion(("unknown frame", "", 0))
         if not control.may_attempt(tally):
-            if conversion is not tally.conversion:
+            if tally.conversion is None:
                 return _counted_eager(graph_module.forward, control.per_thread)
-            conversion.gave_way = True
-            raise HeldOff(control.name)
+            tally.conversion.gave_way = True
+            raise HeldOffError(control.name)
+        # Under the stances "eager_then_compile" and "aot_eager_then_compile" torch asks the backend behind the frame
+        # callback's back. Then nobody is there to give way to, nor to remember a fallback.
+        conversion = tally.conversion or Conversion(("unknown frame", "", 0), (), ())
         if control.breaker.episode is not None:
             heal()
         kept = KeptGraph(graph_module)
@@ -57,23 +59,31 @@ class GraphBackend:
         except internals.CONTROL_FLOW:
             raise
         except Exception as exc:
-            if is_fatal(exc):
+            if not self._falls_back(exc, conversion, tally):
                 raise
-            failure = control.failed(exc, "backend", conversion.location, tally)
-            conversion.raised = is_strict()
-            if conversion.raised:
-                raise
-            if conversion.retrying is not None:
-                # Dynamo still has the fallback that was to be replaced, and goes on using it.
-                if failure.kind == "permanent":
-                    control.fallbacks.give_up(conversion.retrying)
-                conversion.gave_way = True
-                raise
-            if conversion.fallback != "transient":
-                conversion.fallback = failure.kind
             return _counted_eager(kept.runner(), control.per_thread)
         control.succeeded(tally)
         return _counted_compiled(code, control.per_thread)
+
+    def _falls_back(self, exc: Exception, conversion: Conversion, tally: Tally) -> bool:
+        """Book a failed attempt. Whether the graph is to run eagerly now, or the exception to leave the backend."""
+        if is_fatal(exc):
+            return False
+        control = self._control
+        failure = control.failed(exc, "backend", conversion.location, tally)
+        if is_strict():
+            conversion.raised = True
+            return False
+        if conversion.retrying is not None:
+            # Dynamo still has the fallback that was to be replaced, and goes on using it.
+            if failure.kind == "permanent":
+                control.fallbacks.give_up(conversion.retrying)
+            conversion.gave_way = True
+            return False
+        if conversion is tally.conversion and (conversion.fallback is None or failure.kind == "transient"):
+            conversion.fallback = Fallback(conversion.fingerprint)
+            control.fell_back(conversion.fallback, failure.kind, tally)
+        return True
 
 
 def attempt(compiler: internals.Compiler, graph_module: GraphModule, example_inputs: list[Any], which: Attempt) -> Code:

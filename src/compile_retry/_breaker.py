@@ -75,7 +75,6 @@ class Breaker:
         self.episode: Episode | None = None
         self._lock = threading.Lock()
         self._probing = False
-        self._turned_away = False
 
     def let_through(self, call: int) -> bool:
         """Whether this call, made during an episode, becomes the probe. If so, `probe_ended` must follow."""
@@ -91,17 +90,18 @@ class Breaker:
     def probe_ended(self) -> None:
         self._probing = False
 
-    def turn_away(self) -> None:
-        """Remember that something which has not failed itself waits for an attempt."""
-        self._turned_away = True
-
     def is_reserved(self, call: int) -> bool:
         """Whether the probe may attempt only what has not failed yet in this episode."""
         episode = self.episode
         return episode is not None and episode.passed_over and episode.is_reserved(call, self.policy.clock())
 
-    def failed(self, exc: BaseException, call: int) -> tuple[int, bool]:
+    def failed(self, exc: BaseException, call: int, *, others_wait: bool = False) -> tuple[int, bool]:
         """An attempt failed: hold off as the policy says, or not at all if this failure is not worth a retry.
+
+        Args:
+            exc: The root cause.
+            call: The call in which it failed.
+            others_wait: Whether something that has not failed itself has been turned away since the last failure.
 
         Returns:
             The attempt's number within the episode, and whether this failure is worth another attempt.
@@ -125,9 +125,7 @@ class Breaker:
                     episode = replace(
                         episode, due_call=call + decision.calls, due_time=now + decision.seconds, stopped=False
                     )
-                passed_over = last is not None and self._turned_away
-                self.episode = replace(episode, passed_over=passed_over)
-                self._turned_away = self._turned_away and last is None
+                self.episode = replace(episode, passed_over=last is not None and others_wait)
             return attempt, decision.retry
 
     def withdraw(self, during: Episode | None, before: Episode | None) -> None:
@@ -145,7 +143,7 @@ class Breaker:
     def end(self) -> Episode | None:
         """End the episode; returns the one that ended."""
         with self._lock:
-            ended, self.episode, self._turned_away = self.episode, None, False
+            ended, self.episode = self.episode, None
             return ended
 
     def retry_now(self) -> None:

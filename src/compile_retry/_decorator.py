@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from types import MethodType
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
 
 import torch
 
@@ -27,9 +27,9 @@ class Decorator(Protocol):
     """What ``compile_with_fallback(...)`` without a function returns."""
 
     @overload
-    def __call__(self, fn: M, /) -> M: ...
+    def __call__(self, fn: M, /) -> M: ...  # type: ignore[overload-overlap]  # a module is callable, too
     @overload
-    def __call__(self, fn: staticmethod[P, R], /) -> staticmethod[P, R]: ...
+    def __call__(self, fn: staticmethod[P, R], /) -> staticmethod[P, R]: ...  # type: ignore[overload-overlap]
     @overload
     def __call__(self, fn: classmethod[T, P, R], /) -> classmethod[T, P, R]: ...
     @overload
@@ -64,7 +64,12 @@ def compile_with_fallback(
 ) -> classmethod[T, P, R]: ...
 @overload
 def compile_with_fallback(
-    fn: Callable[P, R], /, *, policy: RetryPolicy | Retrying | None = ..., name: str | None = ..., **compile_options: Any
+    fn: Callable[P, R],
+    /,
+    *,
+    policy: RetryPolicy | Retrying | None = ...,
+    name: str | None = ...,
+    **compile_options: Any,
 ) -> CompiledFunction[P, R]: ...
 def compile_with_fallback(
     fn: Any = None,
@@ -81,8 +86,8 @@ def compile_with_fallback(
 
     Args:
         fn: A function, a method in a class body (also a static or class method), any other callable that
-            ``torch.compile`` takes, or an ``nn.Module``. A module is compiled in place, as ``nn.Module.compile()`` does,
-            and returned.
+            ``torch.compile`` takes, or an ``nn.Module``. A module is compiled in place, as ``nn.Module.compile()``
+            does, and returned.
         policy: When to try again after a failure: a :class:`RetryPolicy` or a ``tenacity.Retrying``, whose wait, stop
             and retry are used. By default after 30 s, then 60 s, and so on up to an hour, for ever.
         name: What to call it in log lines; by default the function's own name.

@@ -48,7 +48,11 @@ def publish(transition: Transition, level: int) -> None:
     """Log a transition and tell the listeners. Neither may break a training step."""
     log.log(level, "%s: %s", transition.function, transition.message)
     for listener in tuple(listeners):
-        try:
-            listener(transition)
-        except Exception:
-            log.exception("a listener failed on %r", transition)
+        _tell(listener, transition)
+
+
+def _tell(listener: Callable[[Transition], None], transition: Transition) -> None:
+    try:
+        listener(transition)
+    except Exception:
+        log.exception("a listener failed on %r", transition)

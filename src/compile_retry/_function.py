@@ -16,8 +16,10 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 
 from . import _looks
 from ._breaker import WATCHED_CALLS, NextRetry
-from ._control import CREATION, Control, Fallback, Location
+from ._call import Location
+from ._control import Control
 from ._failures import CompileFailure, is_fatal
+from ._fallbacks import CREATION, Fallback
 from ._policy import RetryPolicy
 from ._stats import CompileState, CompileStats, Counter
 from ._strict import is_strict
@@ -55,7 +57,7 @@ class CompiledFunction(Generic[P, R]):
         self._creation = threading.Lock()
         self._compiled: Callable[P, R] = self._create_and_call
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:  # noqa: C901  # the hot path is one function
         if is_dynamo_compiling():  # an outer compile traces through: be the plain function
             return self.eager(*args, **kwargs)
         call, control = self._calls.add(), self._control
@@ -63,23 +65,24 @@ class CompiledFunction(Generic[P, R]):
         probing = False
         if episode is not None and not tally.probing:
             probing = control.breaker.let_through(call)
-            if not probing and not control.has_code and call > episode.failed_in_call + WATCHED_CALLS:
-                control.books.eager_calls.add()
-                return self.eager(*args, **kwargs)
             if probing:
                 tally.probing, tally.reserved = True, control.breaker.is_reserved(call)
+            elif not control.has_code and call > episode.failed_in_call + WATCHED_CALLS:
+                control.books.eager_calls.add()
+                return self.eager(*args, **kwargs)
         tally.call = call
         compiled, eager = tally.compiled, tally.eager
         tally.started = compiled + eager
         try:
             result = self._compiled(*args, **kwargs)
-            if tally.unsettled:
-                control.settle(tally, _looks.of_call(args, kwargs), program_raised=False)
-            return result
         except BaseException:
             if tally.unsettled:
                 control.settle(tally, _looks.of_call(args, kwargs), program_raised=True)
             raise
+        else:
+            if tally.unsettled:
+                control.settle(tally, _looks.of_call(args, kwargs), program_raised=False)
+            return result
         finally:
             if tally.compiled == compiled:
                 control.books.eager_calls.add()
@@ -175,7 +178,8 @@ class CompiledFunction(Generic[P, R]):
         if instance is None:
             return self
         if is_dynamo_compiling():  # Dynamo cannot make a method of an object
-            return functools.partial(self.eager, instance)
+            plain: Callable[..., R] = self.eager
+            return functools.partial(plain, instance)
         return MethodType(self, instance)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -198,8 +202,8 @@ class CompiledFunction(Generic[P, R]):
 class ModuleHandle:
     """Keeps a compiled module's compiled call with it through a deep copy, and out of what is saved.
 
-    ``nn.Module`` leaves its compiled call out of copies and pickles. This rides along in the module's attributes: a deep
-    copy gets a compiled call of its own; in a saved module nothing of it is left but ``None``.
+    ``nn.Module`` leaves its compiled call out of copies and pickles. This rides along in the module's attributes: a
+    deep copy gets a compiled call of its own; in a saved module nothing of it is left but ``None``.
     """
 
     def __init__(self, module: torch.nn.Module, function: CompiledFunction[..., Any]) -> None:

@@ -1,4 +1,4 @@
-"""What values look like to a compiler: enough to tell one shape or mode from another, and nothing that keeps them alive.
+"""What values look like to a compiler: enough to tell one shape or mode from another, without keeping them alive.
 
 Coarser than Dynamo's guards. It decides what is worth waiting for, never which code may run.
 """
@@ -13,7 +13,7 @@ Looks: TypeAlias = tuple[object, ...]
 
 
 def of_value(value: object, *, shapes: bool = True) -> object:
-    """A tensor's shape (or only its number of dimensions), type and device; a module's class and mode; else the class."""
+    """A tensor's shape (or number of dimensions), type and device; a module's class and mode; otherwise the class."""
     if isinstance(value, torch.Tensor):
         shape = str(value.shape) if shapes else value.ndim
         return shape, value.dtype, value.device, value.requires_grad

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 from tenacity import (
     AsyncRetrying,
@@ -58,20 +58,22 @@ class RetryPolicy:
         _check_wait("wait", self.wait, at_least=0)
         _check_wait("wait_calls", self.wait_calls, at_least=1)
         if self.wait is None and self.wait_calls is None:
-            raise ValueError("wait and wait_calls are both None, so no retry would ever be due; give at least one of them")
+            raise ValueError(
+                "wait and wait_calls are both None, so no retry would ever be due; give at least one of them"
+            )
         _check_strategy("stop", self.stop, "a tenacity stop strategy such as stop_after_attempt(10) or stop_never")
         _check_strategy("retry", self.retry, "a tenacity retry predicate such as retry_if_exception_type(OSError)")
         _check_strategy("clock", self.clock, "a callable that returns seconds, such as time.monotonic")
 
     @classmethod
     def of(cls, policy: object) -> RetryPolicy:
-        """The policy that a ``policy=`` argument means: a policy, a ``tenacity.Retrying``, or ``None`` for the default."""
+        """The policy that an argument means: a policy, a ``tenacity.Retrying``, or ``None`` for the default."""
         if policy is None:
             return cls()
         if isinstance(policy, cls):
             return policy
         if isinstance(policy, BaseRetrying) and not isinstance(policy, AsyncRetrying):
-            return cls(wait=policy.wait, stop=policy.stop, retry=cast(RetryPredicate, policy.retry))
+            return cls(wait=policy.wait, stop=policy.stop, retry=policy.retry)
         raise TypeError(f"policy must be a RetryPolicy, a tenacity.Retrying or None, not {policy!r}")
 
 
@@ -103,7 +105,9 @@ class Decision:
     calls: float
 
 
-def decide(policy: RetryPolicy, exc: BaseException, *, attempt: int, started: float, now: float, waited: float) -> Decision:
+def decide(
+    policy: RetryPolicy, exc: BaseException, *, attempt: int, started: float, now: float, waited: float
+) -> Decision:
     """Ask the policy's strategies about a failed attempt.
 
     The strategies are called the way tenacity's own loop calls them (``wait`` before ``stop``, so that
@@ -130,7 +134,9 @@ def decide(policy: RetryPolicy, exc: BaseException, *, attempt: int, started: fl
         calls = _evaluate("wait_calls", policy.wait_calls, state)
         state.upcoming_sleep = 0.0 if math.isinf(seconds) else seconds
         stop = bool(policy.stop(state))
-        return Decision(retry=True, stop=stop, seconds=seconds, calls=max(1, calls if math.isinf(calls) else math.ceil(calls)))
+        return Decision(
+            retry=True, stop=stop, seconds=seconds, calls=max(1, calls if math.isinf(calls) else math.ceil(calls))
+        )
     finally:
         state.outcome = None
 

@@ -14,12 +14,16 @@ from types import CodeType
 from typing import Any, Protocol, TypeAlias
 
 import torch
+
+# The C half of Dynamo, since 2.0. Essential.
+import torch._C._dynamo.eval_frame as _eval_frame
 import torch._dynamo
 import torch._functorch.config
 import torch._inductor
 
-# The C half of Dynamo, since 2.0. Essential.
-import torch._C._dynamo.eval_frame as _eval_frame
+# The protocol between the C half and a frame callback, with ConvertFrameReturn below; since 2.7. Essential.
+from torch._C._dynamo.eval_frame import _FrameAction as FrameAction
+from torch._C._dynamo.eval_frame import _FrameExecStrategy as FrameExecStrategy
 
 # Counts the compiles of each frame towards `accumulated_recompile_limit`; since 2.2. Essential, because without taking
 # failed compiles back out of it 256 failures would use a frame up.
@@ -37,9 +41,39 @@ from torch._dynamo.guards import DeletedGuardManagerWrapper
 
 # Which frames Dynamo leaves alone; since 2.0. Essential for honest books: such a frame has not fallen back.
 from torch._dynamo.trace_rules import check as _is_skipped_file
+from torch._dynamo.types import ConvertFrameReturn
 
-# The protocol between the C half and a frame callback; since 2.7. Essential.
-from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
+__all__ = [
+    "CONTROL_FLOW",
+    "CachedFrame",
+    "Compiler",
+    "ConvertFrameReturn",
+    "Frame",
+    "FrameCallback",
+    "FrameState",
+    "UnsupportedTorchError",
+    "backends",
+    "compiling_backward_too",
+    "concerns_dynamo",
+    "count_compiles",
+    "count_for_fullgraph",
+    "cxx",
+    "hit_recompile_limit",
+    "inductor_modes",
+    "inductor_options",
+    "innermost",
+    "interpose",
+    "is_deliberate_limit",
+    "is_disabled",
+    "is_inline_wrapper",
+    "isolates_recompiles",
+    "make_compiler",
+    "probe_caches",
+    "run_eagerly",
+    "skip_for_good",
+    "uncount_compiles",
+    "visible",
+]
 
 CONTROL_FLOW: tuple[type[Exception], ...] = (RestartAnalysis, SkipFrame)
 
@@ -121,7 +155,7 @@ def inductor_options() -> list[str]:
 
 
 def isolates_recompiles() -> bool:
-    """Whether ``isolate_recompiles`` exists (2.12). Without it wrappers of one code object share its recompile limit."""
+    """Whether ``isolate_recompiles`` exists (2.12). Without it, wrappers of one code object share a recompile limit."""
     return hasattr(_eval_frame, "set_eval_frame_isolate_recompiles_id")
 
 
@@ -142,7 +176,9 @@ def interpose(compiled: object, wrap: Callable[[FrameCallback], FrameCallback]) 
         return False
     code, closure = getattr(compiled, "__code__", None), getattr(compiled, "__closure__", None)
     if code is None or closure is None or "callback" not in code.co_freevars:
-        raise UnsupportedTorchError(f"torch {torch.__version__} keeps its frame callback where compile_retry cannot find it")
+        raise UnsupportedTorchError(
+            f"torch {torch.__version__} keeps its frame callback where compile_retry cannot find it"
+        )
     cell = closure[code.co_freevars.index("callback")]
     inner = cell.cell_contents
     outer: Any = wrap(inner)
@@ -210,7 +246,7 @@ def is_deliberate_limit(exc: BaseException) -> bool:
 
 def count_compiles(frame_state: FrameState) -> int:
     """How often Dynamo has compiled this frame, for its `accumulated_recompile_limit`."""
-    return FRAME_COMPILE_COUNTER.get(frame_state.get("_id"), 0)
+    return FRAME_COMPILE_COUNTER.get(frame_state.get("_id", -1), 0)
 
 
 def uncount_compiles(frame_state: FrameState, count: int) -> None:
@@ -237,7 +273,7 @@ class CachedFrame:
 
     @property
     def alive(self) -> bool:
-        """Whether Dynamo may still use this entry: not after ``torch._dynamo.reset()``, nor once a guarded object died."""
+        """Whether Dynamo may still use it: not after ``torch._dynamo.reset()``, nor once a guarded object has died."""
         manager = self._manager()
         return manager is not None and manager.extra_state is not None
 
@@ -258,8 +294,8 @@ class _Nobody:
     pass
 
 
-# Entries are counted towards `recompile_limit` only if the local variables that they were specialised to are the frame's
-# own. An eager fallback should not use the limit up, so it names an object that no frame has.
+# Entries are counted towards `recompile_limit` only if the objects that they were specialised to are the frame's own.
+# An eager fallback should not use the limit up, so it names an object that no frame has.
 _NOBODY = _Nobody()
 _UNCOUNTED: dict[str, weakref.ReferenceType[object]] = {"compile_retry": weakref.ref(_NOBODY)}
 
@@ -287,8 +323,7 @@ def probe_caches() -> Iterator[Callable[[], None]]:
 
     Since 2.1. Where a module or a cache is missing there is nothing to clear.
     """
-    import torch._inductor.cpp_builder as cpp_builder
-    import torch._inductor.cpu_vec_isa as cpu_vec_isa
+    from torch._inductor import cpp_builder, cpu_vec_isa
 
     for module in (cpp_builder, cpu_vec_isa):
         for thing in list(vars(module).values()):
@@ -303,7 +338,7 @@ def cxx(command: str) -> Iterator[None]:
 
     Inductor reads the environment's ``CXX`` when it is imported, so later only its configuration is left to change.
     """
-    import torch._inductor.config as config
+    from torch._inductor import config
 
     with config.patch({"cpp.cxx": (command,)}):
         yield

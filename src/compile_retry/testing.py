@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ._control import Attempt
+from ._call import Attempt
 from ._events import Transition, listeners
 
 __all__ = ["FakeClock", "Faults", "Transition", "broken_compiler", "fail_compiles", "record_transitions"]
@@ -35,6 +35,7 @@ class FakeClock:
         self._now = float(start)
 
     def __call__(self) -> float:
+        """The time it shows, in seconds."""
         return self._now
 
     def advance(self, seconds: float) -> None:

@@ -1,0 +1,116 @@
+"""What one thread knows of its current call of a decorated function, and of the frame that it is compiling."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from types import CodeType
+
+    from ._breaker import Episode
+    from ._failures import CompileFailure
+    from ._fallbacks import Fallback, Fingerprint
+    from ._torch_internals import CachedFrame
+
+# Function, file and line.
+Location: TypeAlias = tuple[str, str, int]
+
+
+@dataclass
+class Conversion:
+    """One frame that Dynamo is compiling in this thread, and what came of its graph.
+
+    Attributes:
+        location: The frame's function, file and line.
+        fingerprint: By which it waits for another attempt where it has no cache entry.
+        coarse: The same without shapes, by which it is given up.
+        retrying: The cached fallback that the compiled code is to replace, if this is a retry.
+        attempted: The compiler was run.
+        fallback: The graph is going to run eagerly.
+        gave_way: The backend raised to have the frame run eagerly, this once.
+        raised: The backend raised to have the failure reach the user (strict mode).
+    """
+
+    location: Location
+    fingerprint: Fingerprint
+    coarse: Fingerprint
+    retrying: CachedFrame | None = None
+    attempted: bool = False
+    fallback: Fallback | None = None
+    gave_way: bool = False
+    raised: bool = False
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One run of the compiler.
+
+    Attributes:
+        function: Name of the decorated function.
+        graph: Which graph of the call it is, from 1, counting all that have run before it.
+    """
+
+    function: str
+    graph: int
+
+
+@dataclass
+class Doubt:
+    """A failure inside Dynamo that may yet turn out to be the program's own error: the rest of the call will tell."""
+
+    exc: BaseException
+    failure: CompileFailure
+    fallback: Fallback
+    before: Episode | None
+    during: Episode | None
+
+
+class Tally:
+    """What one thread's calls of the function have run, and what its current call may do.
+
+    The two counts only grow; a call compares them before and after.
+    """
+
+    __slots__ = (
+        "call",
+        "compiled",
+        "conversion",
+        "doubts",
+        "eager",
+        "fallen",
+        "probing",
+        "reserved",
+        "retrying",
+        "skipped",
+        "started",
+        "unsettled",
+    )
+
+    def __init__(self) -> None:
+        self.compiled = 0
+        self.eager = 0
+        self.call = 0
+        self.started = 0  # both counts at the beginning of the call
+        self.probing = False
+        self.reserved = False
+        self.retrying: CachedFrame | None = None
+        self.conversion: Conversion | None = None
+        # What is left to do when the call is over.
+        self.unsettled = False
+        self.doubts: list[Doubt] = []
+        self.fallen: list[Fallback] = []
+        self.skipped: list[tuple[CodeType, dict[object, object]]] = []
+
+    @property
+    def graphs_before(self) -> int:
+        """How many graphs this call has run so far."""
+        return self.compiled + self.eager - self.started
+
+
+class PerThread(threading.local):
+    """Where each thread finds its tally."""
+
+    def __init__(self) -> None:
+        self.tally = Tally()

@@ -1,0 +1,107 @@
+"""What runs eagerly now: what waits for another attempt, and what is never tried again."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from ._failures import FailureKind
+    from ._looks import Looks
+    from ._torch_internals import CachedFrame
+
+# Which frame it is, where no cache entry says so: its code and what its variables look like.
+Fingerprint: TypeAlias = tuple[object, ...]
+
+# The call of torch.compile() itself, where that fails.
+CREATION: Fingerprint = ("torch.compile",)
+
+
+@dataclass(eq=False)
+class Fallback:
+    """Something that runs eagerly.
+
+    Attributes:
+        fingerprint: The frame.
+        entry: Dynamo's cache entry for it; None where Dynamo itself failed and made none.
+        looks: What the call that it fell back in looked like; known when that call is over.
+    """
+
+    fingerprint: Fingerprint
+    entry: CachedFrame | None = None
+    looks: Looks | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs eagerly. The user's ``torch._dynamo.reset()`` sweeps cache entries away."""
+        return self.entry is None or self.entry.alive
+
+
+class Fallbacks:
+    """What runs eagerly now: what waits for another attempt, and what does not."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[Fallback] = []
+        self._permanent: list[Fallback] = []
+
+    def add(self, fallback: Fallback, kind: FailureKind) -> None:
+        with self._lock:
+            (self._waiting if kind == "transient" else self._permanent).append(fallback)
+
+    def remove(self, entry: CachedFrame | None, fingerprint: Fingerprint | None = None) -> None:
+        """Strike out what this entry stands for, or what has this fingerprint and no entry."""
+        with self._lock:
+            for fallbacks in (self._waiting, self._permanent):
+                fallbacks[:] = [
+                    f for f in fallbacks if f.entry is not entry or (entry is None and f.fingerprint != fingerprint)
+                ]
+
+    def give_up(self, entry: CachedFrame) -> None:
+        """A retry has shown that this can never be compiled."""
+        with self._lock:
+            self._permanent += [f for f in self._waiting if f.entry is entry]
+            self._waiting = [f for f in self._waiting if f.entry is not entry]
+
+    def forget(self, *, waiting: bool = False, permanent: bool = False, looks: Looks | None = None) -> None:
+        """Strike these out and have Dynamo drop them, so that their next call compiles them.
+
+        With `looks`, only what fell back in calls that looked so.
+        """
+        with self._lock:
+            dropped = [
+                f
+                for f in (self._waiting if waiting else []) + (self._permanent if permanent else [])
+                if looks is None or f.looks == looks
+            ]
+            self._waiting = [f for f in self._waiting if f not in dropped]
+            self._permanent = [f for f in self._permanent if f not in dropped]
+        for fallback in dropped:
+            if fallback.entry is not None:
+                fallback.entry.drop()
+
+    def any_waiting(self) -> bool:
+        with self._lock:
+            self._waiting = [f for f in self._waiting if f.alive]
+            return bool(self._waiting)
+
+    def any_permanent(self) -> bool:
+        """Whether anything runs eagerly for good."""
+        return any(f.alive for f in tuple(self._permanent))
+
+    def waits(self, fingerprint: Fingerprint) -> bool:
+        """Whether this frame is among those that failed and wait."""
+        return any(f.fingerprint == fingerprint for f in tuple(self._waiting))
+
+    def waits_without_entry(self, fingerprint: Fingerprint) -> bool:
+        """Whether it failed inside Dynamo, and waits."""
+        return any(f.entry is None and f.fingerprint == fingerprint for f in tuple(self._waiting))
+
+    def is_hopeless(self, fingerprint: Fingerprint) -> bool:
+        """Whether Dynamo cannot compile this frame and is not to be asked again."""
+        return any(f.entry is None and f.fingerprint == fingerprint for f in tuple(self._permanent))
+
+    def is_permanent(self, entry: CachedFrame) -> bool:
+        """Whether the graph behind this entry is never tried again."""
+        return any(f.entry is entry for f in tuple(self._permanent))

@@ -1,0 +1,178 @@
+"""Strict mode, and G14: one log line per transition, never one per call."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import tenacity
+import torch
+
+from compile_retry import CompileState, RetryPolicy, compile_with_fallback, set_strict
+from compile_retry.testing import fail_compiles, record_transitions
+from support import Compiler, first, full_disk
+
+X = torch.ones(3)
+EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
+
+
+def sine(x: torch.Tensor) -> torch.Tensor:
+    return x.sin()
+
+
+def test_strict_raises_at_once() -> None:
+    """Every failing attempt raises; nothing is held off; after the block the fallback is back."""
+    compiler = Compiler(first(3))
+    fn = compile_with_fallback(sine, backend=compiler, policy=RetryPolicy(wait=1e9))
+    with set_strict(True):
+        for _ in range(2):
+            with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="No space left on device"):
+                fn(X)
+    assert (compiler.asked, fn.stats.failures, fn.next_retry) == (2, 2, None)
+    torch.testing.assert_close(fn(X), X.sin())
+    assert (fn.state, fn.stats.failures) == (CompileState.FALLBACK, 3)
+
+
+def test_strict_and_torch_compile_itself() -> None:
+    """A failing torch.compile() raises as it is."""
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise full_disk()
+
+    fn = compile_with_fallback(sine, backend="eager")
+    with set_strict(True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", broken)
+        with pytest.raises(OSError, match="No space left"):
+            fn(X)
+    fn(X)
+    assert fn.state is CompileState.COMPILED
+
+
+def test_strict_leaves_the_programs_errors_alone() -> None:
+    """They arrive as themselves in strict mode, too."""
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("the program's")
+
+    with set_strict(True), pytest.raises(ValueError, match="the program's"):
+        compile_with_fallback(step, backend="eager", fullgraph=True)(X)
+
+
+def test_set_strict_as_a_function() -> None:
+    """Called for its effect alone, the mode stays; blocks nest."""
+    fn = compile_with_fallback(sine, backend=Compiler(lambda inputs: full_disk()), policy=EVERY_CALL)
+    set_strict(True)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
+        fn(X)
+    with set_strict(False):
+        fn(X)
+        with set_strict(True):
+            pass
+        fn(X)
+    set_strict(False)
+    set_strict(True)
+    fn.reset()
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
+        fn(X)
+    with pytest.raises(TypeError, match="takes True or False, not 1"):
+        set_strict(1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("value", "strict"), [("1", True), ("0", False), ("", False)])
+def test_strict_from_the_environment(value: str, strict: bool) -> None:
+    """COMPILE_RETRY_STRICT=1 switches it on from the start."""
+    code = "from compile_retry._strict import is_strict; print(is_strict())"
+    import os
+
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "COMPILE_RETRY_STRICT": value},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert out.strip() == str(strict)
+
+
+def test_one_line_per_transition(caplog: pytest.LogCaptureFixture) -> None:
+    """What failed, what runs instead, when the next attempt is due; then the recovery; nothing for calls between."""
+    policy = RetryPolicy(wait=None, wait_calls=10, stop=tenacity.stop_after_attempt(3))
+    fn = compile_with_fallback(sine, backend=Compiler(first(2)), policy=policy, name="train_step")
+    with caplog.at_level(logging.DEBUG, logger="compile_retry"):
+        for _ in range(100):
+            fn(X)
+    lines = [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "compile_retry"]
+    assert [level for level, _ in lines] == ["WARNING", "WARNING", "INFO", "WARNING"]
+    assert lines[0][1].startswith(
+        "train_step: attempt 1 failed in call 1: OSError: [Errno 28] No space left on device, compiling sine ("
+    )
+    assert lines[0][1].endswith("running eagerly, next attempt in 10 calls")
+    assert "attempt 2 failed in call 11" in lines[1][1]
+    assert lines[3][1].startswith("train_step: recovered in call 21, after 2 failed attempts and ")
+
+
+def test_giving_up_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody will try again: the line says how to change that."""
+    policy = RetryPolicy(wait=None, wait_calls=1, stop=tenacity.stop_after_attempt(1))
+    fn = compile_with_fallback(sine, backend=Compiler(first(9)), policy=policy)
+    with caplog.at_level(logging.DEBUG, logger="compile_retry"):
+        for _ in range(10):
+            fn(X)
+    (record,) = [r for r in caplog.records if r.name == "compile_retry"]
+    assert record.levelname == "ERROR"
+    assert record.getMessage().endswith("giving up, running eagerly until reset() or retry_now()")
+
+
+def test_listeners_cannot_break_a_step(caplog: pytest.LogCaptureFixture) -> None:
+    """A listener that raises is logged, and the next one is told all the same."""
+    from compile_retry._events import listeners
+
+    def broken(transition: object) -> None:
+        raise RuntimeError("listener")
+
+    listeners.append(broken)
+    try:
+        fn = compile_with_fallback(sine, backend="eager")
+        with record_transitions() as transitions:
+            fn(X)
+    finally:
+        listeners.remove(broken)
+    assert [t.kind for t in transitions] == ["compiled"]
+    assert "a listener failed" in caplog.text
+
+
+def test_faults_by_function_and_graph() -> None:
+    """`fail_compiles` picks its attempts by name, by graph and by number."""
+
+    def three_graphs(x: torch.Tensor) -> torch.Tensor:
+        x = x.sin()
+        torch._dynamo.graph_break()
+        x = x.exp()
+        torch._dynamo.graph_break()
+        return x.cos()
+
+    a = compile_with_fallback(three_graphs, backend=Compiler(), policy=EVERY_CALL, name="a")
+    b = compile_with_fallback(three_graphs, backend=Compiler(), policy=EVERY_CALL, name="b")
+    with fail_compiles(OSError(5, "Input/output error"), function="a", graph=2, times=2) as faults:
+        for _ in range(4):
+            torch.testing.assert_close(a(X), b(X))
+    assert (faults.failed, a.stats.failures, b.stats.failures) == (2, 2, 0)
+    assert a.last_failure is not None
+    assert a.last_failure.message == "[Errno 5] Input/output error"
+    assert faults.attempts == 3
+    assert a.state is CompileState.COMPILED
+    with pytest.raises(ValueError, match="times must be at least 1, not 0"), fail_compiles(times=0):
+        pass
+    with pytest.raises(ValueError, match="graph must be at least 1, not 0"), fail_compiles(graph=0):
+        pass
+
+
+def test_recorded_transitions_by_function() -> None:
+    """`record_transitions` can look at one function alone."""
+    a = compile_with_fallback(sine, backend=Compiler(), name="a")
+    b = compile_with_fallback(lambda x: x.cos(), backend=Compiler(), name="b")
+    with record_transitions("b") as transitions:
+        a(X), b(X)
+    assert [(t.function, t.kind) for t in transitions] == [("b", "compiled")]

@@ -1,0 +1,128 @@
+"""The public signatures, written out. Type-checked, never run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import tenacity
+import torch
+from typing_extensions import assert_type
+
+from compile_retry import (
+    CompileFailure,
+    CompileState,
+    CompileStats,
+    NextRetry,
+    RetryPolicy,
+    compile_with_fallback,
+    compiled_function,
+    is_transient,
+    set_strict,
+)
+from compile_retry.testing import (
+    FakeClock,
+    Faults,
+    Transition,
+    broken_compiler,
+    fail_compiles,
+    record_transitions,
+)
+
+
+@compile_with_fallback
+def bare(x: torch.Tensor, n: int = 1) -> torch.Tensor:
+    return x * n
+
+
+@compile_with_fallback(
+    dynamic=True,
+    fullgraph=False,
+    mode="default",
+    name="train_step",
+    policy=RetryPolicy(wait=tenacity.wait_exponential(multiplier=30, max=3600), stop=tenacity.stop_after_attempt(10)),
+)
+def train_step(
+    model: torch.nn.Module,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    outputs = model(inputs)
+    return criterion(outputs, targets), outputs
+
+
+def signatures(x: torch.Tensor, model: torch.nn.Module) -> None:
+    assert_type(bare(x, n=2), torch.Tensor)
+    bare("x")  # type: ignore[arg-type]
+    loss, outputs = train_step(model, x, x, torch.nn.functional.mse_loss)
+    assert_type(loss, torch.Tensor)
+    assert_type(outputs, torch.Tensor)
+    assert_type(compile_with_fallback(lambda: 1)(), int)
+    assert_type(bare.eager(x), torch.Tensor)
+    assert_type(bare.state, CompileState)
+    assert_type(bare.stats, CompileStats)
+    assert_type(bare.last_failure, CompileFailure | None)
+    assert_type(bare.next_retry, NextRetry | None)
+    assert_type(bare.policy, RetryPolicy)
+    assert_type(bare.name, str)
+    assert_type(bare.retry_now(), None)
+    assert_type(bare.reset(), None)
+
+
+def modules() -> None:
+    linear = compile_with_fallback(torch.nn.Linear(1, 1), dynamic=True)
+    assert_type(linear, torch.nn.Linear)
+    assert_type(compile_with_fallback(dynamic=True)(torch.nn.Linear(1, 1)), torch.nn.Linear)
+    function = compiled_function(linear)
+    assert_type(function.stats.calls, int)
+
+
+class Trainer:
+    @compile_with_fallback
+    def method(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    @compile_with_fallback(dynamic=True)
+    @staticmethod
+    def static(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    @classmethod
+    @compile_with_fallback
+    def of(cls, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def methods(x: torch.Tensor) -> None:
+    assert_type(Trainer().method(x), torch.Tensor)
+    assert_type(Trainer.static(x), torch.Tensor)
+
+
+def policies() -> None:
+    RetryPolicy()
+    RetryPolicy(wait=30, wait_calls=None)
+    RetryPolicy(wait=None, wait_calls=tenacity.wait_exponential(multiplier=2, max=64))
+    RetryPolicy(retry=tenacity.retry_if_exception_type(OSError), clock=FakeClock())
+    RetryPolicy(stop=5)  # type: ignore[arg-type]
+    compile_with_fallback(policy=tenacity.Retrying(wait=tenacity.wait_fixed(3)))
+    assert_type(is_transient(OSError()), bool)
+
+
+def records(stats: CompileStats, failure: CompileFailure) -> None:
+    assert_type(stats.as_dict(), dict[str, int | float])
+    assert_type(stats.compiled_fraction, float)
+    assert_type(failure.frame, tuple[str, str, int])
+    assert_type(failure.message, str)
+
+
+def testing() -> None:
+    strict: AbstractContextManager[None] = set_strict(True)
+    with (
+        strict,
+        broken_compiler(),
+        fail_compiles(OSError, times=1, function="f", graph=2) as faults,
+        record_transitions("f") as transitions,
+    ):
+        assert_type(faults, Faults)
+        assert_type(transitions, list[Transition])
