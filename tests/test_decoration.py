@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import runpy
+import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
 import torch
 
+import compile_retry
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback
 from support import Compiler, full_disk
 
@@ -118,6 +122,7 @@ def test_wrong_arguments(options: dict[str, Any], error: type[Exception], messag
         {"backend": "aot_eager", "fullgraph": True},
         {"backend": "inductor", "dynamic": True},
         {"backend": "eager"},
+        {"backend": None},
     ],
     ids=str,
 )
@@ -254,3 +259,112 @@ def test_modules_that_cannot_be_compiled_in_place() -> None:
         compile_with_fallback(torch.jit.script(torch.nn.Linear(1, 1)))
     with pytest.raises(TypeError, match=r"what torch\.compile\(\) returned"):
         compile_with_fallback(torch.compile(torch.nn.Linear(1, 1)))
+
+
+def test_a_patched_torch_compile_that_knows_fewer_options() -> None:
+    """Is not given what it does not take."""
+    real = torch.compile
+
+    def older(model: Any, *, backend: Any, dynamic: bool | None = None) -> Any:
+        return real(model, backend=backend, dynamic=dynamic)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", older)
+        fn = compile_with_fallback(sine, backend=Compiler(), dynamic=False)
+        fn(X)
+    assert fn.stats.compiled_calls == 1
+
+
+def test_ahead_of_time_inductor() -> None:
+    """options={"use_aoti": True} selects the same compiler as in torch.compile."""
+    made: list[Any] = []
+    real = torch._TorchCompileAOTInductorWrapper
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        made.append(args)
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "_TorchCompileAOTInductorWrapper", spy)
+        patch.setattr(torch, "compile", lambda fn, **options: fn)
+        compile_with_fallback(sine, options={"use_aoti": True, "max_autotune": False})(X)
+    assert [arguments[:2] for arguments in made] == [(None, {"max_autotune": False})] * 2
+
+
+def test_options_cannot_be_checked_without_a_cache_directory() -> None:
+    """Then the check is left to the first attempt, which may be retried."""
+
+    class NoCacheDirectory:
+        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+            if name == "compile_retry._torch_internals":
+                raise OSError(30, "Read-only file system")
+
+    name = "compile_retry._torch_internals"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(sys.modules, name, raising=False)
+        patch.delattr(compile_retry, "_torch_internals", raising=False)
+        patch.setattr(sys, "meta_path", [NoCacheDirectory(), *sys.meta_path])
+        fn = compile_with_fallback(sine, mode="default", policy=SECOND_CALL)
+        torch.testing.assert_close(fn(X), X.sin())
+        assert fn.last_failure is not None
+        assert (fn.last_failure.stage, fn.last_failure.message) == ("torch.compile", "[Errno 30] Read-only file system")
+    fn(X), fn(X)
+    assert fn.state is CompileState.COMPILED
+
+
+def test_two_threads_call_a_new_function() -> None:
+    """torch.compile() is called once."""
+    calls: list[int] = []
+    real, results = torch.compile, list[torch.Tensor]()
+    second = threading.Thread(target=lambda: results.append(fn(X)))
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        second.start()
+        while not waits_for_us():
+            pass
+        return real(*args, **kwargs)
+
+    def waits_for_us() -> bool:
+        frame = sys._current_frames().get(second.ident or 0)
+        return frame is not None and frame.f_code.co_name == "_create"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", slow)
+        fn = compile_with_fallback(sine, backend=Compiler())
+        results.append(fn(X))
+        second.join()
+    assert len(calls) == 1
+    assert fn.stats.compiled_calls == 2
+    torch.testing.assert_close(results, [X.sin()] * 2)
+
+
+def test_old_torch() -> None:
+    """Before 2.10 the import says what is needed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "__version__", type(torch.__version__)("2.9.1"))
+        with pytest.raises(ImportError, match=r"needs torch 2\.10 or later, this is 2\.9\.1"):
+            runpy.run_path(compile_retry.__file__)
+    assert torch.__version__ > "2.10"
+
+
+def test_torch_without_newer_internals() -> None:
+    """What only newer versions have is done without: the check of fullgraph=True, and the third argument of a guard."""
+    from compile_retry import _torch_internals as internals
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(torch._C._dynamo.eval_frame, "set_fullgraph_compiled_frame_count", raising=False)
+        fn = compile_with_fallback(sine, backend=Compiler(lambda inputs: full_disk()), dynamic=False)
+        for n in (3, 4):
+            fn(torch.ones(n))
+        assert fn.stats.eager_calls == 2
+
+    class Root210:
+        guards: list[Any]
+
+        def add_epilogue_lambda_guard(self, guard: Any, reason: list[str]) -> None:
+            self.guards = [guard, reason]
+
+    root = Root210()
+    internals._add_last_guard(root, lambda f_locals: True)
+    assert root.guards[0]({}) is True

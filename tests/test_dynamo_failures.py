@@ -110,3 +110,20 @@ def test_dynamo_fails_and_the_program_raises() -> None:
     with dynamo_fails_in("bad", MemoryError()), pytest.raises(ValueError, match="the program's"):
         fn(X)
     assert (fn.stats.failures, fn.state) == (0, CompileState.PENDING)
+
+
+def test_a_failure_that_was_forgotten_before_it_could_be_withdrawn() -> None:
+    """The program resets the function in the middle of a step, and then raises."""
+
+    def trouble() -> None:
+        fn.reset()
+        raise ValueError("the program's")
+
+    def bad(x: torch.Tensor) -> torch.Tensor:
+        torch.compiler.disable(trouble)()
+        return x
+
+    fn = compile_with_fallback(bad, backend=Compiler(), policy=EVERY_CALL)
+    with dynamo_fails_in("bad", MemoryError()), pytest.raises(ValueError, match="the program's"):
+        fn(X)
+    assert (fn.stats.failures, fn.state, fn.next_retry) == (0, CompileState.PENDING, None)

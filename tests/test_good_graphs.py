@@ -201,3 +201,19 @@ def test_reset_by_the_user_at_any_moment() -> None:
     fn(a), fn(b)
     assert (fn.stats.failures, fn.stats.recoveries, fn.state) == (1, 1, CompileState.COMPILED)
     assert compiler.ran == 5
+
+
+def test_many_shapes_wait() -> None:
+    """However many are turned away, the one that fails stays held off and the others get their turn."""
+    compiler = Compiler(rows(3))
+    fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=RetryPolicy(wait=None, wait_calls=100))
+    fn(torch.ones(2))
+    fn(torch.ones(3))
+    for n in range(4, 103):
+        fn(torch.ones(n))
+    assert compiler.asked == 2
+    fn(torch.ones(3))
+    for _ in range(120):
+        fn(torch.ones(4))
+    assert fn.stats.failures == 2
+    assert fn.stats.compiled_calls > 10

@@ -82,10 +82,9 @@ class Breaker:
         if episode is None or self._probing or not episode.is_due(call, now):
             return False
         with self._lock:
-            if self._probing or self.episode is not episode:
-                return False
-            self._probing = True
-            return True
+            won = not self._probing and self.episode is episode
+            self._probing = self._probing or won
+            return won
 
     def probe_ended(self) -> None:
         self._probing = False

@@ -251,8 +251,7 @@ def count_compiles(frame_state: FrameState) -> int:
 
 def uncount_compiles(frame_state: FrameState, count: int) -> None:
     """Put that number back: a failed compile should not use the frame up."""
-    if "_id" in frame_state:
-        FRAME_COMPILE_COUNTER[frame_state["_id"]] = count
+    FRAME_COMPILE_COUNTER[frame_state.get("_id", -1)] = count
 
 
 class CachedFrame:
