@@ -278,7 +278,7 @@ def test_a_patched_torch_compile_that_knows_fewer_options() -> None:
 def test_ahead_of_time_inductor() -> None:
     """options={"use_aoti": True} selects the same compiler as in torch.compile."""
     made: list[Any] = []
-    real = torch._TorchCompileAOTInductorWrapper
+    real: Any = torch._TorchCompileAOTInductorWrapper
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         made.append(args)

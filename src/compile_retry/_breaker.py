@@ -74,20 +74,25 @@ class Breaker:
         self.policy = policy
         self.episode: Episode | None = None
         self._lock = threading.Lock()
-        self._probing = False
+        self._prober: int | None = None  # the thread whose call is the probe
 
     def let_through(self, call: int) -> bool:
-        """Whether this call, made during an episode, becomes the probe. If so, `probe_ended` must follow."""
-        episode, now = self.episode, self.policy.clock()
-        if episode is None or self._probing or not episode.is_due(call, now):
+        """Whether this call, made during an episode, becomes the probe. If so, `probe_ended` must follow.
+
+        A call within a probe of the same thread must not ask. So if the thread that asks is the prober, an interrupt has
+        kept its last probe from ending.
+        """
+        episode, this = self.episode, threading.get_ident()
+        if episode is None or self._prober not in (None, this) or not episode.is_due(call, self.policy.clock()):
             return False
         with self._lock:
-            won = not self._probing and self.episode is episode
-            self._probing = self._probing or won
+            won = self._prober in (None, this) and self.episode is episode
+            self._prober = this if won else self._prober
             return won
 
     def probe_ended(self) -> None:
-        self._probing = False
+        """Let others through."""
+        self._prober = None
 
     def is_reserved(self, call: int) -> bool:
         """Whether the probe may attempt only what has not failed yet in this episode."""

@@ -13,6 +13,7 @@ import torch
 
 from ._function import CompiledFunction, ModuleHandle
 from ._policy import RetryPolicy
+from ._torch_modules import call_of, compiled_call_of, is_from_torch_compile
 
 if TYPE_CHECKING:
     from tenacity import Retrying
@@ -117,7 +118,7 @@ def compile_with_fallback(
     _check(policy, name, compile_options)
     compiled = functools.partial(CompiledFunction, policy=RetryPolicy.of(policy), name=name, options=compile_options)
     if isinstance(target, torch.nn.Module):
-        ModuleHandle(target, compiled(target._call_impl))
+        ModuleHandle(target, compiled(call_of(target)))
         return target
     return compiled(target)
 
@@ -131,7 +132,7 @@ def compiled_function(module: torch.nn.Module) -> CompiledFunction[..., Any]:
     Raises:
         TypeError: The module has not been compiled by :func:`compile_with_fallback`.
     """
-    function = getattr(module, "_compiled_call_impl", None)
+    function = compiled_call_of(module)
     if not isinstance(function, CompiledFunction):
         raise TypeError(f"{type(module).__qualname__} has not been compiled by compile_with_fallback()")
     return function
@@ -153,7 +154,7 @@ def _plain(fn: Any) -> Any:
 def _check_module(module: torch.nn.Module) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise TypeError("a TorchScript module cannot be compiled; pass the module that it was made from")
-    if type(module).__name__ == "OptimizedModule":
+    if is_from_torch_compile(module):
         raise TypeError("this is what torch.compile() returned; pass the module that was given to it")
 
 
@@ -211,7 +212,7 @@ def _check_names(options: dict[str, Any]) -> None:
 
 
 def _check_with_torch(backend: Any, mode: str | None, options: dict[str, Any] | None, dynamic: bool | None) -> None:
-    """Have torch look at what only it can judge. Takes a second where it has to import torch._dynamo."""
+    """Have torch look at what only it can judge. Takes a second where it has to import Dynamo."""
     try:
         from . import _torch_internals as internals
     except OSError:  # no cache directory, for now; the first attempt meets it again, and that may be retried

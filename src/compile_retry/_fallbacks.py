@@ -34,7 +34,7 @@ class Fallback:
 
     @property
     def alive(self) -> bool:
-        """Whether it still runs eagerly. The user's ``torch._dynamo.reset()`` sweeps cache entries away."""
+        """Whether it still runs eagerly. A reset of Dynamo by the user sweeps cache entries away."""
         return self.entry is None or self.entry.alive
 
 

@@ -23,6 +23,7 @@ from ._fallbacks import CREATION, Fallback
 from ._policy import RetryPolicy
 from ._stats import CompileState, CompileStats, Counter
 from ._strict import is_strict
+from ._torch_modules import set_compiled_call
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -207,7 +208,7 @@ class ModuleHandle:
     """
 
     def __init__(self, module: torch.nn.Module, function: CompiledFunction[..., Any]) -> None:
-        module.__dict__["_compiled_call_impl"] = function
+        set_compiled_call(module, function)
         module.__dict__["_compile_retry"] = self
         self._module = module
         self._function = function

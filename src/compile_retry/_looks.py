@@ -5,6 +5,7 @@ Coarser than Dynamo's guards. It decides what is worth waiting for, never which 
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TypeAlias
 
 import torch
@@ -12,17 +13,26 @@ import torch
 Looks: TypeAlias = tuple[object, ...]
 
 
-def of_value(value: object, *, shapes: bool = True) -> object:
+# Containers are looked into so deep and so far: they may be long, or contain themselves.
+_DEPTH, _LENGTH = 2, 32
+
+
+def of_value(value: object, *, shapes: bool = True, depth: int = _DEPTH) -> object:
     """A tensor's shape (or number of dimensions), type and device; a module's class and mode; otherwise the class."""
-    if isinstance(value, torch.Tensor):
-        shape = str(value.shape) if shapes else value.ndim
-        return shape, value.dtype, value.device, value.requires_grad
-    if isinstance(value, torch.nn.Module):
-        return type(value), value.training
-    if isinstance(value, (list, tuple)):
-        return type(value), *(of_value(item, shapes=shapes) for item in value)
-    if isinstance(value, dict):
-        return type(value), *((str(key), of_value(item, shapes=shapes)) for key, item in value.items())
+    try:
+        if isinstance(value, torch.Tensor):
+            shape = str(value.shape) if shapes else value.ndim
+            return shape, value.dtype, value.device, value.requires_grad
+        if isinstance(value, torch.nn.Module):
+            return type(value), value.training
+    except Exception:  # a tensor of a class with ideas of its own
+        return type(value)
+    if isinstance(value, (list, tuple)) and depth:
+        items = (of_value(item, shapes=shapes, depth=depth - 1) for item in value[:_LENGTH])
+        return type(value), len(value), *items
+    if isinstance(value, dict) and depth:
+        items = (of_value(item, shapes=shapes, depth=depth - 1) for item in islice(value.values(), _LENGTH))
+        return type(value), len(value), *items
     return value if isinstance(value, bool) else type(value)
 
 

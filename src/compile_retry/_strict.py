@@ -26,7 +26,7 @@ class _Restore:
         _strict.enabled = self._previous
 
 
-def set_strict(enabled: bool, /) -> _Restore:
+def set_strict(enabled: bool) -> _Restore:
     """Switch strict mode on or off, for the whole process.
 
     In strict mode a compile failure raises out of the call in which it happens, and nothing is held off. It is meant

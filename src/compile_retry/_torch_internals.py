@@ -10,6 +10,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from inspect import signature
 from types import CodeType
 from typing import Any, Protocol, TypeAlias
 
@@ -74,6 +75,8 @@ __all__ = [
     "uncount_compiles",
     "visible",
 ]
+
+_LOOKS_AT_FRAMES = "frame" in signature(_is_skipped_file).parameters  # since 2.12
 
 CONTROL_FLOW: tuple[type[Exception], ...] = (RestartAnalysis, SkipFrame)
 
@@ -190,7 +193,8 @@ def interpose(compiled: object, wrap: Callable[[FrameCallback], FrameCallback]) 
 
 def concerns_dynamo(frame: Frame) -> bool:
     """Whether Dynamo would try to compile this frame at all, rather than pass over it."""
-    return not _is_skipped_file(frame.f_code, frame=frame) and has_tensor_in_frame(frame)
+    named = {"frame": frame} if _LOOKS_AT_FRAMES else {}
+    return not _is_skipped_file(frame.f_code, **named) and has_tensor_in_frame(frame)
 
 
 def run_eagerly(*, inner_frames: bool) -> ConvertFrameReturn:

@@ -1,0 +1,410 @@
+"""Train while the machine's C++ compiler is broken, and see what happens when it is repaired.
+
+    python examples/demo.py            about a minute on two idle cores
+    python examples/demo.py --smoke    the same story, shorter
+
+A small convolutional network learns the handwritten digits that come with scikit-learn. Its train step is decorated with
+`@compile_with_fallback`. When training starts, the C++ compiler is really broken: CXX names a script that fails as long
+as a certain file exists. Some steps later that file is removed. Nobody tells the train step. It runs eagerly, tries again
+when its policy says so, and at the first attempt that succeeds goes over to compiled code.
+
+Then a second process does the same training with a compiler that was never broken, and the two are compared.
+
+The exit status is 0 if the story came true and 1 if it did not; how fast anything was does not matter for it. On a
+machine without a C++ compiler everything runs eagerly to the end, and the demo says so. It needs a POSIX shell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import math
+import multiprocessing
+import os
+import shlex
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Literal
+
+import torch
+from sklearn.datasets import load_digits
+from tenacity import wait_exponential
+from torch import Tensor, nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from compile_retry import CompileState, CompileStats, RetryPolicy, compile_with_fallback, set_strict
+
+BATCH = 128
+CHANNELS = 16
+TEST_IMAGES = 360
+WARM_UP = 5  # so many steps are left out before a speed is taken
+
+
+# --- What a user of the library writes: a train step, decorated, and a policy. ----------------------------------------
+
+# Tries again after 10 calls, then after 20, 40 and so on. In calls, not seconds: the same story on every machine.
+POLICY = RetryPolicy(wait=None, wait_calls=wait_exponential(multiplier=10))
+
+
+@compile_with_fallback(policy=POLICY)
+def train_step(
+    model: nn.Module, inputs: Tensor, targets: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    outputs = model(inputs)
+    return criterion(outputs, targets), outputs
+
+
+# --- The network and its data. ----------------------------------------------------------------------------------------
+
+
+class Snake(nn.Module):
+    """The activation x + sin(ax)^2 / a (Ziyin, Hartwig and Ueda, 2020), with an a for each channel.
+
+    PyTorch has no kernel for it: eager runs it one operation at a time, a compiler makes one loop of it.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.sin(self.a * x).square() / (self.a + 1e-6)
+
+
+def network() -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Conv2d(1, CHANNELS, kernel_size=3, padding=1)]
+    for _ in range(3):
+        layers += [
+            nn.Conv2d(CHANNELS, CHANNELS, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(CHANNELS),
+            Snake(CHANNELS),
+        ]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, 10))
+
+
+class Digits:
+    """1797 images of 8 by 8 pixels, and the digit that each of them shows."""
+
+    def __init__(self) -> None:
+        digits = load_digits()
+        images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+        targets = torch.tensor(digits.target)
+        test, train = _shuffled(len(images), seed=0).tensor_split([TEST_IMAGES])
+        self.train = images[train], targets[train]
+        self.test = images[test], targets[test]
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches without end, in the same order every time."""
+        images, targets = self.train
+        epoch = 1
+        while True:
+            for batch in _shuffled(len(images), seed=epoch).split(BATCH)[:-1]:
+                yield images[batch], targets[batch]
+            epoch += 1
+
+
+def _shuffled(n: int, seed: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+# --- A training run, with a stopwatch. --------------------------------------------------------------------------------
+
+StepKind = Literal["eager", "compiled", "attempt"]
+Forward = Callable[[nn.Module, Tensor, Tensor, nn.Module], tuple[Tensor, Tensor]]
+
+
+class Training:
+    """A network, its optimizer, and how long each of its steps took."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)  # more would wait for each other on images this small, and the figures would jump
+        torch.manual_seed(0)
+        self.digits = Digits()
+        self.batches = self.digits.batches()
+        self.model = network()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3)
+        self.criterion = nn.CrossEntropyLoss()
+        self.seconds: dict[StepKind, list[float]] = {"eager": [], "compiled": [], "attempt": []}
+
+    def run(self, steps: int, name: str, before_step: Callable[[int], None] = lambda step: None) -> None:
+        """Train under a progress bar. What is logged meanwhile appears above it."""
+        seldom = 0.1 if sys.stderr.isatty() else 10.0  # a file should not fill up with bars
+        with logging_redirect_tqdm(), tqdm(range(1, steps + 1), name, unit="step", mininterval=seldom) as bar:
+            for step in bar:
+                before_step(step)
+                before = train_step.stats
+                seconds, loss = self.step(train_step)
+                self.seconds[_kind_of_step(before, train_step.stats)].append(seconds)
+                bar.set_postfix(loss=f"{loss:.3f}", state=train_step.state.value, refresh=False)
+
+    def step(self, forward: Forward) -> tuple[float, float]:
+        """Forward, backward, and the optimizer's update. Returns how many seconds it took, and the loss."""
+        inputs, targets = next(self.batches)
+        started = time.perf_counter()
+        loss, _ = forward(self.model, inputs, targets, self.criterion)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - started, loss.item()
+
+    def heat(self, forward: Forward) -> float:
+        """A few steps more, against the clock. Returns steps per second."""
+        return _rate([self.step(forward)[0] for _ in range(WARM_UP + 20)])
+
+    def rate(self, kind: StepKind) -> float:
+        """Steps per second, of the steps of one kind."""
+        return _rate(self.seconds[kind])
+
+    @torch.no_grad()
+    def accuracy(self) -> float:
+        """The share of the test images that are read correctly."""
+        images, targets = self.digits.test
+        self.model.eval()
+        right = self.model(images).argmax(dim=1) == targets
+        self.model.train()
+        return right.float().mean().item()
+
+    def batches_seen(self) -> int:
+        """What BatchNorm has counted: more than the steps, if ever a part of a step ran twice."""
+        counts = [int(layer.num_batches_tracked) for layer in self.model if isinstance(layer, nn.BatchNorm2d)]
+        return max(counts)
+
+
+def _kind_of_step(before: CompileStats, after: CompileStats) -> StepKind:
+    if after.attempts > before.attempts:
+        return "attempt"
+    return "compiled" if after.compiled_calls > before.compiled_calls else "eager"
+
+
+def _rate(seconds: list[float]) -> float:
+    return 1 / statistics.median(seconds[WARM_UP:]) if len(seconds) > WARM_UP else math.nan
+
+
+# --- A compiler that can be repaired. ---------------------------------------------------------------------------------
+
+SCRIPT = """\
+#!/bin/sh
+if [ -e {flag} ] && [ "$1" != --version ]; then
+    echo "virtual memory exhausted: Cannot allocate memory" >&2
+    exit 1
+fi
+exec {real} "$@"
+"""
+
+
+class Compiler:
+    """Stands in front of the real one. While broken it still tells its version, but compiles nothing.
+
+    That is what a machine without memory or disk space looks like, and it is the nastier case: torch finds a compiler,
+    and concludes from its failures that the processor has no vector instructions.
+    """
+
+    def __init__(self, real: str, folder: Path) -> None:
+        self._flag = folder / "broken"
+        self._flag.touch()
+        self.path = folder / Path(real).name  # torch goes by the name
+        self.path.write_text(SCRIPT.format(flag=shlex.quote(str(self._flag)), real=shlex.quote(real)))
+        self.path.chmod(0o755)
+
+    def repair(self) -> None:
+        self._flag.unlink()
+
+
+def real_compiler() -> str | None:
+    """Where this machine's C++ compiler is."""
+    candidates = map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "c++", "clang++"))
+    return next(filter(None, candidates), None)
+
+
+@contextlib.contextmanager
+def environment(cache: Path, cxx: str | Path | None) -> Iterator[None]:
+    """What torch is to compile with, and an empty place for what it has compiled. It looks at its first compile."""
+    cache.mkdir()
+    # Precompiled headers would lie about elsewhere, 150 MB of them.
+    ours = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
+    if cxx is not None:
+        ours["CXX"] = str(cxx)
+    before = dict(os.environ)
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+# --- The same training where nothing fails, in a process and with a cache of its own. ---------------------------------
+
+
+@dataclass(frozen=True)
+class Report:
+    accuracy: float
+    stats: CompileStats
+
+
+@contextlib.contextmanager
+def another_process(steps: int, cache: Path, cxx: str) -> Iterator[Connection]:
+    """Sends its report when it has trained, and for whatever it is sent then, what `Training.heat` returns."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=never_fail, args=(steps, theirs))
+    with environment(cache, cxx):
+        process.start()
+    theirs.close()  # so that it is noticed if the process ends
+    try:
+        yield ours
+    finally:
+        process.kill()
+        process.join()
+
+
+def never_fail(steps: int, connection: Connection) -> None:
+    """What that process does."""
+    with contextlib.suppress(KeyboardInterrupt), set_strict(True):
+        training = Training()
+        training.run(steps, "never failed")
+        connection.send(Report(training.accuracy(), train_step.stats))
+        while connection.recv():
+            connection.send(training.heat(train_step))
+
+
+# --- The story. -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    steps: int
+    repair_at: int
+    heats: int
+
+
+WHOLE = Plan(steps=600, repair_at=100, heats=7)
+SMOKE = Plan(steps=60, repair_at=5, heats=1)
+
+
+def say(text: str = "") -> None:
+    tqdm.write(text, file=sys.stdout)
+
+
+def train(plan: Plan, compiler: Compiler | None) -> Training:
+    """The run that the demo is about."""
+    training = Training()
+
+    def before_step(step: int) -> None:
+        if compiler is not None and step == plan.repair_at:
+            compiler.repair()
+            say(
+                f">>> step {step}: the compiler is repaired. Nobody tells train_step; next attempt {train_step.next_retry}"
+            )
+
+    say(f">>> {plan.steps} steps, {'the C++ compiler is broken' if compiler else 'there is no C++ compiler'}")
+    training.run(plan.steps, "training", before_step)
+    return training
+
+
+def compare(plan: Plan, ours: Training, cache: Path, cxx: str) -> tuple[Report, list[tuple[str, float]]]:
+    """Do the training again where nothing fails, and then let both, and eager, run side by side."""
+    say("\n>>> the same training in another process, with a compiler that was never broken")
+    with another_process(plan.steps, cache, cxx) as other:
+        report: Report = other.recv()
+        heats = []
+        for _ in range(plan.heats):  # by turns, so that whatever else the machine does hits all of them
+            other.send(True)
+            heats.append((other.recv(), ours.heat(train_step), ours.heat(train_step.eager)))
+    names = "never failed", "recovered", "eager"
+    return report, list(zip(names, map(statistics.median, zip(*heats, strict=True)), strict=True))
+
+
+def tell(plan: Plan, folder: Path) -> bool:
+    """The whole story. Returns whether it came true."""
+    real = real_compiler()
+    compiler = Compiler(real, folder) if real is not None else None
+    with environment(folder / "cache", compiler.path if compiler else None):
+        training = train(plan, compiler)
+        accuracy, stats, seen = training.accuracy(), train_step.stats, training.batches_seen()
+        books(training, stats, accuracy)
+        claims = {
+            "every step happened exactly once, failed attempts or not": seen == stats.calls == plan.steps,
+            "the compiler failed, and training went on eagerly": stats.failures > 0 < stats.eager_calls,
+        }
+        if real is None:
+            claims["without a compiler nothing was compiled"] = stats.eager_calls == stats.calls
+            say(
+                "\n>>> This machine has no C++ compiler. Nothing was compiled and nothing could recover: all of the training ran"
+            )
+            say(
+                f">>> eagerly, {stats.failures} attempts failed, and train_step would go on trying. There is nothing to compare."
+            )
+        else:
+            report, speeds = compare(plan, training, folder / "healthy cache", real)
+            comparison(speeds, accuracy, report.accuracy)
+            claims["it recovered, and has run compiled code since"] = (
+                stats.recoveries == 1 and train_step.state is CompileState.COMPILED
+            )
+            claims["the other run never failed"] = report.stats.compiled_calls == plan.steps
+            claims["both read the test images equally well"] = within_noise(accuracy, report.accuracy)
+    return verdict(claims)
+
+
+def within_noise(a: float, b: float) -> bool:
+    """Whether two shares of the test images differ by less than three standard errors."""
+    p = (a + b) / 2
+    return abs(a - b) <= 3 * math.sqrt(2 * p * (1 - p) / TEST_IMAGES)
+
+
+def books(training: Training, stats: CompileStats, accuracy: float) -> None:
+    say("\n>>> the books (train_step.stats)\n")
+    for name, value in stats.as_dict().items():
+        say(f"    {name:<18} {value:>8}" if isinstance(value, int) else f"    {name:<18} {value:>8.2f}")
+    say()
+    for kind in ("eager", "compiled"):
+        if training.seconds[kind]:
+            say(f"    {len(training.seconds[kind]):>4} {kind} steps, {training.rate(kind):.1f} steps/s")
+    attempts = training.seconds["attempt"]
+    say(f"    {len(attempts):>4} steps with an attempt, {sum(attempts):.1f} s in all")
+    say(f"    test accuracy {accuracy:.1%}")
+
+
+def comparison(speeds: list[tuple[str, float]], accuracy: float, never_failed: float) -> None:
+    say("\n>>> compared, side by side\n")
+    say(f"    {'':<18} {'steps/s':>8} {'ratio':>8} {'test accuracy':>14}")
+    accuracies = {"never failed": f"{never_failed:.1%}", "recovered": f"{accuracy:.1%}"}
+    for name, speed in speeds:
+        say(f"    {name:<18} {speed:>8.1f} {speed / speeds[0][1]:>8.2f} {accuracies.get(name, ''):>14}")
+
+
+def verdict(claims: dict[str, bool]) -> bool:
+    say()
+    for claim, came_true in claims.items():
+        say(f"    {'yes' if came_true else 'NO '}  {claim}")
+    say("\n>>> the story came true" if all(claims.values()) else "\n>>> THE STORY DID NOT COME TRUE: see above")
+    return all(claims.values())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="the same story, shorter")
+    plan = SMOKE if parser.parse_args().smoke else WHOLE
+    logging.basicConfig(format="%(levelname)-7s %(name)s: %(message)s", stream=sys.stdout)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(set_strict(False))  # whatever the environment says: the failure must be survived
+        folder = tempfile.TemporaryDirectory(prefix="compile-retry-demo-", ignore_cleanup_errors=True)
+        try:
+            return 0 if tell(plan, Path(stack.enter_context(folder))) else 1
+        except KeyboardInterrupt:
+            say("\n>>> interrupted")
+            return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
