@@ -84,14 +84,20 @@ def test_stances(fullgraph: bool) -> None:
 
 
 def test_the_stances_that_compile_later() -> None:
-    """eager_then_compile asks our backend behind the frame callback's back; failures are survived there, too."""
-    fn = compile_with_fallback(sine, backend=Compiler(first(1)), dynamic=False, policy=RetryPolicy(wait=1000))
+    """eager_then_compile asks our backend behind the frame callback's back; failures are survived there, too.
+
+    What falls back there is not retried, and the state says so.
+    """
+    policy = RetryPolicy(wait=None, wait_calls=2)
+    fn = compile_with_fallback(sine, backend=Compiler(first(1)), dynamic=False, policy=policy)
     with torch.compiler.set_stance("eager_then_compile"):
-        for n in (3, 3, 3, 4, 4):
+        for n in (3, 3, 3, 4, 3, 3):
             x = torch.ones(n)
             torch.testing.assert_close(fn(x), x.sin())
     assert fn.stats.failures == 1
-    assert fn.stats.compiled_calls == 0
+    assert fn.state is CompileState.GAVE_UP
+    fn(X)
+    assert fn.stats.eager_calls >= 4
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])

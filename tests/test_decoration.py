@@ -252,7 +252,7 @@ def test_an_unknown_torch() -> None:
     assert "keeps its frame callback where compile_retry cannot find it" in fn.last_failure.message
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_modules_that_cannot_be_compiled_in_place() -> None:
     """TorchScript, and what torch.compile() has made of a module."""
     with pytest.raises(TypeError, match="TorchScript module"):

@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback
-from support import Compiler
+from support import Compiler, first
 
 EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
 X = torch.ones(3)
@@ -127,3 +127,16 @@ def test_a_failure_that_was_forgotten_before_it_could_be_withdrawn() -> None:
     with dynamo_fails_in("bad", MemoryError()), pytest.raises(ValueError, match="the program's"):
         fn(X)
     assert (fn.stats.failures, fn.state, fn.next_retry) == (0, CompileState.PENDING, None)
+
+
+@pytest.mark.parametrize("where", ["backend", "dynamo"])
+def test_the_user_suppresses_errors(where: str) -> None:
+    """torch._dynamo.config.suppress_errors would skip the function for good; here it is retried all the same."""
+    compiler = Compiler(first(3) if where == "backend" else lambda inputs: None)
+    fn = compile_with_fallback(lambda x: x.sin(), backend=compiler, policy=RetryPolicy(wait=None, wait_calls=2))
+    times = 3 if where == "dynamo" else 0
+    with torch._dynamo.config.patch(suppress_errors=True), dynamo_fails_in("lambda", MemoryError(), times=times):
+        for _ in range(10):
+            torch.testing.assert_close(fn(X), X.sin())
+        assert torch._dynamo.config.suppress_errors
+    assert (fn.stats.failures, fn.stats.compiled_calls, fn.state) == (3, 4, CompileState.COMPILED)

@@ -65,6 +65,11 @@ def run(
     return losses
 
 
+def assert_same(ours: list[float], theirs: list[float]) -> None:
+    """Equal but for the last digit: some versions of Dynamo capture the optimizer's operations in another order."""
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 STEPS = [(whole_step, False), (broken_step, False), (forward_only, True)]
 
 
@@ -83,7 +88,7 @@ def test_any_one_attempt_fails(body: Callable[..., Any], optimize: bool, which: 
     ours = Trainer()
     twin = ours.twin()
     step = compile_with_fallback(body, backend=Compiler(fails), policy=policy)
-    assert run(step, ours, 7, optimize=optimize) == run(body, twin, 7, optimize=optimize)
+    assert_same(run(step, ours, 7, optimize=optimize), run(body, twin, 7, optimize=optimize))
     assert_twins(ours, twin)
     assert step.state is CompileState.COMPILED
     assert step.stats.failures == step.stats.recoveries == (1 if asked >= which else 0)
@@ -105,9 +110,8 @@ def test_attempts_fail_often(body: Callable[..., Any], optimize: bool, dynamic: 
     twin = ours.twin()
     step = compile_with_fallback(body, backend=Compiler(fails), policy=EVERY_CALL, dynamic=dynamic)
     batches = (5, 5, 3, 4)
-    assert run(step, ours, 16, optimize=optimize, batches=batches) == run(
-        body, twin, 16, optimize=optimize, batches=batches
-    )
+    losses = run(step, ours, 16, optimize=optimize, batches=batches)
+    assert_same(losses, run(body, twin, 16, optimize=optimize, batches=batches))
     assert_twins(ours, twin)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback
-from support import Compiler, full_disk, rows
+from support import Compiler, first, full_disk, rows
 
 EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
 
@@ -97,6 +97,33 @@ def test_nobody_starves(wait: int, pattern: str) -> None:
         before = compiler.ran
         fn(shapes[shape])
         assert compiler.ran == before + (shape == "B")
+
+
+def test_who_failed_once_does_not_starve_either() -> None:
+    """A shape that failed while everything did is compiled, though another one goes on failing at every due moment."""
+    compiler = Compiler(lambda inputs: full_disk())
+    fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=RetryPolicy(wait=None, wait_calls=3))
+    a, b = torch.ones(3), torch.ones(4)
+    for x in (a, b, b, b):  # attempts in calls 1 and 4
+        fn(x)
+    assert compiler.asked == 2
+    compiler.fails = rows(3)
+    for _ in range(12):
+        fn(b), fn(a)
+    assert compiler.ran > 0
+    before = compiler.ran
+    fn(b)
+    assert compiler.ran == before + 1
+
+
+def test_all_graphs_of_a_step_recover_in_one_call() -> None:
+    """When the cause is gone, the due call compiles the graph that failed and those behind it."""
+    fn = compile_with_fallback(two_graphs, backend=Compiler(first(2)), policy=RetryPolicy(wait=None, wait_calls=2))
+    for _ in range(8):
+        fn(torch.ones(3))
+    stats = fn.stats
+    assert (stats.eager_calls, stats.mixed_calls, stats.compiled_calls) == (4, 0, 4)
+    assert (stats.attempts, stats.failures, stats.recoveries) == (4, 2, 1)
 
 
 def test_one_graph_that_cannot_be_compiled() -> None:

@@ -60,30 +60,21 @@ def test_nothing_else_changes(fails: int) -> None:
     assert ours.state is CompileState.COMPILED
 
 
-@pytest.mark.parametrize("where", [1, 2])
-def test_no_input_is_alive_after_a_failed_call(where: int) -> None:
-    """Not even until the next garbage collection."""
-    asked = 0
-
-    def fails(inputs: list[Any]) -> Exception | None:
-        nonlocal asked
-        asked += 1
-        return full_disk() if asked == where else None
-
-    fn = compile_with_fallback(two_graphs, backend=Compiler(fails), policy=EVERY_CALL)
+@pytest.mark.parametrize("fails", [1, 2, 3])
+def test_no_input_is_alive_after_a_failed_call(fails: int) -> None:
+    """Neither after a first failure nor after a failed retry, and not even until garbage is collected."""
+    fn = compile_with_fallback(two_graphs, backend=Compiler(first(fails)), policy=EVERY_CALL)
+    x = torch.ones(1000)
+    for _ in range(fails - 1):
+        fn(x)
     gc.collect()
     gc.disable()
     try:
-        x = torch.ones(1000)
-        alive = weakref.ref(x)
         y = fn(x)
-        del x
-        assert fn.stats.failures == 1
-        gc.collect()
-        assert alive() is None
-        alive = weakref.ref(y)
-        del y
-        assert alive() is None
+        alive = weakref.ref(x), weakref.ref(y)
+        del x, y
+        assert fn.stats.failures == fails
+        assert [ref() for ref in alive] == [None, None]
     finally:
         gc.enable()
 

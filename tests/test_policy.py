@@ -29,9 +29,9 @@ X = torch.ones(3)
         ({"wait": "30"}, TypeError, "wait must be a tenacity wait strategy, a number of seconds or None, not '30'"),
         ({"wait": True}, TypeError, "not True"),
         ({"wait": tenacity.wait_fixed}, TypeError, "wait must be"),
-        ({"wait_calls": 0}, ValueError, "wait_calls must be at least 1 calls, not 0"),
-        ({"wait_calls": 0.5}, ValueError, "wait_calls must be at least 1 calls"),
-        ({"wait_calls": math.nan}, ValueError, "wait_calls must be at least 1 calls"),
+        ({"wait_calls": 0}, ValueError, "wait_calls must be at least 1 call, not 0"),
+        ({"wait_calls": 0.5}, ValueError, "wait_calls must be at least 1 call"),
+        ({"wait_calls": math.nan}, ValueError, "wait_calls must be at least 1 call"),
         ({"wait_calls": []}, TypeError, "wait_calls must be a tenacity wait strategy, a number of calls or None"),
         ({"wait": None}, ValueError, "wait and wait_calls are both None"),
         ({"stop": 5}, TypeError, r"stop must be a tenacity stop strategy such as stop_after_attempt\(10\)"),
@@ -173,6 +173,7 @@ def test_next_retry_in_words() -> None:
     assert str(NextRetry(1, None)) == "in 1 call"
     assert str(NextRetry(5, 30.0)) == "in 5 calls or in 30 s"
     assert str(NextRetry(None, 0.25)) == "in 0.25 s"
+    assert str(NextRetry(None, 3599.99)) == "in 3600 s"
 
 
 @given(

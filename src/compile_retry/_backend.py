@@ -42,14 +42,14 @@ class GraphBackend:
         # `mode` and `options`, which torch hands back to a callable backend, are in the compiler already.
         control = self._control
         tally = control.per_thread.tally
-        if not control.may_attempt(tally):
-            if tally.conversion is None:
-                return _counted_eager(graph_module.forward, control.per_thread)
-            tally.conversion.gave_way = True
-            raise HeldOffError(control.name)
         # Under the stances "eager_then_compile" and "aot_eager_then_compile" torch asks the backend behind the frame
         # callback's back. Then nobody is there to give way to, nor to remember a fallback.
-        conversion = tally.conversion or Conversion(("unknown frame", "", 0), (), ())
+        conversion = tally.conversion or Conversion(control.location, (), ())
+        if not control.may_attempt(tally, conversion.fingerprint):
+            if tally.conversion is None:
+                return _counted_eager(graph_module.forward, control.per_thread)
+            conversion.gave_way = True
+            raise HeldOffError(control.name)
         if control.breaker.episode is not None:
             heal()
         kept = KeptGraph(graph_module)
@@ -70,7 +70,7 @@ class GraphBackend:
         if is_fatal(exc):
             return False
         control = self._control
-        failure = control.failed(exc, "backend", conversion.location, tally)
+        failure = control.failed(exc, "backend", conversion, tally)
         if is_strict():
             conversion.raised = True
             return False
@@ -80,7 +80,9 @@ class GraphBackend:
                 control.fallbacks.give_up(conversion.retrying)
             conversion.gave_way = True
             return False
-        if conversion is tally.conversion and (conversion.fallback is None or failure.kind == "transient"):
+        if conversion is not tally.conversion:
+            control.fell_back(Fallback(conversion.fingerprint), "permanent", tally)
+        elif conversion.fallback is None or failure.kind == "transient":
             conversion.fallback = Fallback(conversion.fingerprint)
             control.fell_back(conversion.fallback, failure.kind, tally)
         return True

@@ -35,7 +35,7 @@ class NextRetry:
         if self.calls is not None:
             parts.append("in 1 call" if self.calls == 1 else f"in {self.calls} calls")
         if self.seconds is not None:
-            parts.append(f"in {self.seconds:.6g} s")
+            parts.append(f"in {self.seconds:.0f} s" if self.seconds >= 10 else f"in {self.seconds:.2g} s")
         return " or ".join(parts)
 
 
@@ -51,20 +51,13 @@ class Episode:
     due_call: float
     due_time: float
     stopped: bool
-    # Somebody was turned away before this episode's last due moment, and another's failing attempt used that moment up:
-    # the next due moment is for those who were turned away, until as long a wait again has passed.
-    passed_over: bool = False
 
     def is_due(self, call: int, now: float) -> bool:
         return call >= self.due_call or now >= self.due_time
 
-    def is_reserved(self, call: int, now: float) -> bool:
-        """Whether the due moment belongs to those who have not failed yet."""
-        return (
-            self.passed_over
-            and call < 2 * self.due_call - self.failed_in_call
-            and now < 2 * self.due_time - self.failed_at
-        )
+    def is_long_overdue(self, call: int, now: float) -> bool:
+        """Whether as long a wait again has passed since the attempt was due."""
+        return call >= 2 * self.due_call - self.failed_in_call or now >= 2 * self.due_time - self.failed_at
 
 
 class Breaker:
@@ -79,8 +72,8 @@ class Breaker:
     def let_through(self, call: int) -> bool:
         """Whether this call, made during an episode, becomes the probe. If so, `probe_ended` must follow.
 
-        A call within a probe of the same thread must not ask. So if the thread that asks is the prober, an interrupt has
-        kept its last probe from ending.
+        A call within a probe of the same thread must not ask. So if the thread that asks is the prober, an interrupt
+        has kept its last probe from ending.
         """
         episode, this = self.episode, threading.get_ident()
         if episode is None or self._prober not in (None, this) or not episode.is_due(call, self.policy.clock()):
@@ -94,18 +87,17 @@ class Breaker:
         """Let others through."""
         self._prober = None
 
-    def is_reserved(self, call: int) -> bool:
-        """Whether the probe may attempt only what has not failed yet in this episode."""
+    def is_long_overdue(self, call: int) -> bool:
+        """Whether whoever had a claim to the due moment has let it pass."""
         episode = self.episode
-        return episode is not None and episode.passed_over and episode.is_reserved(call, self.policy.clock())
+        return episode is None or episode.is_long_overdue(call, self.policy.clock())
 
-    def failed(self, exc: BaseException, call: int, *, others_wait: bool = False) -> tuple[int, bool]:
+    def failed(self, exc: BaseException, call: int) -> tuple[int, bool]:
         """An attempt failed: hold off as the policy says, or not at all if this failure is not worth a retry.
 
         Args:
             exc: The root cause.
             call: The call in which it failed.
-            others_wait: Whether something that has not failed itself has been turned away since the last failure.
 
         Returns:
             The attempt's number within the episode, and whether this failure is worth another attempt.
@@ -129,7 +121,7 @@ class Breaker:
                     episode = replace(
                         episode, due_call=call + decision.calls, due_time=now + decision.seconds, stopped=False
                     )
-                self.episode = replace(episode, passed_over=last is not None and others_wait)
+                self.episode = episode
             return attempt, decision.retry
 
     def withdraw(self, during: Episode | None, before: Episode | None) -> None:
@@ -137,12 +129,6 @@ class Breaker:
         with self._lock:
             if self.episode is during:
                 self.episode = before
-
-    def served(self) -> None:
-        """An attempt succeeded during an episode: nobody is passed over any more."""
-        with self._lock:
-            if self.episode is not None and self.episode.passed_over:
-                self.episode = replace(self.episode, passed_over=False)
 
     def end(self) -> Episode | None:
         """End the episode; returns the one that ended."""
@@ -154,13 +140,15 @@ class Breaker:
         """Make an attempt due at once, also after giving up."""
         with self._lock:
             if self.episode is not None:
-                self.episode = replace(self.episode, due_call=0, due_time=-math.inf, stopped=False, passed_over=False)
+                due_call = math.inf if self.policy.wait_calls is None else 0
+                due_time = math.inf if self.policy.wait is None else -math.inf
+                self.episode = replace(self.episode, due_call=due_call, due_time=due_time, stopped=False)
 
     def next_retry(self, calls: int) -> NextRetry | None:
         """How far away the next attempt is after `calls` calls; None if nothing is held off or no retry will come."""
         episode = self.episode
         if episode is None or episode.stopped:
             return None
-        left = None if math.isinf(episode.due_call) else max(0, int(episode.due_call) - calls)
+        left = None if math.isinf(episode.due_call) else max(1, int(episode.due_call) - calls)
         seconds = None if episode.due_time == math.inf else max(0.0, episode.due_time - self.policy.clock())
         return NextRetry(left, seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -75,13 +76,14 @@ class Tally:
 
     __slots__ = (
         "call",
+        "claims",
         "compiled",
         "conversion",
         "doubts",
         "eager",
+        "exclusive",
         "fallen",
         "probing",
-        "reserved",
         "retrying",
         "skipped",
         "started",
@@ -94,7 +96,9 @@ class Tally:
         self.call = 0
         self.started = 0  # both counts at the beginning of the call
         self.probing = False
-        self.reserved = False
+        # In a probe: who has a claim to an attempt, and whether nobody else may make one.
+        self.claims: frozenset[Hashable] = frozenset()
+        self.exclusive = False
         self.retrying: CachedFrame | None = None
         self.conversion: Conversion | None = None
         # What is left to do when the call is over.

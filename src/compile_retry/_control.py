@@ -16,6 +16,7 @@ from ._fallbacks import Fallback, Fallbacks, Fingerprint
 from ._policy import RetryPolicy
 from ._stats import Books, CompileState
 from ._strict import is_strict
+from ._turns import Turns
 
 if TYPE_CHECKING:
     from types import CodeType
@@ -37,8 +38,7 @@ class Control:
         self.per_thread = PerThread()
         self.last_failure: CompileFailure | None = None
         self.has_code = False
-        # Frames that ran eagerly because no attempt could be made, since the last failure but one.
-        self._turned_away: set[Fingerprint] = set()
+        self.turns = Turns()
         # Frames that Dynamo wants skipped for good, with the state it keeps for them.
         self.given_up: dict[CodeType, dict[object, object]] = {}
         # Since the last failure: whether something was compiled, and for how many calls everything that ran was.
@@ -55,24 +55,36 @@ class Control:
             return CompileState.GAVE_UP
         return CompileState.COMPILED if self.has_code else CompileState.PENDING
 
-    def may_attempt(self, tally: Tally) -> bool:
-        """Whether this thread's call may run the compiler now."""
-        return self.breaker.episode is None or tally.probing
+    def may_attempt(self, tally: Tally, who: Fingerprint) -> bool:
+        """Whether this thread's call may run the compiler now for this frame."""
+        if self.breaker.episode is None:
+            return True
+        if tally.probing:
+            return who in tally.claims or not tally.exclusive
+        return who in tally.claims
 
-    def turn_away(self, fingerprint: Fingerprint) -> None:
-        """A frame is run eagerly because no attempt may be made now."""
-        if len(self._turned_away) < WATCHED_CALLS:
-            self._turned_away.add(fingerprint)
+    def is_open(self, tally: Tally) -> bool:
+        """Whether this thread's call may run the compiler now for any frame at all."""
+        return self.breaker.episode is None or tally.probing or bool(tally.claims)
+
+    def probe_begins(self, tally: Tally, call: int) -> None:
+        """This thread's call has been let through during an episode."""
+        tally.probing = True
+        tally.claims = frozenset() if self.breaker.is_long_overdue(call) else self.turns.claimants
+        tally.exclusive = bool(tally.claims) and not self.turns.claimants_follow
 
     def compiled(self, fingerprint: Fingerprint) -> None:
         """A frame has been compiled."""
-        self._turned_away.discard(fingerprint)
+        self.turns.served(fingerprint)
         self.fallbacks.remove(None, fingerprint)
 
     def is_wanted(self, entry: CachedFrame) -> bool:
         """Asked by Dynamo when a cached fallback fits the call: use it? If not, the frame is compiled afresh."""
         tally = self.per_thread.tally
-        if self.fallbacks.is_permanent(entry) or tally.reserved or not self.may_attempt(tally):
+        if self.fallbacks.is_permanent(entry):
+            return True
+        if not self.may_attempt(tally, entry.fingerprint):
+            self.turns.ask(entry.fingerprint, tally.call)
             return True
         tally.retrying = entry
         return False
@@ -90,18 +102,17 @@ class Control:
     def made_progress(self) -> None:
         """Something works again that had failed, or works for the first time."""
         self._progress = True
-        self.breaker.served()
 
-    def failed(self, exc: BaseException, stage: FailureStage, location: Location, tally: Tally) -> CompileFailure:
+    def failed(self, exc: BaseException, stage: FailureStage, conversion: Conversion, tally: Tally) -> CompileFailure:
         """An attempt failed: hold off as the policy says, and book it."""
-        failure = self._judge(exc, stage, location, tally)
+        failure = self._judge(exc, stage, conversion, tally)
         self._book(failure)
         return failure
 
     def doubt(self, exc: BaseException, conversion: Conversion, tally: Tally) -> CompileFailure:
         """Something failed inside Dynamo: hold off at once, but book it only when the call is over."""
         before = self.breaker.episode
-        failure = self._judge(exc, "trace", conversion.location, tally)
+        failure = self._judge(exc, "trace", conversion, tally)
         fallback = Fallback(conversion.fingerprint if failure.kind == "transient" else conversion.coarse)
         self.fell_back(fallback, failure.kind, tally)
         tally.doubts.append(Doubt(exc, failure, fallback, before, self.breaker.episode))
@@ -146,7 +157,7 @@ class Control:
             tally: Of this thread.
             looks: What the call looked like if it ran compiled code only, otherwise None.
         """
-        unharmed, tally.probing, tally.reserved = tally.probing, False, False
+        unharmed, tally.probing, tally.claims = tally.probing, False, frozenset()
         self.breaker.probe_ended()
         if not unharmed:
             return
@@ -159,7 +170,7 @@ class Control:
         if self.fallbacks.any_waiting() and self._clean_calls < WATCHED_CALLS:
             return
         self.fallbacks.forget(waiting=True)
-        self._turned_away.clear()
+        self.turns.forget()
         episode, now = self.breaker.end(), self.policy.clock()
         if episode is not None and self._progress:
             self.books.recoveries.add()
@@ -186,18 +197,22 @@ class Control:
     def reset(self) -> None:
         """Forget that anything has failed."""
         self.fallbacks.forget(waiting=True, permanent=True)
+        self.turns.forget()
         self.breaker.end()
         self.last_failure = None
 
     # The record
 
-    def _judge(self, exc: BaseException, stage: FailureStage, location: Location, tally: Tally) -> CompileFailure:
-        root, attempt, retry = root_cause(exc), 1, True
+    def _judge(self, exc: BaseException, stage: FailureStage, conversion: Conversion, tally: Tally) -> CompileFailure:
+        root, attempt, retry, last = root_cause(exc), 1, True, self.breaker.episode
         tally.probing = False
+        tally.claims = frozenset() if tally.exclusive else tally.claims - {conversion.fingerprint}
         self._progress, self._clean_calls = False, 0
+        if last is not None:
+            self.turns.due_moment_used(conversion.fingerprint, last.failed_in_call, self.fallbacks.waits)
         if not is_strict():
             try:
-                attempt, retry = self.breaker.failed(root, tally.call, others_wait=self._others_wait())
+                attempt, retry = self.breaker.failed(root, tally.call)
             except Exception:
                 log.exception("%s: the retry policy raised; no attempt will be made any more", self.name)
         return CompileFailure(
@@ -205,18 +220,11 @@ class Control:
             error_type=qualified_name(root),
             message=str(root),
             stage=stage,
-            frame=location,
+            frame=conversion.location,
             attempt=attempt,
             call=tally.call,
             traceback=format_traceback(exc),
         )
-
-    def _others_wait(self) -> bool:
-        """Whether a frame that has not failed was turned away, and forget who was, from the second failure on."""
-        if self.breaker.episode is None:
-            return False
-        turned_away, self._turned_away = self._turned_away, set()
-        return any(not self.fallbacks.waits(fingerprint) for fingerprint in turned_away)
 
     def _book(self, failure: CompileFailure) -> None:
         self.books.attempts.add()

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-FailureKind = Literal["transient", "permanent", "fatal"]
+FailureKind = Literal["transient", "permanent"]
 FailureStage = Literal["torch.compile", "trace", "backend"]
 
 # Compiling the same graph again cannot end differently: the code cannot be traced, the backend lacks something, or the
@@ -66,8 +66,7 @@ class CompileFailure:
     """What is known of one failed attempt: text and numbers only, so it can be pickled, logged and kept.
 
     Attributes:
-        kind: ``"transient"`` if another attempt may end differently, ``"permanent"`` if not, ``"fatal"`` if eager
-            execution cannot go on either.
+        kind: ``"transient"`` if it is worth another attempt, ``"permanent"`` if not.
         error_type: Qualified name of the root cause's class, for example ``"builtins.OSError"``.
         message: The root cause's message.
         stage: Where it failed: ``"torch.compile"`` (the call of that name), ``"trace"`` (inside Dynamo) or
@@ -149,6 +148,17 @@ def is_transient(exc: BaseException) -> bool:
 def qualified_name(exc: BaseException) -> str:
     """The class of an exception as ``module.name``."""
     return f"{type(exc).__module__}.{type(exc).__qualname__}"
+
+
+def release(exc: BaseException) -> None:
+    """Let go of the frames that an exception holds, and through them of a call's tensors.
+
+    torch's exceptions point at frames that point back at them; without this they live until garbage is collected.
+    """
+    for cause in causes(exc):
+        cause.__traceback__ = None
+        if hasattr(cause, "first_useful_frame"):
+            cause.first_useful_frame = None
 
 
 def format_traceback(exc: BaseException) -> str:

@@ -94,10 +94,6 @@ class Fallbacks:
         """Whether this frame is among those that failed and wait."""
         return any(f.fingerprint == fingerprint for f in tuple(self._waiting))
 
-    def waits_without_entry(self, fingerprint: Fingerprint) -> bool:
-        """Whether it failed inside Dynamo, and waits."""
-        return any(f.entry is None and f.fingerprint == fingerprint for f in tuple(self._waiting))
-
     def is_hopeless(self, fingerprint: Fingerprint) -> bool:
         """Whether Dynamo cannot compile this frame and is not to be asked again."""
         return any(f.entry is None and f.fingerprint == fingerprint for f in tuple(self._permanent))

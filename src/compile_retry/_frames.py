@@ -14,8 +14,9 @@ from . import _looks
 from . import _torch_internals as internals
 from ._call import Conversion, Location, Tally
 from ._control import Control
-from ._failures import is_fatal
+from ._failures import is_fatal, release
 from ._fallbacks import Fingerprint
+from ._strict import is_strict
 from ._torch_internals import ConvertFrameReturn, Frame, FrameCallback, FrameState
 
 
@@ -52,15 +53,11 @@ class FrameConverter:
     def _held_off(self, conversion: Conversion, tally: Tally) -> ConvertFrameReturn | None:
         """What to do instead if this frame may not be compiled now."""
         control = self._control
-        may_attempt = control.may_attempt(tally)
-        if control.fallbacks.is_hopeless(conversion.coarse):
-            return _eagerly(tally, inner_frames=may_attempt)
-        if not may_attempt:
-            control.turn_away(conversion.fingerprint)
-            return _eagerly(tally, inner_frames=False)
-        if tally.reserved and control.fallbacks.waits_without_entry(conversion.fingerprint):
-            return _eagerly(tally, inner_frames=True)
-        return None
+        if not control.fallbacks.is_hopeless(conversion.coarse):
+            if control.may_attempt(tally, conversion.fingerprint):
+                return None
+            control.turns.ask(conversion.fingerprint, tally.call)
+        return _eagerly(tally, inner_frames=control.is_open(tally))
 
     def _convert(
         self, conversion: Conversion, tally: Tally, frame: Frame, cache_entry: object, frame_state: FrameState
@@ -70,7 +67,8 @@ class FrameConverter:
         outer, tally.conversion = tally.conversion, conversion
         started = control.policy.clock()
         try:
-            result = self._inner(frame, cache_entry, frame_state)
+            with internals.unsuppressed():
+                result = self._inner(frame, cache_entry, frame_state)
         except Exception as exc:
             internals.uncount_compiles(frame_state, compiles)
             if conversion.raised or is_fatal(exc) or internals.is_deliberate_limit(exc):
@@ -83,11 +81,14 @@ class FrameConverter:
         return self._converted(result, conversion, tally, frame, frame_state)
 
     def _failed(self, exc: Exception, conversion: Conversion, tally: Tally) -> ConvertFrameReturn:
+        control = self._control
         if conversion.gave_way:
-            self._control.turn_away(conversion.fingerprint)
-            return _eagerly(tally, inner_frames=False)
-        failure = self._control.doubt(exc, conversion, tally)
-        return _eagerly(tally, inner_frames=failure.kind == "permanent")
+            control.turns.ask(conversion.fingerprint, tally.call)
+        else:
+            control.doubt(exc, conversion, tally)
+        if not is_strict():
+            release(exc)
+        return _eagerly(tally, inner_frames=control.is_open(tally))
 
     def _converted(
         self, result: ConvertFrameReturn, conversion: Conversion, tally: Tally, frame: Frame, frame_state: FrameState
@@ -98,7 +99,9 @@ class FrameConverter:
                 control.fallbacks.remove(conversion.retrying)
                 conversion.retrying.drop()
             if conversion.fallback is not None:
-                conversion.fallback.entry = internals.CachedFrame(code, result.guarded_code, control.is_wanted)
+                conversion.fallback.entry = internals.CachedFrame(
+                    code, conversion.fingerprint, result.guarded_code, control.is_wanted
+                )
             else:
                 control.compiled(conversion.fingerprint)
             return result

@@ -16,7 +16,7 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 
 from . import _looks
 from ._breaker import WATCHED_CALLS, NextRetry
-from ._call import Location
+from ._call import Conversion, Location
 from ._control import Control
 from ._failures import CompileFailure, is_fatal
 from ._fallbacks import CREATION, Fallback
@@ -67,7 +67,7 @@ class CompiledFunction(Generic[P, R]):
         if episode is not None and not tally.probing:
             probing = control.breaker.let_through(call)
             if probing:
-                tally.probing, tally.reserved = True, control.breaker.is_reserved(call)
+                control.probe_begins(tally, call)
             elif not control.has_code and call > episode.failed_in_call + WATCHED_CALLS:
                 control.books.eager_calls.add()
                 return self.eager(*args, **kwargs)
@@ -105,7 +105,7 @@ class CompiledFunction(Generic[P, R]):
             if self._compiled != self._create_and_call:  # another thread was faster
                 return self._compiled
             # Inside torch.export, torch.compile would give the plain function back, for good.
-            if control.fallbacks.is_hopeless(CREATION) or not control.may_attempt(tally) or is_exporting():
+            if control.fallbacks.is_hopeless(CREATION) or not control.may_attempt(tally, CREATION) or is_exporting():
                 return None
             retrying = control.fallbacks.waits(CREATION)
             try:
@@ -113,7 +113,7 @@ class CompiledFunction(Generic[P, R]):
             except Exception as exc:
                 if is_fatal(exc):
                     raise
-                failure = control.failed(exc, "torch.compile", control.location, tally)
+                failure = control.failed(exc, "torch.compile", Conversion(control.location, CREATION, CREATION), tally)
                 if is_strict():
                     raise
                 control.fell_back(Fallback(CREATION), failure.kind, tally)

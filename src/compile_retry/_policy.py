@@ -78,13 +78,13 @@ class RetryPolicy:
 
 
 def _check_wait(name: str, value: object, at_least: int) -> None:
-    unit = "calls" if at_least else "seconds"
+    unit = "call" if at_least else "second"
     if value is None or (callable(value) and not isinstance(value, type)):
         return
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a tenacity wait strategy, a number of {unit} or None, not {value!r}")
+        raise TypeError(f"{name} must be a tenacity wait strategy, a number of {unit}s or None, not {value!r}")
     if math.isnan(value) or value < at_least:
-        raise ValueError(f"{name} must be at least {at_least} {unit}, not {value!r}")
+        raise ValueError(f"{name} must be at least {at_least} {unit}{'s' * (not at_least)}, not {value!r}")
 
 
 def _check_strategy(name: str, value: object, what: str) -> None:

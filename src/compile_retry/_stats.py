@@ -32,10 +32,11 @@ class CompileStats:
         compiled_calls: Calls in which every captured graph was compiled code, and there was at least one.
         mixed_calls: Calls in which some graphs were compiled code and others ran eagerly.
         eager_calls: Calls in which no compiled code ran, for whatever reason.
-        attempts: Runs of the compiler, one per captured graph.
+        attempts: Runs of the compiler, one per captured graph, and failures before there was a graph.
         failures: Attempts that did not produce code.
         recoveries: How often everything that had fallen back was compiled again.
-        compile_seconds: Seconds spent in attempts, failed ones included, by the policy's clock.
+        compile_seconds: Seconds in which Dynamo and the compiler compiled, failed attempts included, by the policy's
+            clock.
     """
 
     compiled_calls: int
@@ -48,7 +49,7 @@ class CompileStats:
 
     @property
     def calls(self) -> int:
-        """Calls of the function that are over or running. Calls that Dynamo traces into are part of their caller's."""
+        """Calls of the function that are over. A call that Dynamo traces into is part of its caller's."""
         return self.compiled_calls + self.mixed_calls + self.eager_calls
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 
 
 class _Strict:
@@ -13,7 +14,7 @@ class _Strict:
 _strict = _Strict()
 
 
-class _Restore:
+class _Restore(AbstractContextManager[None]):
     """What `set_strict` returns: as a context manager it puts the previous mode back at the end."""
 
     def __init__(self, previous: bool) -> None:
@@ -26,7 +27,7 @@ class _Restore:
         _strict.enabled = self._previous
 
 
-def set_strict(enabled: bool) -> _Restore:
+def set_strict(enabled: bool) -> AbstractContextManager[None]:
     """Switch strict mode on or off, for the whole process.
 
     In strict mode a compile failure raises out of the call in which it happens, and nothing is held off. It is meant

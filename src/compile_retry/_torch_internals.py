@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from inspect import signature
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -73,6 +73,7 @@ __all__ = [
     "run_eagerly",
     "skip_for_good",
     "uncount_compiles",
+    "unsuppressed",
     "visible",
 ]
 
@@ -123,17 +124,27 @@ def innermost(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def visible(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The call of a module in a form that Dynamo does not pass over.
+    """A function in the form in which Dynamo is to see it.
 
     Dynamo passes over frames of torch.nn's own files. It takes up the module's ``forward`` below, unless that is
     torch.nn's own as well, as for a Sequential; then ``module.compile()`` compiles nothing, without a word.
-    ``torch.compile(module)`` wraps the call in that case, and so does this. Since 2.1.
+    ``torch.compile(module)`` wraps the call in that case, and so does this. Since 2.1. And where recompiles cannot be
+    isolated, the wrappers of one code object would share its recompile limit: there each gets a copy of the code.
     """
     module = getattr(fn, "__self__", None)
     if isinstance(module, torch.nn.Module) and _is_skipped_file(module.forward):
         wrapped: Callable[..., Any] = wrap_inline(fn)
         return wrapped
+    if isinstance(fn, FunctionType) and not isolates_recompiles():
+        return _with_own_code(fn)
     return fn
+
+
+def _with_own_code(fn: FunctionType) -> FunctionType:
+    """The same function with a code object of its own, to which Dynamo ties its cache and its recompile limit."""
+    twin = FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    twin.__kwdefaults__ = fn.__kwdefaults__
+    return twin
 
 
 def is_inline_wrapper(code: CodeType) -> bool:
@@ -158,7 +169,7 @@ def inductor_options() -> list[str]:
 
 
 def isolates_recompiles() -> bool:
-    """Whether ``isolate_recompiles`` exists (2.12). Without it, wrappers of one code object share a recompile limit."""
+    """Whether ``isolate_recompiles`` exists; since 2.12. See `visible` for what is done without it."""
     return hasattr(_eval_frame, "set_eval_frame_isolate_recompiles_id")
 
 
@@ -248,6 +259,19 @@ def is_deliberate_limit(exc: BaseException) -> bool:
     return isinstance(exc, FailOnRecompileLimitHit) and bool(torch._dynamo.config.fail_on_recompile_limit_hit)
 
 
+@contextmanager
+def unsuppressed() -> Iterator[None]:
+    """Have Dynamo raise what fails in this thread's next compile, also where the user has it suppress errors.
+
+    Suppressed, an error would skip the frame's code for good. Since 2.0.
+    """
+    if torch._dynamo.config.suppress_errors:
+        with torch._dynamo.config.patch(suppress_errors=False):
+            yield
+    else:
+        yield
+
+
 def count_compiles(frame_state: FrameState) -> int:
     """How often Dynamo has compiled this frame, for its `accumulated_recompile_limit`."""
     return FRAME_COMPILE_COUNTER.get(frame_state.get("_id", -1), 0)
@@ -265,8 +289,15 @@ class CachedFrame:
     Since 2.6. Essential.
     """
 
-    def __init__(self, code: CodeType, guarded_code: Any, is_wanted: Callable[[CachedFrame], bool]) -> None:
+    def __init__(
+        self,
+        code: CodeType,
+        fingerprint: tuple[object, ...],
+        guarded_code: Any,
+        is_wanted: Callable[[CachedFrame], bool],
+    ) -> None:
         self.code = code
+        self.fingerprint = fingerprint
         manager = guarded_code.guard_manager
         self._manager = weakref.ref(manager)
         # Evaluated last, so only where everything else says that this entry fits. Dynamo itself uses this kind of guard

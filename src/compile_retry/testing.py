@@ -5,7 +5,6 @@ For the test suites of users: does our training survive a failed compile, and do
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,7 +103,7 @@ def fail_compiles(
             raise ValueError(f"{name} must be at least 1, not {value!r}")
     from ._backend import faults
 
-    done = Faults()
+    done, instance = Faults(), exception() if isinstance(exception, type) else exception
 
     def fault(attempt: Attempt) -> None:
         if function not in (None, attempt.function) or graph not in (None, attempt.graph):
@@ -112,7 +111,7 @@ def fail_compiles(
         done.attempts += 1
         if times is None or done.failed < times:
             done.failed += 1
-            raise exception() if isinstance(exception, type) else copy.copy(exception)
+            raise instance.with_traceback(None)
 
     faults.append(fault)
     try:
