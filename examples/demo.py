@@ -119,7 +119,6 @@ def _shuffled(n: int, seed: int) -> Tensor:
 # --- A training run, with a stopwatch. --------------------------------------------------------------------------------
 
 StepKind = Literal["eager", "compiled", "attempt"]
-Forward = Callable[[nn.Module, Tensor, Tensor, nn.Module], tuple[Tensor, Tensor]]
 
 
 class Training:
@@ -144,24 +143,25 @@ class Training:
             for step in bar:
                 before_step(step)
                 before = train_step.stats
-                seconds, loss = self.step(train_step)
-                self.seconds[_kind_of_step(before, train_step.stats)].append(seconds)
-                bar.set_postfix(loss=f"{loss:.3f}", state=train_step.state.value, refresh=False)
+                seconds, loss = self.step()
+                kind = _kind_of_step(before, train_step.stats)
+                self.seconds[kind].append(seconds)
+                bar.set_postfix_str(f"loss {loss:.3f}, {kind} {self.rate(kind):.0f} steps/s", refresh=False)
 
-    def step(self, forward: Forward) -> tuple[float, float]:
+    def step(self) -> tuple[float, float]:
         """Forward, backward, and the optimizer's update. Returns how many seconds it took, and the loss."""
         inputs, targets = next(self.batches)
         started = time.perf_counter()
-        loss, _ = forward(self.model, inputs, targets, self.criterion)
+        loss, _ = train_step(self.model, inputs, targets, self.criterion)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
         return time.perf_counter() - started, loss.item()
 
-    def heat(self, forward: Forward) -> float:
+    def heat(self) -> float:
         """A few steps more, against the clock. Returns steps per second."""
-        return _rate([self.step(forward)[0] for _ in range(WARM_UP + 10)])
+        return _rate([self.step()[0] for _ in range(WARM_UP + 15)])
 
     def rate(self, kind: StepKind) -> float:
         """Steps per second, of the steps of one kind."""
@@ -281,7 +281,7 @@ def never_fail(steps: int, connection: Connection) -> None:
         connection.send(Report(training.accuracy(), train_step.stats))
         while True:
             connection.recv()
-            connection.send(training.heat(train_step))
+            connection.send(training.heat())
 
 
 # --- The story. -------------------------------------------------------------------------------------------------------
@@ -298,18 +298,17 @@ SMOKE = Plan(steps=150, repair_at=5, heats=5)
 
 
 class Heat(NamedTuple):
-    """Steps per second, measured right after one another."""
+    """Steps per second, measured one right after the other."""
 
     never_failed: float
     recovered: float
-    eager: float
 
 
 def tell(plan: Plan, folder: Path) -> bool:
     """The whole story. Returns whether it came true."""
     real = real_compiler()
     compiler = None if real is None else Compiler(real, folder)
-    with environment(folder / "cache", compiler and compiler.path):
+    with environment(folder / "cache", compiler.path if compiler else None):
         training = train(plan, compiler)
         accuracy, stats = training.accuracy(), train_step.stats
         tell_books(training, stats, accuracy)
@@ -338,7 +337,7 @@ def train(plan: Plan, compiler: Compiler | None) -> Training:
         if compiler is not None and step == plan.repair_at:
             compiler.repair()
             say(
-                f">>> step {step}: the compiler is repaired; train_step is not told, next attempt {train_step.next_retry}"
+                f">>> step {step}: the compiler is repaired; train_step is not told; next attempt {train_step.next_retry}"
             )
 
     say(f">>> {plan.steps} steps, {'the C++ compiler is broken' if compiler else 'there is no C++ compiler'}")
@@ -347,14 +346,14 @@ def train(plan: Plan, compiler: Compiler | None) -> Training:
 
 
 def compare(plan: Plan, ours: Training, cache: Path, cxx: str) -> tuple[Report, list[Heat]]:
-    """Do the training again where nothing fails. Then let both take a few more steps, by turns, and eager too."""
+    """Do the training again where nothing fails. Then let both take some more steps, by turns."""
     say("\n>>> the same training in another process, with a compiler that was never broken")
     with another_process(plan.steps, cache, cxx) as other:
         report: Report = other.recv()
         heats = []
         for _ in range(plan.heats):  # many and short: what else the machine does hits all of them alike
             other.send("go")
-            heats.append(Heat(other.recv(), ours.heat(train_step), ours.heat(train_step.eager)))
+            heats.append(Heat(never_failed=other.recv(), recovered=ours.heat()))
     return report, heats
 
 
@@ -378,9 +377,9 @@ def tell_books(training: Training, stats: CompileStats, accuracy: float) -> None
     say("\n>>> the stopwatch\n")
     for kind in ("eager", "compiled"):
         if seconds := training.seconds[kind]:
-            say(f"    {len(seconds):>4} {kind} steps, {training.rate(kind):.1f} steps/s")
+            say(f"    {len(seconds):>4} steps {kind}, {training.rate(kind):.1f} steps/s")
     attempts = training.seconds["attempt"]
-    say(f"    {len(attempts):>4} steps with an attempt, {sum(attempts):.1f} s together")
+    say(f"    {len(attempts):>4} steps in which the compiler was run, {sum(attempts):.1f} s together")
     say(f"\n    test accuracy {accuracy:.1%}")
 
 
@@ -389,13 +388,13 @@ def tell_nothing_compiled(stats: CompileStats) -> None:
     say(f">>> The training ran eagerly from end to end; {stats.failures} attempts failed. There is nothing to compare.")
 
 
-def tell_comparison(heats: list[Heat], accuracy: float, never_failed: float) -> None:
-    say(f"\n>>> compared, side by side (medians of {len(heats)} heats)\n")
-    say(f"    {'':<18} {'steps/s':>8} {'ratio':>8} {'test accuracy':>14}")
-    accuracies = f"{never_failed:.1%}", f"{accuracy:.1%}", ""
-    for name, read, speeds in zip(Heat._fields, accuracies, zip(*heats, strict=True), strict=True):
-        ratio = statistics.median(speed / heat.never_failed for speed, heat in zip(speeds, heats, strict=True))
-        say(f"    {name.replace('_', ' '):<18} {statistics.median(speeds):>8.1f} {ratio:>8.2f} {read:>14}".rstrip())
+def tell_comparison(heats: list[Heat], recovered: float, never_failed: float) -> None:
+    speeds = Heat(*map(statistics.median, zip(*heats, strict=True)))
+    ratio = statistics.median(heat.recovered / heat.never_failed for heat in heats)
+    say(f"\n>>> side by side (medians of {len(heats)} heats)\n")
+    say(f"    {'':<18} {'recovered':>12} {'never failed':>12} {'ratio':>8}")
+    say(f"    {'compiled steps/s':<18} {speeds.recovered:>12.1f} {speeds.never_failed:>12.1f} {ratio:>8.2f}")
+    say(f"    {'test accuracy':<18} {recovered:>12.1%} {never_failed:>12.1%}")
 
 
 def verdict(claims: dict[str, bool]) -> bool:

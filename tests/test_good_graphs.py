@@ -157,6 +157,25 @@ def test_one_graph_that_cannot_be_compiled() -> None:
     assert fn.stats.mixed_calls == 12
 
 
+def test_a_hopeless_graph_does_not_hold_off_the_others_of_its_call() -> None:
+    """Its own retry runs the whole frame eagerly once; from the next call on the graph behind it is compiled."""
+    asked: list[str] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        asked.append("sin" if "sin" in gm.code else "cos")
+        if len(asked) == 1:
+            raise full_disk()
+        if asked[-1] == "sin":
+            raise NotImplementedError("no lowering for sin")
+        return gm.forward
+
+    fn = compile_with_fallback(two_graphs, backend=backend, policy=EVERY_CALL)
+    for _ in range(4):
+        fn(torch.ones(3))
+    assert asked == ["sin", "sin", "cos"]
+    assert (fn.stats.eager_calls, fn.stats.mixed_calls, fn.state) == (2, 2, CompileState.GAVE_UP)
+
+
 def test_one_shape_that_cannot_be_compiled() -> None:
     """Other shapes are attempted at once, and compiled."""
     compiler = Compiler(rows(3, lambda: NotImplementedError("three rows")))

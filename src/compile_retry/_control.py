@@ -205,16 +205,17 @@ class Control:
 
     def _judge(self, exc: BaseException, stage: FailureStage, conversion: Conversion, tally: Tally) -> CompileFailure:
         root, attempt, retry, last = root_cause(exc), 1, True, self.breaker.episode
-        tally.probing = False
-        tally.claims = frozenset() if tally.exclusive else tally.claims - {conversion.fingerprint}
-        self._progress, self._clean_calls = False, 0
-        if last is not None:
-            self.turns.due_moment_used(conversion.fingerprint, last.failed_in_call, self.fallbacks.waits)
         if not is_strict():
             try:
                 attempt, retry = self.breaker.failed(root, tally.call)
             except Exception:
                 log.exception("%s: the retry policy raised; no attempt will be made any more", self.name)
+        if retry:
+            tally.probing = False
+            tally.claims = frozenset() if tally.exclusive else tally.claims - {conversion.fingerprint}
+            self._progress, self._clean_calls = False, 0
+            if last is not None:
+                self.turns.due_moment_used(conversion.fingerprint, last.failed_in_call, self.fallbacks.waits)
         return CompileFailure(
             kind="transient" if retry else "permanent",
             error_type=qualified_name(root),

@@ -13,7 +13,7 @@ import torch
 
 from ._function import CompiledFunction, ModuleHandle
 from ._policy import RetryPolicy
-from ._torch_modules import call_of, compiled_call_of, is_from_torch_compile
+from ._torch_eager import call_of, compiled_call_of, is_from_torch_compile
 
 if TYPE_CHECKING:
     from tenacity import Retrying

@@ -47,6 +47,7 @@ class Fallbacks:
         self._permanent: list[Fallback] = []
 
     def add(self, fallback: Fallback, kind: FailureKind) -> None:
+        """Note that this runs eagerly from now on."""
         with self._lock:
             (self._waiting if kind == "transient" else self._permanent).append(fallback)
 
@@ -82,6 +83,7 @@ class Fallbacks:
                 fallback.entry.drop()
 
     def any_waiting(self) -> bool:
+        """Whether anything that runs eagerly is to be tried again."""
         with self._lock:
             self._waiting = [f for f in self._waiting if f.alive]
             return bool(self._waiting)

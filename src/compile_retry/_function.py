@@ -23,7 +23,7 @@ from ._fallbacks import CREATION, Fallback
 from ._policy import RetryPolicy
 from ._stats import CompileState, CompileStats, Counter
 from ._strict import is_strict
-from ._torch_modules import set_compiled_call
+from ._torch_eager import in_backward, set_compiled_call
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,7 +65,7 @@ class CompiledFunction(Generic[P, R]):
         tally, episode = control.per_thread.tally, control.breaker.episode
         probing = False
         if episode is not None and not tally.probing:
-            probing = control.breaker.let_through(call)
+            probing = control.breaker.let_through(call, unless=in_backward)
             if probing:
                 control.probe_begins(tally, call)
             elif not control.has_code and call > episode.failed_in_call + WATCHED_CALLS:

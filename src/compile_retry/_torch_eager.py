@@ -1,4 +1,4 @@
-"""The non-public parts of ``nn.Module`` that the library uses: like `_torch_internals`, but without Dynamo."""
+"""The non-public parts of eager PyTorch that the library uses: like `_torch_internals`, but without Dynamo."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass. Since 2.0. Essential.
+
+    What runs there runs again what ran forward, under activation checkpointing, and must do so in the same way.
+    """
+    return torch._C._current_graph_task_id() != -1
 
 
 def call_of(module: torch.nn.Module) -> Callable[..., Any]:
