@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -91,3 +93,14 @@ class Trainer:
 def assert_twins(a: Trainer, b: Trainer) -> None:
     assert a.steps == b.steps
     torch.testing.assert_close(a.state(), b.state())
+
+
+def wait_until_in(thread: threading.Thread, function: str) -> None:
+    """Spin until the thread runs a function of this name, or something that it has called."""
+    for _ in range(10**7):
+        frame = sys._current_frames().get(thread.ident or 0)
+        while frame is not None:
+            if frame.f_code.co_name == function:
+                return
+            frame = frame.f_back
+    raise AssertionError(f"{thread.name} never came to {function}()")

@@ -10,7 +10,7 @@ import torch
 
 from compile_retry import CompileState, CompileStats, RetryPolicy, compile_with_fallback
 from compile_retry.testing import record_transitions
-from support import Compiler, first, full_disk
+from support import Compiler, first, full_disk, wait_until_in
 
 X = torch.ones(3)
 EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
@@ -242,6 +242,27 @@ def test_eight_threads_four_shapes() -> None:
         for n in (2, 3, 4, 5):
             fn(torch.ones(n))
     assert fn.state is CompileState.COMPILED
+
+
+def test_two_threads_compile_the_same_frame() -> None:
+    """Where one of them fails, the other one's code is there for both; nothing is left to wait for."""
+    second = threading.Thread(target=lambda: fn(X))
+    asked: list[int] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        asked.append(1)
+        if len(asked) == 2:
+            raise full_disk()
+        second.start()
+        wait_until_in(second, "_convert")
+        return gm.forward
+
+    fn = compile_with_fallback(sine, backend=backend, policy=EVERY_CALL)
+    fn(X)
+    second.join()
+    assert (len(asked), fn.stats.failures, fn.stats.eager_calls) == (2, 1, 1)
+    fn(X)
+    assert (fn.stats.compiled_calls, fn.state) == (2, CompileState.COMPILED)
 
 
 def test_stats_are_a_snapshot() -> None:

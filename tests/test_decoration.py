@@ -14,7 +14,7 @@ import torch
 
 import compile_retry
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback
-from support import Compiler, full_disk
+from support import Compiler, full_disk, wait_until_in
 
 EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
 SECOND_CALL = RetryPolicy(wait=None, wait_calls=2)
@@ -321,13 +321,8 @@ def test_two_threads_call_a_new_function() -> None:
     def slow(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         second.start()
-        while not waits_for_us():
-            pass
+        wait_until_in(second, "_create")
         return real(*args, **kwargs)
-
-    def waits_for_us() -> bool:
-        frame = sys._current_frames().get(second.ident or 0)
-        return frame is not None and frame.f_code.co_name == "_create"
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", slow)

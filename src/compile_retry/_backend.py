@@ -74,10 +74,10 @@ class GraphBackend:
         if is_strict():
             conversion.raised = True
             return False
-        if conversion.retrying is not None:
-            # Dynamo still has the fallback that was to be replaced, and goes on using it.
-            if failure.kind == "permanent":
-                control.fallbacks.give_up(conversion.retrying)
+        if conversion.retrying is not None and failure.kind == "permanent":
+            control.fallbacks.give_up(conversion.retrying)
+        if conversion.retrying is not None or control.compiles(conversion.fingerprint) > conversion.compiles:
+            # Dynamo still has the fallback that was to be replaced, or by now another thread's code for such a frame.
             conversion.gave_way = True
             return False
         if conversion is not tally.conversion:

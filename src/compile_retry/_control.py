@@ -41,6 +41,7 @@ class Control:
         self.turns = Turns()
         # Frames that Dynamo wants skipped for good, with the state it keeps for them.
         self.given_up: dict[CodeType, dict[object, object]] = {}
+        self._compiles: dict[Fingerprint, int] = {}
         # Since the last failure: whether something was compiled, and for how many calls everything that ran was.
         self._progress = False
         self._clean_calls = 0
@@ -73,8 +74,13 @@ class Control:
         tally.claims = frozenset() if self.breaker.is_long_overdue(call) else self.turns.claimants
         tally.exclusive = bool(tally.claims) and not self.turns.claimants_follow
 
+    def compiles(self, fingerprint: Fingerprint) -> int:
+        """How often such a frame has been compiled."""
+        return self._compiles.get(fingerprint, 0)
+
     def compiled(self, fingerprint: Fingerprint) -> None:
         """A frame has been compiled."""
+        self._compiles[fingerprint] = self.compiles(fingerprint) + 1
         self.turns.served(fingerprint)
         self.fallbacks.remove(None, fingerprint)
 

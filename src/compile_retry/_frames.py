@@ -48,7 +48,8 @@ class FrameConverter:
         if retrying is not None and retrying.code is not code:  # asked for a frame that other code fitted after all
             retrying = None
         location = self._control.location if internals.is_inline_wrapper(code) else _location(code)
-        return Conversion(location, _fingerprint(frame, shapes=True), _fingerprint(frame, shapes=False), retrying)
+        exact, coarse = _fingerprint(frame, shapes=True), _fingerprint(frame, shapes=False)
+        return Conversion(location, exact, coarse, self._control.compiles(exact), retrying)
 
     def _held_off(self, conversion: Conversion, tally: Tally) -> ConvertFrameReturn | None:
         """What to do instead if this frame may not be compiled now."""
