@@ -293,7 +293,7 @@ class Plan(NamedTuple):
     heats: int
 
 
-WHOLE = Plan(steps=600, repair_at=100, heats=25)
+WHOLE = Plan(steps=600, repair_at=100, heats=40)
 SMOKE = Plan(steps=150, repair_at=5, heats=5)
 
 
@@ -336,9 +336,7 @@ def train(plan: Plan, compiler: Compiler | None) -> Training:
     def before_step(step: int) -> None:
         if compiler is not None and step == plan.repair_at:
             compiler.repair()
-            say(
-                f">>> step {step}: the compiler is repaired; train_step is not told; next attempt {train_step.next_retry}"
-            )
+            say(f">>> step {step}: compiler repaired; train_step is not told, next attempt {train_step.next_retry}")
 
     say(f">>> {plan.steps} steps, {'the C++ compiler is broken' if compiler else 'there is no C++ compiler'}")
     training.run("training", before_step)

@@ -363,3 +363,37 @@ def test_torch_without_newer_internals() -> None:
     root = Root210()
     internals._add_last_guard(root, lambda f_locals: True)
     assert root.guards[0]({}) is True
+
+
+def test_torch_without_isolated_recompiles() -> None:
+    """Below 2.12 each function is compiled in a copy, so that twenty closures of one factory all compile there, too."""
+
+    def make(k: float) -> Any:
+        def scale(x: torch.Tensor, *, by: float = k) -> torch.Tensor:
+            return x * by * k
+
+        return compile_with_fallback(scale, backend=Compiler())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(torch._C._dynamo.eval_frame, "set_eval_frame_isolate_recompiles_id", raising=False)
+        functions = [make(float(k)) for k in range(20)]
+        for k, fn in enumerate(functions):
+            torch.testing.assert_close(fn(X), X * k * k)
+    assert [fn.stats.compiled_calls for fn in functions] == [1] * 20
+
+
+def test_tensors_with_ideas_of_their_own() -> None:
+    """A tensor class that will not tell its device is told from others by its class."""
+
+    class Moody(torch.Tensor):
+        @property
+        def device(self) -> torch.device:  # type: ignore[override]
+            raise RuntimeError("not telling")
+
+    from compile_retry import _looks
+
+    assert _looks.of_call((torch.ones(2).as_subclass(Moody),), {"n": [1, {"k": True}]}) == (
+        True,
+        Moody,
+        ("n", (list, 2, int, (dict, 1, True))),
+    )
