@@ -33,7 +33,7 @@ docs: $(INSTALLED) ## build docs/_build/html and run the doctests
 	$(SPHINX) -b doctest docs docs/_build/doctest
 
 snippets: $(INSTALLED) ## run the code blocks of README.md and docs/
-	$(VENV_PYTHON) -m pytest README.md docs
+	$(VENV_PYTHON) -m pytest README.md docs --ignore docs/_build
 
 wheel: $(INSTALLED) ## build dist/*.whl
 	rm -rf dist
