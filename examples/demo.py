@@ -24,6 +24,7 @@ import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -269,8 +270,11 @@ def another_process(steps: int, cache: Path, cxx: str) -> Iterator[Connection]:
     try:
         yield ours
     finally:
-        ours.close()  # and so does the other end
-        process.join(timeout=10)
+        ours.close()  # ends it, unless it is still training
+        process.join(timeout=5)
+        if process.pid is not None and process.is_alive():
+            os.kill(process.pid, signal.SIGINT)  # so that it stops the compilers that it has started
+            process.join(timeout=30)
         process.kill()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -212,6 +214,16 @@ def test_recursion() -> None:
     assert fn.state is CompileState.COMPILED
 
 
+@pytest.fixture
+def frequent_switches() -> Iterator[None]:
+    """Threads take turns a hundred times as often: without its guards being kept, Dynamo crashes within seconds."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(interval / 100)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("frequent_switches")
 def test_eight_threads_four_shapes() -> None:
     """Failures coming and going: every result is right and the books add up."""
     rng = random.Random(0)

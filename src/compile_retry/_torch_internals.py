@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from inspect import signature
@@ -282,6 +283,11 @@ def uncount_compiles(frame_state: FrameState, count: int) -> None:
     FRAME_COMPILE_COUNTER[frame_state.get("_id", -1)] = count
 
 
+# Guards that were dropped last. Dynamo lets go of the interpreter lock while it evaluates guards, and holds no
+# reference to them: another thread may still be in the middle of these, and would crash if they were freed.
+_dropped: deque[object] = deque(maxlen=256)
+
+
 class CachedFrame:
     """A cache entry of Dynamo's that we may want to pass over or to drop. Holds it weakly: Dynamo owns it.
 
@@ -317,6 +323,7 @@ class CachedFrame:
         if manager is not None and manager.extra_state is not None:
             dead = DeletedGuardManagerWrapper("compile_retry compiled this frame again")
             dead.id_matched_objs = _UNCOUNTED
+            _dropped.append(manager)
             manager.extra_state.invalidate(manager.cache_entry, dead)
 
 
