@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from compile_retry import CompileState, CompileStats, RetryPolicy, compile_with_fallback
-from compile_retry.testing import record_transitions
+from compile_retry.testing import FakeClock, record_transitions
 from support import Compiler, first, full_disk, wait_until_in
 
 X = torch.ones(3)
@@ -100,6 +100,17 @@ def test_the_stances_that_compile_later() -> None:
     assert fn.state is CompileState.GAVE_UP
     fn(X)
     assert fn.stats.eager_calls >= 4
+
+
+def test_the_stances_that_compile_later_while_held_off() -> None:
+    """A new shape is not attempted there, either."""
+    compiler = Compiler(first(1))
+    fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=RetryPolicy(wait=10, clock=FakeClock()))
+    with torch.compiler.set_stance("eager_then_compile"):
+        for n in (3, 3, 3, 4, 4):
+            x = torch.ones(n)
+            torch.testing.assert_close(fn(x), x.sin())
+    assert (compiler.asked, fn.stats.eager_calls) == (1, 5)
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])

@@ -82,7 +82,7 @@ class GraphBackend:
             return False
         if conversion is not tally.conversion:
             control.fell_back(Fallback(conversion.fingerprint), "permanent", tally)
-        elif conversion.fallback is None or failure.kind == "transient":
+        else:
             conversion.fallback = Fallback(conversion.fingerprint)
             control.fell_back(conversion.fallback, failure.kind, tally)
         return True
