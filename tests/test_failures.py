@@ -191,6 +191,29 @@ def test_a_broken_compiler_for_real(tmp_path: Any, monkeypatch: pytest.MonkeyPat
     assert [str(isa) for isa in cpu_vec_isa.valid_vec_isa_list()] == healthy
 
 
+def test_a_compiler_that_breaks_later(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor remembers a kernel whose compile has failed; after the repair the next attempt compiles it."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    compiler, broken = tmp_path / "c++", tmp_path / "broken"
+    compiler.write_text(
+        f'#!/bin/sh\n[ -e {broken} ] && {{ echo "virtual memory exhausted" >&2; exit 1; }}\nexec c++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    fn = compile_with_fallback(lambda x: x.cos() * x.tanh(), dynamic=False, policy=RetryPolicy(wait=None, wait_calls=1))
+    with torch._inductor.config.patch({"cpp.cxx": (str(compiler),)}):
+        fn(torch.randn(64))
+        assert fn.state is CompileState.COMPILED
+        broken.touch()
+        x = torch.randn(128)
+        torch.testing.assert_close(fn(x), x.cos() * x.tanh())
+        assert str(fn.last_failure) == "torch._inductor.exc.CppCompileError: virtual memory exhausted"
+        torch.testing.assert_close(fn(x), x.cos() * x.tanh())
+        assert fn.stats.failures == 2
+        broken.unlink()
+        fn(x)
+    assert (fn.state, fn.stats.recoveries) == (CompileState.COMPILED, 1)
+
+
 def test_fake_clock() -> None:
     """Moves when told to, and only forward."""
     clock = FakeClock(5)

@@ -56,6 +56,12 @@ _FATAL_TEXT = (
     "HIP error: an illegal memory access",
 )
 
+# Names its own cause better than what it was raised from: inductor's has the compiler's output.
+_ROOTS = frozenset({"CppCompileError"})
+
+# So much of a message is put into a log line.
+_LINE = 200
+
 # Wrappers that torch puts round a cause without naming it in `inner_exception` or `__cause__`: the exception that was
 # being handled is the cause. For any other class `__context__` is a coincidence.
 _WRAPS_ITS_CONTEXT = frozenset({"InternalTorchDynamoError", "LoweringException"})
@@ -87,8 +93,9 @@ class CompileFailure:
     traceback: str
 
     def __str__(self) -> str:
-        text = self.message.strip()
-        first_line = text.splitlines()[0] if text else ""
+        _, _, output = self.message.rpartition("Output:\n")  # what a C++ compiler has said
+        text = output.strip()
+        first_line = text.splitlines()[0][:_LINE] if text else ""
         return f"{self.error_type.removeprefix('builtins.')}: {first_line}".removesuffix(": ")
 
 
@@ -100,6 +107,8 @@ def causes(exc: BaseException) -> Iterator[BaseException]:
         seen.add(id(current))
         yield current
         inner = getattr(current, "inner_exception", None)
+        if type(current).__name__ in _ROOTS:
+            return
         if isinstance(inner, BaseException):
             current = inner
         elif current.__cause__ is not None:

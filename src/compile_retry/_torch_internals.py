@@ -11,7 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from inspect import signature
+from inspect import getclosurevars, isfunction, signature
 from types import CodeType, FunctionType
 from typing import Any, Protocol, TypeAlias
 
@@ -359,18 +359,29 @@ def compiling_backward_too() -> AbstractContextManager[object]:
     return patch
 
 
-def probe_caches() -> Iterator[Callable[[], None]]:
-    """How to clear what inductor remembers of its compiler probes, also of those that failed.
+def probe_caches() -> Iterator[Callable[[], object]]:
+    """How to clear what inductor remembers of its compiler, also where that was a failure.
 
-    Since 2.1. Where a module or a cache is missing there is nothing to clear.
+    The answers of its compiler probes (since 2.1), the path of a precompiled header, though the file may be gone (2.8),
+    and each kernel's loader, which it keeps before the kernel is compiled and which repeats a failed compile's error
+    for ever (2.3). Where one of these is missing there is nothing to clear.
     """
-    from torch._inductor import cpp_builder, cpu_vec_isa
+    from torch._inductor import codecache, cpp_builder, cpu_vec_isa
 
-    for module in (cpp_builder, cpu_vec_isa):
-        for thing in list(vars(module).values()):
-            for cached in (thing, *(vars(thing).values() if isinstance(thing, type) else ())):
-                if isinstance(cached, functools._lru_cache_wrapper):
-                    yield cached.cache_clear
+    header = getattr(codecache, "_precompile_header", None)
+    for thing in (header, *list(vars(cpp_builder).values()), *list(vars(cpu_vec_isa).values())):
+        for cached in (thing, *(vars(thing).values() if isinstance(thing, type) else ())):
+            if isinstance(cached, functools._lru_cache_wrapper):
+                yield cached.cache_clear
+    caches: list[Any] = [codecache.CppCodeCache]
+    for kernels in caches:
+        caches += kernels.__subclasses__()
+        for key in [key for key, loader in kernels.cache.items() if _has_loaded_nothing(loader)]:
+            yield functools.partial(kernels.cache.pop, key, None)
+
+
+def _has_loaded_nothing(loader: object) -> bool:
+    return isfunction(loader) and getclosurevars(loader).nonlocals.get("lib", loader) is None
 
 
 @contextmanager
