@@ -387,7 +387,7 @@ def test_tensors_with_ideas_of_their_own() -> None:
 
     class Moody(torch.Tensor):
         @property
-        def device(self) -> torch.device:  # type: ignore[override]
+        def device(self) -> torch.device:  # type: ignore[override]  # a property that raises
             raise RuntimeError("not telling")
 
     from compile_retry import _looks

@@ -160,6 +160,7 @@ assert "torch._dynamo" not in sys.modules
 
 def test_an_interrupt_during_an_attempt() -> None:
     """KeyboardInterrupt passes through, and the function stays usable: the same attempt can be made again."""
+    # Typed for exceptions that a compiler raises, `fail_compiles` takes an interrupt as well; hence the two ignores.
     fn = compile_with_fallback(two_graphs, backend=Compiler(first(1)), policy=RetryPolicy(wait=None, wait_calls=2))
     x = torch.ones(3)
     for _ in range(2):

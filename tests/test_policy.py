@@ -66,7 +66,7 @@ def test_right_values() -> None:
         policy = RetryPolicy(**arguments)
         assert policy == RetryPolicy(**arguments)
     with pytest.raises(AttributeError):
-        RetryPolicy().wait = 3  # type: ignore[misc]
+        RetryPolicy().wait = 3  # type: ignore[misc]  # frozen
 
 
 @pytest.mark.parametrize("policy", [tenacity.AsyncRetrying(), "30s", tenacity.wait_fixed(3)])

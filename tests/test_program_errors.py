@@ -160,9 +160,9 @@ def test_wrong_arguments() -> None:
     """A call that does not fit the signature is the caller's TypeError."""
     fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler())
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
-        fn()  # type: ignore[call-arg]
+        fn()  # type: ignore[call-arg]  # too few on purpose
     with pytest.raises(TypeError):
-        fn(X, X)  # type: ignore[call-arg]
+        fn(X, X)  # type: ignore[call-arg]  # too many on purpose
     fn(X)
     assert (fn.stats.failures, fn.state) == (0, CompileState.COMPILED)
 

@@ -77,7 +77,7 @@ def test_set_strict_as_a_function() -> None:
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
         fn(X)
     with pytest.raises(TypeError, match="takes True or False, not 1"):
-        set_strict(1)  # type: ignore[arg-type]
+        set_strict(1)  # type: ignore[arg-type]  # the wrong type on purpose
 
 
 @pytest.mark.parametrize(("value", "strict"), [("1", True), ("0", False), ("", False)])

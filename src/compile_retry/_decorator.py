@@ -30,7 +30,7 @@ class Decorator(Protocol):
     @overload
     def __call__(self, fn: M, /) -> M: ...  # type: ignore[overload-overlap]  # a module is callable, too
     @overload
-    def __call__(self, fn: staticmethod[P, R], /) -> staticmethod[P, R]: ...  # type: ignore[overload-overlap]
+    def __call__(self, fn: staticmethod[P, R], /) -> staticmethod[P, R]: ...  # type: ignore[overload-overlap]  # so is this
     @overload
     def __call__(self, fn: classmethod[T, P, R], /) -> classmethod[T, P, R]: ...
     @overload

@@ -54,7 +54,7 @@ def train_step(
 
 def signatures(x: torch.Tensor, model: torch.nn.Module) -> None:
     assert_type(bare(x, n=2), torch.Tensor)
-    bare("x")  # type: ignore[arg-type]
+    bare("x")  # type: ignore[arg-type]  # must be refused
     loss, outputs = train_step(model, x, x, torch.nn.functional.mse_loss)
     assert_type(loss, torch.Tensor)
     assert_type(outputs, torch.Tensor)
@@ -104,7 +104,7 @@ def policies() -> None:
     RetryPolicy(wait=30, wait_calls=None)
     RetryPolicy(wait=None, wait_calls=tenacity.wait_exponential(multiplier=2, max=64))
     RetryPolicy(retry=tenacity.retry_if_exception_type(OSError), clock=FakeClock())
-    RetryPolicy(stop=5)  # type: ignore[arg-type]
+    RetryPolicy(stop=5)  # type: ignore[arg-type]  # must be refused
     compile_with_fallback(policy=tenacity.Retrying(wait=tenacity.wait_fixed(3)))
     assert_type(is_transient(OSError()), bool)
 
