@@ -11,6 +11,7 @@ from ._failures import CompileFailure, is_transient
 from ._function import CompiledFunction
 from ._policy import RetryPolicy
 from ._stats import CompileState, CompileStats
+from ._steps import mark_step_end
 from ._strict import set_strict
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "compile_with_fallback",
     "compiled_function",
     "is_transient",
+    "mark_step_end",
     "set_strict",
 ]
 

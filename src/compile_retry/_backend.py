@@ -14,7 +14,7 @@ from ._call import Attempt, Conversion, PerThread, Tally
 from ._control import Control
 from ._failures import is_fatal
 from ._fallbacks import Fallback
-from ._healing import heal
+from ._healing import find_vector_instructions, heal, working_cache
 from ._strict import is_strict
 
 Code: TypeAlias = Callable[..., Any]
@@ -54,8 +54,12 @@ class GraphBackend:
             heal()
         kept = KeptGraph(graph_module)
         conversion.attempted = True
+        which = Attempt(control.name, tally.graphs_before + 1)
         try:
-            code = attempt(self._compiler, graph_module, example_inputs, Attempt(control.name, tally.graphs_before + 1))
+            with working_cache(damaged=control.suspects_cache) as damaged:
+                if self._is_for_this_processor(example_inputs):
+                    find_vector_instructions()
+                code = attempt(self._compiler, graph_module, example_inputs, which)
         except internals.CONTROL_FLOW:
             raise
         except Exception as exc:
@@ -63,7 +67,14 @@ class GraphBackend:
                 raise
             return _counted_eager(kept.runner(), control.per_thread)
         control.succeeded(tally)
+        if damaged is not None:
+            control.moved(damaged, tally)
         return _counted_compiled(code, control.per_thread)
+
+    def _is_for_this_processor(self, example_inputs: list[Any]) -> bool:
+        """Whether inductor needs to know the processor's vector instructions."""
+        on_cpu = (isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in example_inputs)
+        return self.__name__ == "inductor" and any(on_cpu)
 
     def _falls_back(self, exc: Exception, conversion: Conversion, tally: Tally) -> bool:
         """Book a failed attempt. Whether the graph is to run eagerly now, or the exception to leave the backend."""
@@ -83,6 +94,7 @@ class GraphBackend:
         if conversion is not tally.conversion:
             control.fell_back(Fallback(conversion.fingerprint), "permanent", tally)
         else:
+            control.step.ran_eagerly(conversion.fingerprint, plainly=False)
             conversion.fallback = Fallback(conversion.fingerprint)
             control.fell_back(conversion.fallback, failure.kind, tally)
         return True

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ._policy import RetryPolicy, decide
@@ -70,18 +69,14 @@ class Breaker:
         self._lock = threading.Lock()
         self._prober: int | None = None  # the thread whose call is the probe
 
-    def let_through(self, call: int, *, unless: Callable[[], bool] = lambda: False) -> bool:
+    def let_through(self, call: int) -> bool:
         """Whether this call, made during an episode, becomes the probe. If so, `probe_ended` must follow.
-
-        A due moment waits for a call of which `unless` does not hold.
 
         A call within a probe of the same thread must not ask. So if the thread that asks is the prober, an interrupt
         has kept its last probe from ending.
         """
         episode, this = self.episode, threading.get_ident()
         if episode is None or self._prober not in (None, this) or not episode.is_due(call, self.policy.clock()):
-            return False
-        if unless():
             return False
         with self._lock:
             won = self._prober in (None, this) and self.episode is episode

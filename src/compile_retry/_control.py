@@ -8,20 +8,29 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from . import _looks
 from ._breaker import WATCHED_CALLS, Breaker
 from ._call import Conversion, Doubt, Location, PerThread, Tally
 from ._events import Transition, TransitionKind, log, publish
-from ._failures import CompileFailure, FailureKind, FailureStage, format_traceback, qualified_name, root_cause
+from ._failures import (
+    CompileFailure,
+    FailureKind,
+    FailureStage,
+    format_traceback,
+    qualified_name,
+    root_cause,
+    suggests_damaged_cache,
+)
 from ._fallbacks import Fallback, Fallbacks, Fingerprint
 from ._policy import RetryPolicy
 from ._stats import Books, CompileState
+from ._steps import Step
 from ._strict import is_strict
 from ._turns import Turns
 
 if TYPE_CHECKING:
     from types import CodeType
 
-    from ._looks import Looks
     from ._torch_internals import CachedFrame
 
 
@@ -39,9 +48,13 @@ class Control:
         self.last_failure: CompileFailure | None = None
         self.has_code = False
         self.turns = Turns()
+        self.step = Step()
+        # Whether the last failure suggests that the compiler's files on disk are damaged.
+        self.suspects_cache = False
         # Frames that Dynamo wants skipped for good, with the state it keeps for them.
         self.given_up: dict[CodeType, dict[object, object]] = {}
         self._compiles: dict[Fingerprint, int] = {}
+        self._code: dict[CodeType, list[CachedFrame]] = {}
         # Since the last failure: whether something was compiled, and for how many calls everything that ran was.
         self._progress = False
         self._clean_calls = 0
@@ -58,6 +71,8 @@ class Control:
 
     def may_attempt(self, tally: Tally, who: Fingerprint) -> bool:
         """Whether this thread's call may run the compiler now for this frame."""
+        if self.step.must_stay_eager(who):
+            return False
         if self.breaker.episode is None:
             return True
         if tally.probing:
@@ -78,27 +93,45 @@ class Control:
         """How often such a frame has been compiled."""
         return self._compiles.get(fingerprint, 0)
 
-    def compiled(self, fingerprint: Fingerprint) -> None:
+    def compiled(self, entry: CachedFrame) -> None:
         """A frame has been compiled."""
-        self._compiles[fingerprint] = self.compiles(fingerprint) + 1
-        self.turns.served(fingerprint)
-        self.fallbacks.remove(None, fingerprint)
+        self._compiles[entry.fingerprint] = self.compiles(entry.fingerprint) + 1
+        self.turns.served(entry.fingerprint)
+        self.fallbacks.remove(None, entry.fingerprint)
+        self._code[entry.code] = [*(known for known in self._code.get(entry.code, ()) if known.alive), entry]
+        if any(isinstance(frame, tuple) and frame[0] is entry.code for frame in self.step.eager_frames()):
+            # It may also fit what has run eagerly in this step, which then has to go on like that.
+            entry.use_only_if(lambda f_locals: not self._has_run_eagerly(entry.code, f_locals))
 
-    def is_wanted(self, entry: CachedFrame) -> bool:
-        """Asked by Dynamo when a cached fallback fits the call: use it? If not, the frame is compiled afresh."""
-        tally = self.per_thread.tally
-        if self.fallbacks.is_permanent(entry):
-            return True
-        if not self.may_attempt(tally, entry.fingerprint):
-            self.turns.ask(entry.fingerprint, tally.call)
-            return True
-        tally.retrying = entry
-        return False
+    def _has_run_eagerly(self, code: CodeType, f_locals: dict[str, object]) -> bool:
+        return self.step.has_begun() and self.step.has_run_eagerly(_looks.of_frame(code, f_locals))
+
+    def fell_back_to(self, entry: CachedFrame) -> None:
+        """A frame has been compiled into code that runs a graph of it eagerly."""
+        entry.leave_uncounted()
+        entry.use_only_if(lambda f_locals: self._is_wanted(entry, f_locals))
+
+    def _is_wanted(self, entry: CachedFrame, f_locals: dict[str, object]) -> bool:
+        """Asked by Dynamo when a cached fallback fits the call: use it? If not, compiled code does or is made."""
+        if any(code.fits(f_locals) for code in self._code.get(entry.code, ())):
+            return False  # a fallback with dynamic shapes also fits the shapes of code that is there
+        tally, who = self.per_thread.tally, entry.fingerprint
+        if self.step.has_run_plainly(who):
+            return False
+        if not self.fallbacks.is_permanent(entry):
+            if self.may_attempt(tally, who):
+                tally.retrying = entry
+                return False
+            self.turns.ask(who, tally.call)
+        if self.step.is_watched():
+            self.step.ran_eagerly(who, _looks.of_frame(entry.code, f_locals), plainly=False)
+        return True
 
     # Outcomes of attempts
 
     def succeeded(self, tally: Tally) -> None:
         """The compiler produced code."""
+        self.suspects_cache = False
         self.books.attempts.add()
         self.made_progress()
         if not self.has_code:
@@ -131,7 +164,7 @@ class Control:
         tally.fallen.append(fallback)
         tally.unsettled = True
 
-    def settle(self, tally: Tally, looks: Looks, *, program_raised: bool) -> None:
+    def settle(self, tally: Tally, looks: _looks.Looks, *, program_raised: bool) -> None:
         """The call is over. If the program raised too, what failed inside Dynamo was the program's own error.
 
         Args:
@@ -156,7 +189,7 @@ class Control:
         if doubts and is_strict():
             raise doubts[0].exc
 
-    def probe_ended(self, tally: Tally, looks: Looks | None) -> None:
+    def probe_ended(self, tally: Tally, looks: _looks.Looks | None) -> None:
         """A call that was let through during an episode is over; it may have been the recovery.
 
         Args:
@@ -193,6 +226,15 @@ class Control:
         )
         self._publish("recompile limit", message, tally.call, logging.WARNING)
 
+    def moved(self, directory: str, tally: Tally) -> None:
+        """An attempt has produced code, with its files in another place than the usual one."""
+        message = (
+            f"compiled in call {tally.call} with another cache directory than {directory}, where files are damaged or"
+            " cannot be written; this process goes on with the other one. Other processes will fail there too: once"
+            " none uses it, delete it or make it writable"
+        )
+        self._publish("damaged cache", message, tally.call, logging.WARNING)
+
     # What users may do
 
     def retry_now(self) -> None:
@@ -216,6 +258,7 @@ class Control:
                 attempt, retry = self.breaker.failed(root, tally.call)
             except Exception:
                 log.exception("%s: the retry policy raised; no attempt will be made any more", self.name)
+        self.suspects_cache = suggests_damaged_cache(root, attempt)
         if retry:
             tally.probing = False
             tally.claims = frozenset() if tally.exclusive else tally.claims - {conversion.fingerprint}

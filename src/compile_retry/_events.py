@@ -13,7 +13,7 @@ from ._stats import CompileState
 
 log = logging.getLogger("compile_retry")
 
-TransitionKind = Literal["compiled", "failed", "recovered", "gave up", "recompile limit"]
+TransitionKind = Literal["compiled", "failed", "recovered", "gave up", "recompile limit", "damaged cache"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Transition:
 
     Attributes:
         kind: ``"compiled"`` (its first compiled code), ``"failed"`` (a failed attempt), ``"recovered"``, ``"gave up"``
-            (a failed attempt after which no retry will come) or ``"recompile limit"`` (torch has given a frame up).
+            (a failed attempt after which no retry will come), ``"recompile limit"`` (torch has given a frame up) or
+            ``"damaged cache"`` (it took another cache directory to compile).
         function: Name of the decorated function.
         call: The call in which it happened, from 1.
         state: How the function stands after it.

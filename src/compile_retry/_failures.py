@@ -6,6 +6,7 @@ exception would keep the call's tensors alive.
 
 from __future__ import annotations
 
+import errno
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,6 +59,19 @@ _FATAL_TEXT = (
 
 # Names its own cause better than what it was raised from: inductor's has the compiler's output.
 _ROOTS = frozenset({"CppCompileError"})
+
+# What a file says that was cut short or overwritten, when Python, its import machinery or a linker reads it.
+_DAMAGED_TYPES = frozenset(
+    {"ImportError", "SyntaxError", "UnicodeDecodeError", "EOFError", "UnpicklingError", "JSONDecodeError"}
+)
+_DAMAGED_TEXT = ("Failed to import", "has no attribute 'call'", "PCH file", "null bytes")
+# A cache directory that is none, or cannot be written to; and a lock in it that somebody holds for ever.
+_UNUSABLE_ERRNO = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP}
+)
+_LOCKED_TYPE = "Timeout"
+# Says of a C++ compiler that failed that it is not for what it was given to read.
+_OUT_OF_RESOURCES = ("No space left", "Killed", "Cannot allocate memory", "out of memory", "Too many open files")
 
 # So much of a message is put into a log line.
 _LINE = 200
@@ -152,6 +166,25 @@ def is_transient(exc: BaseException) -> bool:
     """
     root = root_cause(exc)
     return _PERMANENT.isdisjoint(_names(root)) and not is_fatal(root)
+
+
+def suggests_damaged_cache(exc: BaseException, attempt: int) -> bool:
+    """Whether another attempt should keep its files in another directory than this one did.
+
+    Args:
+        exc: The root cause of the failure.
+        attempt: Number of the failed attempt within its episode. What a C++ compiler rejects may be a file that was cut
+            short or anything else: then every second attempt is made elsewhere.
+    """
+    text = str(exc)
+    if isinstance(exc, OSError) and exc.errno in _UNUSABLE_ERRNO:
+        return True
+    if not _DAMAGED_TYPES.isdisjoint(_names(exc)) or any(sign in text for sign in _DAMAGED_TEXT):
+        return True
+    if type(exc).__name__ == _LOCKED_TYPE and hasattr(exc, "lock_file"):
+        return True
+    rejected = type(exc).__name__ == "CppCompileError" and not any(sign in text for sign in _OUT_OF_RESOURCES)
+    return rejected and attempt % 2 == 0
 
 
 def qualified_name(exc: BaseException) -> str:

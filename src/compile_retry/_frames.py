@@ -8,14 +8,12 @@ from __future__ import annotations
 from dataclasses import replace
 from types import CodeType
 
-import torch
-
 from . import _looks
 from . import _torch_internals as internals
 from ._call import Conversion, Location, Tally
 from ._control import Control
 from ._failures import is_fatal, release
-from ._fallbacks import Fingerprint
+from ._steps import UNSEEN
 from ._strict import is_strict
 from ._torch_internals import ConvertFrameReturn, Frame, FrameCallback, FrameState
 
@@ -38,7 +36,8 @@ class FrameConverter:
             return _passed_over(internals.skip_for_good())
         tally = self._control.per_thread.tally
         if self._over_limit.get(frame.f_code) is frame_state:
-            return _eagerly(tally, inner_frames=False)
+            tally.eager += 1
+            return internals.run_eagerly(inner_frames=False)
         conversion = self._conversion(frame, tally)
         return self._held_off(conversion, tally) or self._convert(conversion, tally, frame, cache_entry, frame_state)
 
@@ -48,7 +47,8 @@ class FrameConverter:
         if retrying is not None and retrying.code is not code:  # asked for a frame that other code fitted after all
             retrying = None
         location = self._control.location if internals.is_inline_wrapper(code) else _location(code)
-        exact, coarse = _fingerprint(frame, shapes=True), _fingerprint(frame, shapes=False)
+        exact = _looks.of_frame(code, frame.f_locals)
+        coarse = _looks.of_frame(code, frame.f_locals, shapes=False)
         return Conversion(location, exact, coarse, self._control.compiles(exact), retrying)
 
     def _held_off(self, conversion: Conversion, tally: Tally) -> ConvertFrameReturn | None:
@@ -58,7 +58,15 @@ class FrameConverter:
             if control.may_attempt(tally, conversion.fingerprint):
                 return None
             control.turns.ask(conversion.fingerprint, tally.call)
-        return _eagerly(tally, inner_frames=control.is_open(tally))
+        return self._eagerly(conversion, tally)
+
+    def _eagerly(self, conversion: Conversion, tally: Tally) -> ConvertFrameReturn:
+        """Run this frame as it stands, this once."""
+        inner_frames = self._control.is_open(tally)
+        unseen = () if inner_frames else (UNSEEN,)
+        self._control.step.ran_eagerly(conversion.fingerprint, *unseen, plainly=True)
+        tally.eager += 1
+        return internals.run_eagerly(inner_frames=inner_frames)
 
     def _convert(
         self, conversion: Conversion, tally: Tally, frame: Frame, cache_entry: object, frame_state: FrameState
@@ -76,7 +84,7 @@ class FrameConverter:
                 raise
             return self._failed(exc, conversion, tally)
         finally:
-            tally.conversion = outer
+            tally.conversion, tally.retrying = outer, None
             if conversion.attempted:
                 control.books.add_seconds(control.policy.clock() - started)
         return self._converted(result, conversion, tally, frame, frame_state)
@@ -89,7 +97,7 @@ class FrameConverter:
             control.doubt(exc, conversion, tally)
         if not is_strict():
             release(exc)
-        return _eagerly(tally, inner_frames=control.is_open(tally))
+        return self._eagerly(conversion, tally)
 
     def _converted(
         self, result: ConvertFrameReturn, conversion: Conversion, tally: Tally, frame: Frame, frame_state: FrameState
@@ -99,27 +107,23 @@ class FrameConverter:
             if conversion.retrying is not None:
                 control.fallbacks.remove(conversion.retrying)
                 conversion.retrying.drop()
+            entry = internals.CachedFrame(code, conversion.fingerprint, result.guarded_code)
             if conversion.fallback is not None:
-                conversion.fallback.entry = internals.CachedFrame(
-                    code, conversion.fingerprint, result.guarded_code, control.is_wanted
-                )
+                conversion.fallback.entry = entry
+                control.fell_back_to(entry)
             else:
-                control.compiled(conversion.fingerprint)
+                control.compiled(entry)
             return result
         if internals.hit_recompile_limit(result):
             self._over_limit[code] = frame_state
             control.over_limit(conversion.location, tally)
-            return _eagerly(tally, inner_frames=False)
+            tally.eager += 1
+            return internals.run_eagerly(inner_frames=False)
         # Dynamo cannot go on after a graph break in this frame and wants it skipped for good. An exception of the
         # program's looks like that too, so believe it only if the call returns.
         tally.skipped.append((code, frame_state))
         tally.unsettled = True
         return replace(_passed_over(result), apply_to_code=False)
-
-
-def _eagerly(tally: Tally, *, inner_frames: bool) -> ConvertFrameReturn:
-    tally.eager += 1
-    return internals.run_eagerly(inner_frames=inner_frames)
 
 
 def _passed_over(result: ConvertFrameReturn) -> ConvertFrameReturn:
@@ -129,7 +133,3 @@ def _passed_over(result: ConvertFrameReturn) -> ConvertFrameReturn:
 
 def _location(code: CodeType) -> Location:
     return getattr(code, "co_qualname", code.co_name), code.co_filename, code.co_firstlineno
-
-
-def _fingerprint(frame: Frame, *, shapes: bool) -> Fingerprint:
-    return frame.f_code, torch.is_grad_enabled(), *_looks.of_values(frame.f_locals, shapes=shapes)

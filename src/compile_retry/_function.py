@@ -22,8 +22,9 @@ from ._failures import CompileFailure, is_fatal
 from ._fallbacks import CREATION, Fallback
 from ._policy import RetryPolicy
 from ._stats import CompileState, CompileStats, Counter
+from ._steps import UNSEEN
 from ._strict import is_strict
-from ._torch_eager import in_backward, set_compiled_call
+from ._torch_eager import set_compiled_call
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,10 +66,10 @@ class CompiledFunction(Generic[P, R]):
         tally, episode = control.per_thread.tally, control.breaker.episode
         probing = False
         if episode is not None and not tally.probing:
-            probing = control.breaker.let_through(call, unless=in_backward)
+            probing = control.breaker.let_through(call)
             if probing:
                 control.probe_begins(tally, call)
-            elif not control.has_code and call > episode.failed_in_call + WATCHED_CALLS:
+            elif not control.has_code and call > episode.failed_in_call + WATCHED_CALLS and not control.step.matters():
                 control.books.eager_calls.add()
                 return self.eager(*args, **kwargs)
         tally.call = call
@@ -106,10 +107,12 @@ class CompiledFunction(Generic[P, R]):
                 return self._compiled
             # Inside torch.export, torch.compile would give the plain function back, for good.
             if control.fallbacks.is_hopeless(CREATION) or not control.may_attempt(tally, CREATION) or is_exporting():
+                control.step.ran_eagerly(UNSEEN, plainly=True)
                 return None
             retrying = control.fallbacks.waits(CREATION)
+            damaged = None
             try:
-                compiled = self._torch_compile()
+                compiled, damaged = self._torch_compile()
             except Exception as exc:
                 if is_fatal(exc):
                     raise
@@ -117,31 +120,39 @@ class CompiledFunction(Generic[P, R]):
                 if is_strict():
                     raise
                 control.fell_back(Fallback(CREATION), failure.kind, tally)
+                control.step.ran_eagerly(UNSEEN, plainly=True)
                 return None
             if retrying:
                 control.fallbacks.remove(None, CREATION)
                 control.made_progress()
+            if damaged is not None:
+                control.moved(damaged, tally)
             self._compiled = compiled
             return compiled
 
-    def _torch_compile(self) -> Callable[P, R]:
+    def _torch_compile(self) -> tuple[Callable[P, R], str | None]:
         # Imports torch._dynamo, which takes a second and may itself fail, for want of a cache directory for example.
         from . import _torch_internals as internals
         from ._backend import GraphBackend
         from ._frames import FrameConverter
+        from ._healing import working_cache
 
         control, options = self._control, dict(self._options)
-        compiler = internals.make_compiler(
-            options.get("backend", "inductor"), options.get("mode"), options.get("options"), options.get("dynamic")
-        )
-        options["backend"] = GraphBackend(compiler, control)
         if options.get("options") is not None:
             options["options"] = dict(options["options"])  # torch.compile takes things out of it
         if internals.isolates_recompiles() and _accepts(torch.compile, "isolate_recompiles"):
             options.setdefault("isolate_recompiles", True)
-        compiled: Callable[P, R] = torch.compile(internals.visible(self.eager), **options)
+        with working_cache(damaged=control.suspects_cache) as damaged:
+            compiler = internals.make_compiler(
+                options.get("backend", "inductor"),
+                options.get("mode"),
+                self._options.get("options"),
+                options.get("dynamic"),
+            )
+            options["backend"] = GraphBackend(compiler, control)
+            compiled: Callable[P, R] = torch.compile(internals.visible(self.eager), **options)
         internals.interpose(compiled, lambda inner: FrameConverter(inner, control))
-        return compiled
+        return compiled, damaged
 
     @property
     def state(self) -> CompileState:

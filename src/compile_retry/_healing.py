@@ -1,15 +1,96 @@
 """What torch remembers of a failure, dropped before the next attempt, so that a recovery leaves no trace.
 
-Inductor probes the compiler once and keeps the answer for the life of the process. A probe that failed means code
-without vector instructions, several times slower than it should be.
+In the process: inductor probes the compiler once and keeps the answer, and a probe that failed means code without
+vector instructions, several times slower than it should be. On disk: a file that was cut short fails every later
+compile, in every process; then an attempt is made in another directory.
 """
 
 from __future__ import annotations
 
-from . import _torch_internals as internals
+import atexit
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from . import _torch_inductor as inductor
+from ._events import log
+
+# For each of inductor's directories that did not work, the one that did, for the rest of the process.
+_instead: dict[str, str] = {}
+
+
+class _Scalar:
+    """Whether the compiler really has no vector instructions, as far as is known since the last failure."""
+
+    known = False
+
+
+_scalar = _Scalar()
+# The directory is a matter of the environment, so one thread at a time changes it.
+_moving = threading.RLock()
 
 
 def heal() -> None:
     """Make torch ask again what it asked while something was broken."""
-    for clear in internals.probe_caches():
-        clear()
+    inductor.forget_failures()
+    inductor.replace_dead_workers(all_graph_compilers=True)
+    _scalar.known = False
+
+
+@contextmanager
+def working_cache(*, damaged: bool) -> Iterator[str | None]:
+    """Where an attempt keeps its files: in the usual place, unless that is damaged or was found to be.
+
+    Args:
+        damaged: Whether the last failure suggests it.
+
+    Yields:
+        The usual directory where another one is tried for the first time, otherwise None.
+    """
+    inductor.replace_dead_workers()
+    usual = inductor.cache_directory()
+    known = _instead.get(usual)
+    if damaged:
+        with _moving, _another_directory() as another:
+            with inductor.caching_in(another):
+                yield usual
+            _instead[usual] = another
+    elif known is not None:
+        with _moving, inductor.caching_in(known):
+            yield None
+    else:
+        yield None
+
+
+def find_vector_instructions() -> None:
+    """Where the compiler seems to have no vector instructions, ask it once more where no damaged file can answer."""
+    if _scalar.known or not inductor.lacks_vector_instructions():
+        return
+    with _moving, tempfile.TemporaryDirectory(prefix="compile_retry_") as directory, inductor.caching_in(directory):
+        inductor.forget_failures()
+        _scalar.known = inductor.lacks_vector_instructions()
+    if not _scalar.known:
+        log.warning(
+            "damaged files in %s keep inductor from finding vector instructions; delete it once no process uses it",
+            inductor.cache_directory(),
+        )
+
+
+@contextmanager
+def _another_directory() -> Iterator[str]:
+    """A new directory, for as long as this process lives if something comes of it."""
+    directory = tempfile.mkdtemp(prefix="compile_retry_")
+    try:
+        yield directory
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+    atexit.register(_remove, directory, os.getpid())
+
+
+def _remove(directory: str, owner: int) -> None:
+    if os.getpid() == owner:  # not in a fork, which still uses it
+        shutil.rmtree(directory, ignore_errors=True)

@@ -6,6 +6,7 @@ Coarser than Dynamo's guards. It decides what is worth waiting for, never which 
 from __future__ import annotations
 
 from itertools import islice
+from types import CodeType
 from typing import TypeAlias
 
 import torch
@@ -39,6 +40,11 @@ def of_value(value: object, *, shapes: bool = True, depth: int = _DEPTH) -> obje
 def of_values(values: dict[str, object], *, shapes: bool = True) -> Looks:
     """The same for named values."""
     return tuple((name, of_value(value, shapes=shapes)) for name, value in values.items())
+
+
+def of_frame(code: CodeType, values: dict[str, object], *, shapes: bool = True) -> Looks:
+    """The same for the variables of a frame that begins to run this code, and whether gradients are on."""
+    return code, torch.is_grad_enabled(), *of_values(values, shapes=shapes)
 
 
 def of_call(args: tuple[object, ...], kwargs: dict[str, object]) -> Looks:

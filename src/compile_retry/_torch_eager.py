@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 
 def in_backward() -> bool:
@@ -38,3 +41,33 @@ def is_from_torch_compile(module: torch.nn.Module) -> bool:
     By the name of its class: the class itself is Dynamo's. Without it such a module would be compiled twice over.
     """
     return type(module).__name__ == "OptimizedModule"
+
+
+def may_run_again() -> bool:
+    """Whether a backward pass may run again what runs here, as activation checkpointing does.
+
+    It does so with saved-tensor hooks (others use those too, ``save_on_cpu`` for one: taking them for checkpointing
+    only delays a retry), or from inside an ``autograd.Function``, whose ``forward`` is the only place where
+    forward-mode gradients are off and inference mode is not on. Both since 2.0. Essential.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return True
+    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def repeater() -> weakref.ref[Any] | None:
+    """What lives as long as a backward pass may run again what runs here; None if that cannot be known.
+
+    The function that unpacks saved tensors, and on the way has the checkpointed region run again: autograd's graph
+    drops it when it drops the tensors. Since 2.0; without it a retry waits for an optimizer's step.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    try:
+        return weakref.ref(hooks[1]) if hooks is not None else None
+    except TypeError:  # a callable that cannot be referred to weakly
+        return None
+
+
+def on_optimizer_step(hook: Callable[..., None]) -> RemovableHandle:
+    """Have this called after each step of any optimizer. Public, though not named in ``torch.optim``; since 2.1."""
+    return register_optimizer_step_post_hook(hook)

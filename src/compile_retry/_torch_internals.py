@@ -1,7 +1,7 @@
 """Every use of non-public PyTorch, each with its reason, since when it is there, and what happens without it.
 
 Written against torch 2.13 and checked on 2.10 and 2.14. Importing this module imports ``torch._dynamo``, so it is
-imported at the first attempt and not before.
+imported at the first attempt and not before. What inductor keeps on disk and in mind is in `_torch_inductor`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from inspect import getclosurevars, isfunction, signature
+from inspect import signature
 from types import CodeType, FunctionType
 from typing import Any, Protocol, TypeAlias
 
+from . import _torch_import  # noqa: F401  # before anything else imports Dynamo
+
+# isort: split
 import torch
 
 # The C half of Dynamo, since 2.0. Essential.
@@ -45,6 +48,9 @@ from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._dynamo.trace_rules import check as _is_skipped_file
 from torch._dynamo.types import ConvertFrameReturn
 
+# Where forward and backward graphs are made from a captured one; see `compiling_backward_too`.
+from torch._functorch._aot_autograd import graph_compile
+
 __all__ = [
     "CONTROL_FLOW",
     "CachedFrame",
@@ -59,7 +65,6 @@ __all__ = [
     "concerns_dynamo",
     "count_compiles",
     "count_for_fullgraph",
-    "cxx",
     "hit_recompile_limit",
     "inductor_modes",
     "inductor_options",
@@ -70,7 +75,6 @@ __all__ = [
     "is_inline_wrapper",
     "isolates_recompiles",
     "make_compiler",
-    "probe_caches",
     "run_eagerly",
     "skip_for_good",
     "uncount_compiles",
@@ -295,27 +299,43 @@ class CachedFrame:
     Since 2.6. Essential.
     """
 
-    def __init__(
-        self,
-        code: CodeType,
-        fingerprint: tuple[object, ...],
-        guarded_code: Any,
-        is_wanted: Callable[[CachedFrame], bool],
-    ) -> None:
+    def __init__(self, code: CodeType, fingerprint: tuple[object, ...], guarded_code: Any) -> None:
         self.code = code
         self.fingerprint = fingerprint
-        manager = guarded_code.guard_manager
-        self._manager = weakref.ref(manager)
-        # Evaluated last, so only where everything else says that this entry fits. Dynamo itself uses this kind of guard
-        # for relations between shapes. If it says no, Dynamo compiles the frame afresh.
-        _add_last_guard(manager.root, functools.partial(_still_wanted, self, is_wanted))
-        manager.id_matched_objs = _UNCOUNTED
+        self._manager = weakref.ref(guarded_code.guard_manager)
 
     @property
     def alive(self) -> bool:
         """Whether Dynamo may still use it: not after ``torch._dynamo.reset()``, nor once a guarded object has died."""
         manager = self._manager()
         return manager is not None and manager.extra_state is not None
+
+    def fits(self, f_locals: dict[str, object]) -> bool:
+        """Whether Dynamo would use it for a frame with these variables.
+
+        May be asked from a guard of another entry. While guards are evaluated Dynamo switches `__torch_function__` off,
+        which is itself something that guards look at. The switch to have it on again: since 2.5.
+        """
+        manager = self._manager()
+        if manager is None or manager.extra_state is None:
+            return False
+        with torch._C._EnableTorchFunction():
+            return bool(manager.check(f_locals))
+
+    def use_only_if(self, wanted: Callable[[dict[str, object]], bool]) -> None:
+        """Have Dynamo ask this about the variables of a frame that the entry fits. If not, it passes the entry over.
+
+        Asked last, after all other guards. Dynamo itself uses this kind of guard for relations between shapes.
+        """
+        manager = self._manager()
+        if manager is not None:
+            _add_last_guard(manager.root, wanted)
+
+    def leave_uncounted(self) -> None:
+        """Keep it from using up the frame's `recompile_limit`."""
+        manager = self._manager()
+        if manager is not None:
+            manager.id_matched_objs = _UNCOUNTED
 
     def drop(self) -> None:
         """Make Dynamo forget this entry, and this entry only."""
@@ -325,10 +345,6 @@ class CachedFrame:
             dead.id_matched_objs = _UNCOUNTED
             _dropped.append(manager)
             manager.extra_state.invalidate(manager.cache_entry, dead)
-
-
-def _still_wanted(entry: CachedFrame, is_wanted: Callable[[CachedFrame], bool], f_locals: object) -> bool:
-    return is_wanted(entry)
 
 
 class _Nobody:
@@ -341,8 +357,8 @@ _NOBODY = _Nobody()
 _UNCOUNTED: dict[str, weakref.ReferenceType[object]] = {"compile_retry": weakref.ref(_NOBODY)}
 
 
-def _add_last_guard(root: Any, guard: Callable[[object], bool]) -> None:
-    reason = ["compile_retry: no retry is due"]
+def _add_last_guard(root: Any, guard: Callable[[dict[str, object]], bool]) -> None:
+    reason = ["compile_retry: other code is to run, or to be compiled"]
     try:
         root.add_epilogue_lambda_guard(guard, reason, None)
     except TypeError:  # 2.10 does not ask for the user's stack
@@ -355,42 +371,25 @@ def compiling_backward_too() -> AbstractContextManager[object]:
     Where no gradient is wanted there is no backward graph, and nothing changes. Since 2.10. Essential: otherwise a
     failing backward compile would surface in ``backward()``.
     """
+    _donate_only_what_is_compiled_lazily()
     patch: AbstractContextManager[object] = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
     return patch
 
 
-def probe_caches() -> Iterator[Callable[[], object]]:
-    """How to clear what inductor remembers of its compiler, also where that was a failure.
+@functools.cache
+def _donate_only_what_is_compiled_lazily() -> None:
+    """Keep a backward that is compiled before it is known how it will be called from overwriting its saved tensors.
 
-    The answers of its compiler probes (since 2.1), the path of a precompiled header, though the file may be gone (2.8),
-    and each kernel's loader, which it keeps before the kernel is compiled and which repeats a failed compile's error
-    for ever (2.3). Where one of these is missing there is nothing to clear.
+    Such donated buffers are chosen since 2.5, and a graph that has them raises in ``backward(retain_graph=True)``;
+    stock torch has seen by then that it must not choose any. To switch them off by `config.donated_buffer` does not
+    help: then the graph keeps no list of them, and torch 2.13 takes that for a list that is not empty. So this is put
+    in front of what chooses. For compiles that are not ours it changes nothing; without it that kind of call raises.
     """
-    from torch._inductor import codecache, cpp_builder, cpu_vec_isa
+    choose = getattr(graph_compile, "collect_bw_donated_buffer_idxs", None)
+    if choose is not None:
 
-    header = getattr(codecache, "_precompile_header", None)
-    for thing in (header, *list(vars(cpp_builder).values()), *list(vars(cpu_vec_isa).values())):
-        for cached in (thing, *(vars(thing).values() if isinstance(thing, type) else ())):
-            if isinstance(cached, functools._lru_cache_wrapper):
-                yield cached.cache_clear
-    caches: list[Any] = [codecache.CppCodeCache]
-    for kernels in caches:
-        caches += kernels.__subclasses__()
-        for key in [key for key, loader in kernels.cache.items() if _has_loaded_nothing(loader)]:
-            yield functools.partial(kernels.cache.pop, key, None)
+        @functools.wraps(choose)
+        def choose_unless_ours(*args: Any, **kwargs: Any) -> Any:
+            return [] if torch._functorch.config.force_non_lazy_backward_lowering else choose(*args, **kwargs)
 
-
-def _has_loaded_nothing(loader: object) -> bool:
-    return isfunction(loader) and getclosurevars(loader).nonlocals.get("lib", loader) is None
-
-
-@contextmanager
-def cxx(command: str) -> Iterator[None]:
-    """Have inductor use another C++ compiler. Since 2.0; for `compile_retry.testing` only.
-
-    Inductor reads the environment's ``CXX`` when it is imported, so later only its configuration is left to change.
-    """
-    from torch._inductor import config
-
-    with config.patch({"cpp.cxx": (command,)}):
-        yield
+        graph_compile.collect_bw_donated_buffer_idxs = choose_unless_ours

@@ -127,7 +127,7 @@ def broken_compiler() -> Iterator[None]:
     What inductor has compiled before, it may still find in its cache, as on a real machine. Use a new cache directory
     (``TORCHINDUCTOR_CACHE_DIR``) where that matters.
     """
-    from . import _torch_internals as internals
+    from . import _torch_inductor as inductor
     from ._healing import heal
 
     with tempfile.TemporaryDirectory() as folder:
@@ -135,7 +135,7 @@ def broken_compiler() -> Iterator[None]:
         compiler.write_text("#!/bin/sh\necho 'compile_retry: this compiler is broken' >&2\nexit 1\n")
         compiler.chmod(0o755)
         heal()  # inductor remembers that the real one worked
-        with internals.cxx(str(compiler)):
+        with inductor.cxx(str(compiler)):
             yield
 
 
