@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -263,3 +264,15 @@ def test_many_shapes_wait() -> None:
         fn(torch.ones(4))
     assert fn.stats.failures == 2
     assert fn.stats.compiled_calls > 10
+
+
+@pytest.mark.parametrize("exc", [full_disk, NotImplementedError])
+def test_a_fallback_that_fits_other_shapes_too(exc: Callable[[], Exception]) -> None:
+    """With automatic dynamic shapes the second shape's graph fits the first one as well, which keeps its code."""
+    compiler = Compiler(rows(4, exc))
+    fn = compile_with_fallback(sine, backend=compiler, policy=RetryPolicy(wait=None, wait_calls=100))
+    for n in (3, 4, 3, 4, 3):
+        fn(torch.ones(n))
+    assert (fn.stats.compiled_calls, fn.stats.eager_calls) == (3, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(fn(torch.ones(5)), torch.ones(5).sin())

@@ -44,7 +44,7 @@ class GraphBackend:
         tally = control.per_thread.tally
         # Under the stances "eager_then_compile" and "aot_eager_then_compile" torch asks the backend behind the frame
         # callback's back. Then nobody is there to give way to, nor to remember a fallback.
-        conversion = tally.conversion or Conversion(control.location, (), ())
+        conversion = tally.conversion or Conversion(control.location, (), (), ())
         if not control.may_attempt(tally, conversion.fingerprint):
             if tally.conversion is None:
                 return _counted_eager(graph_module.forward, control.per_thread)
@@ -94,7 +94,7 @@ class GraphBackend:
         if conversion is not tally.conversion:
             control.fell_back(Fallback(conversion.fingerprint), "permanent", tally)
         else:
-            control.step.ran_eagerly(conversion.fingerprint, plainly=False)
+            control.step.ran_eagerly(conversion.repeated, plainly=False)
             conversion.fallback = Fallback(conversion.fingerprint)
             control.fell_back(conversion.fallback, failure.kind, tally)
         return True

@@ -27,6 +27,7 @@ class Conversion:
         location: The frame's function, file and line.
         fingerprint: By which it waits for another attempt where it has no cache entry.
         coarse: The same without shapes, by which it is given up.
+        repeated: The same regardless of gradients, by which it is known when a backward pass runs it again.
         compiles: How often such a frame had been compiled before.
         retrying: The cached fallback that the compiled code is to replace, if this is a retry.
         attempted: The compiler was run.
@@ -38,6 +39,7 @@ class Conversion:
     location: Location
     fingerprint: Fingerprint
     coarse: Fingerprint
+    repeated: Fingerprint
     compiles: int = 0
     retrying: CachedFrame | None = None
     attempted: bool = False

@@ -71,8 +71,6 @@ class Control:
 
     def may_attempt(self, tally: Tally, who: Fingerprint) -> bool:
         """Whether this thread's call may run the compiler now for this frame."""
-        if self.step.must_stay_eager(who):
-            return False
         if self.breaker.episode is None:
             return True
         if tally.probing:
@@ -104,7 +102,7 @@ class Control:
             entry.use_only_if(lambda f_locals: not self._has_run_eagerly(entry.code, f_locals))
 
     def _has_run_eagerly(self, code: CodeType, f_locals: dict[str, object]) -> bool:
-        return self.step.has_begun() and self.step.has_run_eagerly(_looks.of_frame(code, f_locals))
+        return self.step.has_begun() and self.step.has_run_eagerly(_looks.of_frame(code, f_locals, gradients=False))
 
     def fell_back_to(self, entry: CachedFrame) -> None:
         """A frame has been compiled into code that runs a graph of it eagerly."""
@@ -115,17 +113,25 @@ class Control:
         """Asked by Dynamo when a cached fallback fits the call: use it? If not, compiled code does or is made."""
         if any(code.fits(f_locals) for code in self._code.get(entry.code, ())):
             return False  # a fallback with dynamic shapes also fits the shapes of code that is there
-        tally, who = self.per_thread.tally, entry.fingerprint
-        if self.step.has_run_plainly(who):
-            return False
-        if not self.fallbacks.is_permanent(entry):
-            if self.may_attempt(tally, who):
-                tally.retrying = entry
+        if self.step.matters():
+            frame = _looks.of_frame(entry.code, f_locals, gradients=False)
+            if self.step.has_run_plainly(frame):
                 return False
-            self.turns.ask(who, tally.call)
-        if self.step.is_watched():
-            self.step.ran_eagerly(who, _looks.of_frame(entry.code, f_locals), plainly=False)
-        return True
+            if not self.step.must_stay_eager(frame) and self._is_due(entry):
+                return False
+            self.step.ran_eagerly(frame, plainly=False)
+            return True
+        return not self._is_due(entry)
+
+    def _is_due(self, entry: CachedFrame) -> bool:
+        tally, who = self.per_thread.tally, entry.fingerprint
+        if self.fallbacks.is_permanent(entry):
+            return False
+        if self.may_attempt(tally, who):
+            tally.retrying = entry
+            return True
+        self.turns.ask(who, tally.call)
+        return False
 
     # Outcomes of attempts
 

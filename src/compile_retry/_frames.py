@@ -49,12 +49,15 @@ class FrameConverter:
         location = self._control.location if internals.is_inline_wrapper(code) else _location(code)
         exact = _looks.of_frame(code, frame.f_locals)
         coarse = _looks.of_frame(code, frame.f_locals, shapes=False)
-        return Conversion(location, exact, coarse, self._control.compiles(exact), retrying)
+        repeated = _looks.of_frame(code, frame.f_locals, gradients=False)
+        return Conversion(location, exact, coarse, repeated, self._control.compiles(exact), retrying)
 
     def _held_off(self, conversion: Conversion, tally: Tally) -> ConvertFrameReturn | None:
         """What to do instead if this frame may not be compiled now."""
         control = self._control
         if not control.fallbacks.is_hopeless(conversion.coarse):
+            if control.step.must_stay_eager(conversion.repeated):
+                return self._eagerly(conversion, tally)
             if control.may_attempt(tally, conversion.fingerprint):
                 return None
             control.turns.ask(conversion.fingerprint, tally.call)
@@ -64,7 +67,7 @@ class FrameConverter:
         """Run this frame as it stands, this once."""
         inner_frames = self._control.is_open(tally)
         unseen = () if inner_frames else (UNSEEN,)
-        self._control.step.ran_eagerly(conversion.fingerprint, *unseen, plainly=True)
+        self._control.step.ran_eagerly(conversion.repeated, *unseen, plainly=True)
         tally.eager += 1
         return internals.run_eagerly(inner_frames=inner_frames)
 

@@ -106,7 +106,12 @@ class CompiledFunction(Generic[P, R]):
             if self._compiled != self._create_and_call:  # another thread was faster
                 return self._compiled
             # Inside torch.export, torch.compile would give the plain function back, for good.
-            if control.fallbacks.is_hopeless(CREATION) or not control.may_attempt(tally, CREATION) or is_exporting():
+            if (
+                control.fallbacks.is_hopeless(CREATION)
+                or control.step.must_stay_eager(CREATION)
+                or not control.may_attempt(tally, CREATION)
+                or is_exporting()
+            ):
                 control.step.ran_eagerly(UNSEEN, plainly=True)
                 return None
             retrying = control.fallbacks.waits(CREATION)
@@ -116,7 +121,9 @@ class CompiledFunction(Generic[P, R]):
             except Exception as exc:
                 if is_fatal(exc):
                     raise
-                failure = control.failed(exc, "torch.compile", Conversion(control.location, CREATION, CREATION), tally)
+                failure = control.failed(
+                    exc, "torch.compile", Conversion(control.location, CREATION, CREATION, CREATION), tally
+                )
                 if is_strict():
                     raise
                 control.fell_back(Fallback(CREATION), failure.kind, tally)

@@ -18,33 +18,40 @@ Looks: TypeAlias = tuple[object, ...]
 _DEPTH, _LENGTH = 2, 32
 
 
-def of_value(value: object, *, shapes: bool = True, depth: int = _DEPTH) -> object:
+def of_value(value: object, *, shapes: bool = True, gradients: bool = True, depth: int = _DEPTH) -> object:
     """A tensor's shape (or number of dimensions), type and device; a module's class and mode; otherwise the class."""
     try:
         if isinstance(value, torch.Tensor):
             shape = str(value.shape) if shapes else value.ndim
-            return shape, value.dtype, value.device, value.requires_grad
+            return shape, value.dtype, value.device, gradients and value.requires_grad
         if isinstance(value, torch.nn.Module):
             return type(value), value.training
     except Exception:  # a tensor of a class with ideas of its own
         return type(value)
     if isinstance(value, (list, tuple)) and depth:
-        items = (of_value(item, shapes=shapes, depth=depth - 1) for item in value[:_LENGTH])
+        items = (of_value(item, shapes=shapes, gradients=gradients, depth=depth - 1) for item in value[:_LENGTH])
         return type(value), len(value), *items
     if isinstance(value, dict) and depth:
-        items = (of_value(item, shapes=shapes, depth=depth - 1) for item in islice(value.values(), _LENGTH))
+        items = (
+            of_value(item, shapes=shapes, gradients=gradients, depth=depth - 1)
+            for item in islice(value.values(), _LENGTH)
+        )
         return type(value), len(value), *items
     return value if isinstance(value, bool) else type(value)
 
 
-def of_values(values: dict[str, object], *, shapes: bool = True) -> Looks:
+def of_values(values: dict[str, object], *, shapes: bool = True, gradients: bool = True) -> Looks:
     """The same for named values."""
-    return tuple((name, of_value(value, shapes=shapes)) for name, value in values.items())
+    return tuple((name, of_value(value, shapes=shapes, gradients=gradients)) for name, value in values.items())
 
 
-def of_frame(code: CodeType, values: dict[str, object], *, shapes: bool = True) -> Looks:
-    """The same for the variables of a frame that begins to run this code, and whether gradients are on."""
-    return code, torch.is_grad_enabled(), *of_values(values, shapes=shapes)
+def of_frame(code: CodeType, values: dict[str, object], *, shapes: bool = True, gradients: bool = True) -> Looks:
+    """The same for the variables of a frame that begins to run this code, and whether gradients are on.
+
+    Without gradients, a frame looks the same when a backward pass runs it again that ran first with gradients off.
+    """
+    mode = gradients and torch.is_grad_enabled()
+    return code, mode, *of_values(values, shapes=shapes, gradients=gradients)
 
 
 def of_call(args: tuple[object, ...], kwargs: dict[str, object]) -> Looks:

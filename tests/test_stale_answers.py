@@ -1,0 +1,307 @@
+"""G7: what torch remembers of a failure, in the process and on disk, does not outlive it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._inductor import codecache, cpu_vec_isa
+
+from compile_retry import CompileState, RetryPolicy, compile_with_fallback
+from compile_retry._failures import suggests_damaged_cache
+from compile_retry.testing import fail_compiles, record_transitions
+from support import Compiler, first
+
+EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
+
+needs_vectors = pytest.mark.skipif(
+    not getattr(cpu_vec_isa, "x86_isa_checker", list)(), reason="asked of x86 processors with vector instructions only"
+)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache directory, and no precompiled headers, which take 150 MB each."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with torch._inductor.config.patch(cpp_cache_precompile_headers=False):
+        yield tmp_path / "cache"
+
+
+def waves(x: torch.Tensor) -> torch.Tensor:
+    return x.sin() * x.exp() + x
+
+
+def empty(files: set[Path]) -> None:
+    """Replace files by empty ones. To cut short what this process has loaded would kill it."""
+    assert files
+    for file in files:
+        file.unlink()
+        file.touch()
+
+
+def forget_compiled() -> None:
+    """As in a new process: what is compiled has to be read from disk again."""
+    torch._dynamo.reset()
+    torch._inductor.utils.clear_caches()
+
+
+def test_a_damaged_cache(cache: Path) -> None:
+    """The next attempt uses another directory, says which one is damaged, and leaves it and the environment alone."""
+    code = """
+import torch
+from compile_retry import compile_with_fallback
+compile_with_fallback(lambda x: x.sin() * x.exp() + x)(torch.ones(64))
+"""
+    environment = {**os.environ, "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
+    empty({*cache.rglob("*.main.so")})
+    files = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+    fn = compile_with_fallback(waves, policy=EVERY_CALL)
+    with record_transitions() as transitions:
+        torch.testing.assert_close(fn(torch.ones(64)), waves(torch.ones(64)))
+        assert fn.stats.failures == 1
+        environment = dict(os.environ)
+        torch.testing.assert_close(fn(torch.ones(64)), waves(torch.ones(64)))
+    assert fn.state is CompileState.COMPILED
+    assert dict(os.environ) == environment
+    assert [t.kind for t in transitions] == ["failed", "compiled", "damaged cache", "recovered"]
+    (moved,) = (t for t in transitions if t.kind == "damaged cache")
+    assert str(cache) in moved.message
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")}.items() >= files.items()
+    # From now on this process goes elsewhere at once.
+    other = compile_with_fallback(waves, policy=EVERY_CALL)
+    forget_compiled()
+    other(torch.ones(64))
+    assert (other.stats.failures, other.state) == (0, CompileState.COMPILED)
+
+
+def test_an_unusable_cache_directory(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first attempt fails; the next one compiles in another directory."""
+    cache.touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache / "below a file"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache / "triton"))
+    fn = compile_with_fallback(waves, policy=EVERY_CALL)
+    for _ in range(3):
+        torch.testing.assert_close(fn(torch.ones(65)), waves(torch.ones(65)))
+    assert fn.state is CompileState.COMPILED
+    assert fn.last_failure is not None
+    assert fn.last_failure.error_type in ("builtins.NotADirectoryError", "builtins.FileExistsError")
+    assert os.environ["TRITON_CACHE_DIR"] == str(cache / "triton")
+
+
+@pytest.mark.parametrize("variable", ["a file", "unset"])
+def test_importing_dynamo_without_a_cache_directory(tmp_path: Path, variable: str) -> None:
+    """Works, and changes nothing; with stock torch it could never be imported again in that process."""
+    (tmp_path / "file").touch()
+    code = """
+import os, sys, torch
+from compile_retry import CompileState, RetryPolicy, compile_with_fallback
+before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+fn = compile_with_fallback(torch.sin, backend="aot_eager", policy=RetryPolicy(wait=None, wait_calls=1))
+assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before
+for _ in range(4):
+    assert torch.equal(fn(torch.ones(3)), torch.ones(3).sin())
+assert fn.state is CompileState.COMPILED, fn.last_failure
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    del environment["TORCHINDUCTOR_CACHE_DIR"]
+    if variable == "a file":
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "file" / "cache")
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
+
+
+def test_dynamo_cannot_be_imported_for_want_of_room(tmp_path: Path) -> None:
+    """Where no directory at all can be made nothing is imported by halves; it recovers when there is room."""
+    code = """
+import pathlib, sys, tempfile, torch
+from compile_retry import CompileState, RetryPolicy, compile_with_fallback
+tempfile.tempdir = sys.argv[1]
+policy = RetryPolicy(wait=None, wait_calls=1)
+fn = compile_with_fallback(torch.sin, backend=lambda graph, inputs: graph.forward, policy=policy)
+assert torch.equal(fn(torch.ones(3)), torch.ones(3).sin())
+assert fn.state is CompileState.FALLBACK and "torch._dynamo" not in sys.modules
+pathlib.Path(sys.argv[1]).mkdir()
+fn(torch.ones(3))
+assert fn.state is CompileState.COMPILED, fn.last_failure
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "room")], env=environment, check=True, timeout=300)
+
+
+@needs_vectors
+def test_a_damaged_probe(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A probe's file that was cut short says "no vector instructions" without an error; it is asked again elsewhere."""
+    fn = compile_with_fallback(waves, policy=EVERY_CALL)
+    with fail_compiles(times=1):
+        fn(torch.ones(66)), fn(torch.ones(66))  # the retry probes anew, in this cache
+    expected = [str(isa) for isa in cpu_vec_isa.valid_vec_isa_list()]
+    empty({*cache.rglob("*.so")} - {*cache.rglob("*.main.so")})
+    fn = compile_with_fallback(lambda x: x.cos() * x.exp(), policy=EVERY_CALL)
+    with fail_compiles(times=1), caplog.at_level(logging.WARNING, "compile_retry"):
+        fn(torch.ones(67)), fn(torch.ones(67))
+    assert fn.state is CompileState.COMPILED
+    assert [str(isa) for isa in cpu_vec_isa.valid_vec_isa_list()] == expected
+    assert f"damaged files in {cache}" in caplog.text
+
+
+@needs_vectors
+def test_a_processor_without_vector_instructions(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compiler really cannot do is asked twice and no more, and blamed on nobody."""
+    asked: list[None] = []
+
+    @functools.cache
+    def no_instructions() -> list[Any]:
+        asked.append(None)
+        return []
+
+    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", no_instructions)
+    for shape in (68, 69):
+        fn = compile_with_fallback(waves, dynamic=False)
+        fn(torch.ones(shape))
+        assert fn.state is CompileState.COMPILED
+    assert len(asked) == 2
+
+
+@needs_vectors
+def test_probes_that_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their compiler flags do not stay behind, and an attempt that follows fails by itself if it has to."""
+    isa = next(isa for isa in cpu_vec_isa.supported_vec_isa_list if hasattr(type(isa), "_arch_flags"))
+    monkeypatch.setitem(vars(isa), "_arch_flags", "-left-behind")
+
+    def broken() -> list[Any]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", broken)
+    fn = compile_with_fallback(waves, policy=EVERY_CALL)
+    with fail_compiles(times=1):
+        fn(torch.ones(70)), fn(torch.ones(70))
+    assert "_arch_flags" not in vars(isa)
+    assert fn.stats.failures == 2
+    isa.__dict__.setdefault("_arch_flags", "")
+
+
+def test_tuned_timings_are_looked_up_anew() -> None:
+    """The path of the file that keeps them is asked again after a failure: it may lead to a damaged place."""
+    codecache.CacheBase.get_local_cache_path()
+    fn = compile_with_fallback(waves, backend=Compiler(first(1)), policy=EVERY_CALL)
+    fn(torch.ones(3)), fn(torch.ones(3))
+    assert codecache.CacheBase.get_local_cache_path.cache_info().currsize == 0
+
+
+@pytest.mark.parametrize(
+    ("exc", "attempt", "damaged"),
+    [
+        (ImportError("/cache/x.so: file too short"), 1, True),
+        (SyntaxError("invalid syntax"), 1, True),
+        (OSError(30, "Read-only file system"), 1, True),
+        (OSError(28, "No space left on device"), 1, False),
+        (RuntimeError("Failed to import /cache/x.py"), 1, True),
+        (MemoryError(), 2, False),
+        (type("Timeout", (TimeoutError,), {"lock_file": "/cache/x.lock"})(), 1, True),
+        (TimeoutError("a compile worker"), 1, False),
+        (type("CppCompileError", (RuntimeError,), {})("expected unqualified-id"), 1, False),
+        (type("CppCompileError", (RuntimeError,), {})("expected unqualified-id"), 2, True),
+        (type("CppCompileError", (RuntimeError,), {})("cannot read PCH file"), 1, True),
+        (type("CppCompileError", (RuntimeError,), {})("Killed signal terminated program cc1plus"), 2, False),
+    ],
+)
+def test_what_suggests_a_damaged_cache(exc: Exception, attempt: int, damaged: bool) -> None:
+    """What reads like a file cut short, or a directory that is none; a compiler's complaint, every other time."""
+    assert suggests_damaged_cache(exc, attempt) is damaged
+
+
+class Pool:
+    """Stands for a pool of compile workers: a dead one would keep whoever asks it waiting for ever."""
+
+    def __init__(self, **state: Any) -> None:
+        self.__dict__.update(state)
+        self.was_shut_down = False
+
+    def shutdown(self) -> None:
+        self.was_shut_down = True
+        raise BrokenPipeError
+
+
+def dead_process() -> subprocess.Popen[bytes]:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    return process
+
+
+@pytest.mark.parametrize(
+    ("make", "dead"),
+    [
+        (lambda: Pool(process=dead_process(), running=True), True),
+        (lambda: Pool(_broken="a worker was killed"), True),
+        (lambda: Pool(_broken=False, _shutdown_thread=False), False),
+    ],
+    ids=["its process is gone", "a worker is gone", "alive"],
+)
+def test_dead_compile_workers(make: Callable[[], Pool], dead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are replaced before an attempt is made, whoever they compile for."""
+    from torch._inductor import async_compile, compile_fx_subproc
+
+    for owner in (async_compile.AsyncCompile, compile_fx_subproc._SubprocessFxCompile):
+        made: list[Pool] = []
+
+        @functools.cache
+        def process_pool(made: list[Pool] = made) -> Pool:
+            made.append(make())
+            return made[-1]
+
+        monkeypatch.setattr(owner, "process_pool", staticmethod(process_pool))
+        owner.process_pool()
+        compile_with_fallback(lambda x: x + 1, backend=Compiler())(torch.ones(3))
+        assert made[0].was_shut_down is dead
+        owner.process_pool()
+        assert len(made) == 1 + dead
+        monkeypatch.undo()
+
+
+def test_a_graph_compiler_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is made anew after a failure, dead or not: what it remembers cannot be reached."""
+    from torch._inductor import compile_fx_subproc
+
+    pool = Pool(_broken=False)
+    process_pool = functools.cache(lambda: pool)
+    monkeypatch.setattr(compile_fx_subproc._SubprocessFxCompile, "process_pool", staticmethod(process_pool))
+    process_pool()
+    fn = compile_with_fallback(lambda x: x + 1, backend=Compiler(first(1)), policy=EVERY_CALL)
+    fn(torch.ones(3))
+    assert not pool.was_shut_down
+    fn(torch.ones(3))
+    assert pool.was_shut_down
+    assert process_pool.cache_info().currsize == 0
+
+
+def test_the_other_directory_goes_with_the_process(tmp_path: Path) -> None:
+    """It is removed at exit, but not by a fork that exits first."""
+    code = """
+import os, sys, tempfile, torch
+from compile_retry import RetryPolicy, compile_with_fallback
+from compile_retry.testing import fail_compiles
+fn = compile_with_fallback(torch.sin, backend="aot_eager", policy=RetryPolicy(wait=None, wait_calls=1))
+with fail_compiles(ImportError("file too short"), times=1):
+    fn(torch.ones(3)), fn(torch.ones(3))
+ours = [f for f in os.listdir(tempfile.gettempdir()) if f.startswith("compile_retry_")]
+assert len(ours) == 1, ours
+if os.fork() == 0:
+    sys.exit()
+os.wait()
+assert os.path.isdir(os.path.join(tempfile.gettempdir(), ours[0]))
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, check=True, timeout=300)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("compile_retry_")]
+    shutil.rmtree(tmp_path)
