@@ -277,7 +277,7 @@ def test_two_threads_compile_the_same_frame() -> None:
         if len(asked) == 2:
             raise full_disk()
         second.start()
-        wait_until_in(second, "_convert")
+        wait_until_in(second, "_in_turn")
         return gm.forward
 
     fn = compile_with_fallback(sine, backend=backend, policy=EVERY_CALL)

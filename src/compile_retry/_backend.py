@@ -50,8 +50,9 @@ class GraphBackend:
                 return _counted_eager(graph_module.forward, control.per_thread)
             conversion.gave_way = True
             raise HeldOffError(control.name)
-        if control.breaker.episode is not None:
+        if control.breaker.episode is not None or control.interrupted:
             heal()
+            control.interrupted = False
         kept = KeptGraph(graph_module)
         conversion.attempted = True
         which = Attempt(control.name, tally.graphs_before + 1)
@@ -66,6 +67,9 @@ class GraphBackend:
             if not self._falls_back(exc, conversion, tally):
                 raise
             return _counted_eager(kept.runner(), control.per_thread)
+        except BaseException:
+            control.interrupted = True
+            raise
         control.succeeded(tally)
         if damaged is not None:
             control.moved(damaged, tally)

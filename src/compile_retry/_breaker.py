@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from ._locks import Lock
 from ._policy import RetryPolicy, decide
 
 # For so many calls after a failure the function goes on through Dynamo even if nothing is compiled, so that it is seen
@@ -66,20 +68,26 @@ class Breaker:
     def __init__(self, policy: RetryPolicy) -> None:
         self.policy = policy
         self.episode: Episode | None = None
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._prober: int | None = None  # the thread whose call is the probe
 
-    def let_through(self, call: int) -> bool:
+    def let_through(self, call: int, *, is_calling: Callable[[int], bool] = lambda thread: True) -> bool:
         """Whether this call, made during an episode, becomes the probe. If so, `probe_ended` must follow.
 
         A call within a probe of the same thread must not ask. So if the thread that asks is the prober, an interrupt
-        has kept its last probe from ending.
+        has kept its last probe from ending. That may have happened to another thread, too, or it is gone.
+
+        Args:
+            call: The call's number.
+            is_calling: Whether a thread is in a call.
         """
-        episode, this = self.episode, threading.get_ident()
-        if episode is None or self._prober not in (None, this) or not episode.is_due(call, self.policy.clock()):
+        episode, this, prober = self.episode, threading.get_ident(), self._prober
+        if episode is None or not episode.is_due(call, self.policy.clock()):
+            return False
+        if prober is not None and prober != this and is_calling(prober):
             return False
         with self._lock:
-            won = self._prober in (None, this) and self.episode is episode
+            won = self._prober == prober and self.episode is episode
             self._prober = this if won else self._prober
             return won
 
@@ -105,24 +113,24 @@ class Breaker:
         Raises:
             Exception: Whatever the policy's strategies raise. The episode is then stopped.
         """
-        with self._lock:
-            now, last = self.policy.clock(), self.episode
+        while True:
+            last, now = self.episode, self.policy.clock()
             attempt = last.failures + 1 if last else 1
             started = last.started if last else now
             waited = last.waited + now - last.failed_at if last else 0.0
             episode = Episode(attempt, started, now, waited, call, math.inf, math.inf, stopped=True)
-            try:
+            try:  # without the lock: these are the user's strategies
                 decision = decide(self.policy, exc, attempt=attempt, started=started, now=now, waited=waited)
             except Exception:
                 self.episode = episode
                 raise
-            if decision.retry:
-                if not decision.stop:
-                    episode = replace(
-                        episode, due_call=call + decision.calls, due_time=now + decision.seconds, stopped=False
-                    )
-                self.episode = episode
-            return attempt, decision.retry
+            if decision.retry and not decision.stop:
+                due_call, due_time = call + decision.calls, now + decision.seconds
+                episode = replace(episode, due_call=due_call, due_time=due_time, stopped=False)
+            with self._lock:
+                if self.episode is last:  # otherwise something else has happened meanwhile
+                    self.episode = episode if decision.retry else last
+                    return attempt, decision.retry
 
     def withdraw(self, during: Episode | None, before: Episode | None) -> None:
         """Take a failure back that turned out to be the program's own, unless more has happened since."""

@@ -67,7 +67,7 @@ class Doubt:
 
     exc: BaseException
     failure: CompileFailure
-    fallback: Fallback
+    fallback: Fallback | None
     before: Episode | None
     during: Episode | None
 

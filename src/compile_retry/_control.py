@@ -51,6 +51,8 @@ class Control:
         self.step = Step()
         # Whether the last failure suggests that the compiler's files on disk are damaged.
         self.suspects_cache = False
+        # Whether an attempt was interrupted: what it left may have to be healed too.
+        self.interrupted = False
         # Frames that Dynamo wants skipped for good, with the state it keeps for them.
         self.given_up: dict[CodeType, dict[object, object]] = {}
         self._compiles: dict[Fingerprint, int] = {}
@@ -158,8 +160,11 @@ class Control:
         """Something failed inside Dynamo: hold off at once, but book it only when the call is over."""
         before = self.breaker.episode
         failure = self._judge(exc, "trace", conversion, tally)
-        fallback = Fallback(conversion.fingerprint if failure.kind == "transient" else conversion.coarse)
-        self.fell_back(fallback, failure.kind, tally)
+        fallback = None
+        if self.compiles(conversion.fingerprint) == conversion.compiles:  # otherwise another thread has compiled it
+            fallback = Fallback(conversion.fingerprint if failure.kind == "transient" else conversion.coarse)
+            self.fell_back(fallback, failure.kind, tally)
+        tally.unsettled = True
         tally.doubts.append(Doubt(exc, failure, fallback, before, self.breaker.episode))
         return failure
 
@@ -186,7 +191,8 @@ class Control:
             fallback.looks = looks
         if program_raised:
             for doubt in reversed(doubts):
-                self.fallbacks.remove(None, doubt.fallback.fingerprint)
+                if doubt.fallback is not None:
+                    self.fallbacks.remove(None, doubt.fallback.fingerprint)
                 self.breaker.withdraw(doubt.during, doubt.before)
             return
         self.given_up.update(skipped)
@@ -206,18 +212,19 @@ class Control:
         self.breaker.probe_ended()
         if not unharmed:
             return
-        if looks is not None and self._progress:
-            # Something new is compiled and all of this call is. Whatever fell back in a call that looked like it is
-            # over and done with, though its own graph may never be asked for again: an optimizer's first step, for one,
-            # has a graph of its own.
-            self.fallbacks.forget(waiting=True, looks=looks)
+        if looks is not None:
             self._clean_calls += 1
+            if self._progress:
+                # Something new is compiled and all of this call is. Whatever fell back in a call that looked like it is
+                # over and done with, though its own graph may never be asked for again: an optimizer's first step, for
+                # one, has a graph of its own.
+                self.fallbacks.forget(waiting=True, looks=looks)
         if self.fallbacks.any_waiting() and self._clean_calls < WATCHED_CALLS:
             return
         self.fallbacks.forget(waiting=True)
         self.turns.forget()
         episode, now = self.breaker.end(), self.policy.clock()
-        if episode is not None and self._progress:
+        if episode is not None and (self._progress or looks is not None):
             self.books.recoveries.add()
             attempts = "1 failed attempt" if episode.failures == 1 else f"{episode.failures} failed attempts"
             after = f"{attempts} and {now - episode.started:.3g} s"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
+
+from ._locks import Lock
 
 if TYPE_CHECKING:
     from ._failures import FailureKind
@@ -42,7 +43,7 @@ class Fallbacks:
     """What runs eagerly now: what waits for another attempt, and what does not."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._waiting: list[Fallback] = []
         self._permanent: list[Fallback] = []
 

@@ -39,7 +39,16 @@ class FrameConverter:
             tally.eager += 1
             return internals.run_eagerly(inner_frames=False)
         conversion = self._conversion(frame, tally)
-        return self._held_off(conversion, tally) or self._convert(conversion, tally, frame, cache_entry, frame_state)
+        if (held_off := self._held_off(conversion, tally)) is not None:
+            return held_off
+        return self._in_turn(conversion, tally, frame, cache_entry, frame_state)
+
+    def _in_turn(
+        self, conversion: Conversion, tally: Tally, frame: Frame, cache_entry: object, frame_state: FrameState
+    ) -> ConvertFrameReturn:
+        with internals.compile_lock():  # while this thread waited for it, another one's attempt may have failed
+            held_off = self._held_off(conversion, tally)
+            return held_off or self._convert(conversion, tally, frame, cache_entry, frame_state)
 
     def _conversion(self, frame: Frame, tally: Tally) -> Conversion:
         code = frame.f_code

@@ -6,9 +6,9 @@ import copy
 import functools
 import inspect
 import pickle
-import threading
+import sys
 from collections.abc import Callable
-from types import MethodType
+from types import FrameType, MethodType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 import torch
@@ -20,6 +20,7 @@ from ._call import Conversion, Location
 from ._control import Control
 from ._failures import CompileFailure, is_fatal
 from ._fallbacks import CREATION, Fallback
+from ._locks import Lock
 from ._policy import RetryPolicy
 from ._stats import CompileState, CompileStats, Counter
 from ._steps import UNSEEN
@@ -56,7 +57,7 @@ class CompiledFunction(Generic[P, R]):
         self._options = options
         self._control = Control(self.name, _location(fn), policy)
         self._calls = Counter()
-        self._creation = threading.Lock()
+        self._creation = Lock()
         self._compiled: Callable[P, R] = self._create_and_call
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:  # noqa: C901, PLR0912  # the hot path is one function
@@ -65,17 +66,19 @@ class CompiledFunction(Generic[P, R]):
         call, control = self._calls.add(), self._control
         tally, episode = control.per_thread.tally, control.breaker.episode
         probing = False
-        if episode is not None and not tally.probing:
-            probing = control.breaker.let_through(call)
-            if probing:
-                control.probe_begins(tally, call)
-            elif not control.has_code and call > episode.failed_in_call + WATCHED_CALLS and not control.step.matters():
+        if episode is not None and not (tally.probing and self._is_in_call(above=sys._getframe(1))):
+            tally.probing = False  # an interrupt may have left it
+            probing = control.breaker.let_through(call, is_calling=self._is_in_call)
+            straight = not probing and not control.has_code and call > episode.failed_in_call + WATCHED_CALLS
+            if straight and not control.step.matters():
                 control.books.eager_calls.add()
                 return self.eager(*args, **kwargs)
         tally.call = call
         compiled, eager = tally.compiled, tally.eager
         tally.started = compiled + eager
         try:
+            if probing:
+                control.probe_begins(tally, call)
             result = self._compiled(*args, **kwargs)
         except BaseException:
             if tally.unsettled:
@@ -95,6 +98,15 @@ class CompiledFunction(Generic[P, R]):
             if probing:
                 clean = tally.compiled != compiled and tally.eager == eager
                 control.probe_ended(tally, _looks.of_call(args, kwargs) if clean else None)
+
+    def _is_in_call(self, thread: int | None = None, *, above: FrameType | None = None) -> bool:
+        """Whether a thread is in a call of this function, or whoever runs this frame is."""
+        frame = above if thread is None else sys._current_frames().get(thread)
+        while frame is not None:
+            if frame.f_code is _CALL and frame.f_locals.get("self") is self:
+                return True
+            frame = frame.f_back
+        return False
 
     def _create_and_call(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Stands in for the compiled function until ``torch.compile`` has returned one."""
@@ -216,6 +228,9 @@ class CompiledFunction(Generic[P, R]):
 
     def __repr__(self) -> str:
         return f"<CompiledFunction {self.name}: {self.state.value}>"
+
+
+_CALL = CompiledFunction.__call__.__code__
 
 
 class ModuleHandle:

@@ -11,12 +11,12 @@ import atexit
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from . import _torch_inductor as inductor
 from ._events import log
+from ._locks import Lock
 
 # For each of inductor's directories that did not work, the one that did, for the rest of the process.
 _instead: dict[str, str] = {}
@@ -30,7 +30,7 @@ class _Scalar:
 
 _scalar = _Scalar()
 # The directory is a matter of the environment, so one thread at a time changes it.
-_moving = threading.RLock()
+_moving = Lock()
 
 
 def heal() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 import itertools
-import threading
 from dataclasses import asdict, dataclass
+
+from ._locks import Lock
 
 
 class CompileState(enum.Enum):
@@ -63,19 +64,15 @@ class CompileStats:
 
 
 class Counter:
-    """Counts without a lock: `add` is one C call and therefore atomic. Reading takes the lock."""
+    """Counts without a lock: `add` is one C call and therefore atomic."""
 
     def __init__(self) -> None:
-        ticks = itertools.count(1)
-        self.add = ticks.__next__
-        self._reads = 0
-        self._lock = threading.Lock()
+        self._next = itertools.count(1)
+        self.add = self._next.__next__
 
     @property
     def value(self) -> int:
-        with self._lock:
-            self._reads += 1
-            return self.add() - self._reads
+        return int(repr(self._next)[len("count(") : -1]) - 1  # the only way to look without counting
 
 
 class Books:
@@ -89,7 +86,7 @@ class Books:
         self.failures = Counter()
         self.recoveries = Counter()
         self._seconds = 0.0
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def add_seconds(self, seconds: float) -> None:
         with self._lock:

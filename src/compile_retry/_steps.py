@@ -16,6 +16,7 @@ from typing import Any
 from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
+from ._locks import Lock
 from ._torch_eager import in_backward, may_run_again, on_optimizer_step, repeater
 
 # Stands for frames that ran below an eager frame, unseen.
@@ -114,7 +115,7 @@ class Step:
         return {thread: ran for thread, ran in self._ran.items() if thread.is_alive()}
 
 
-_lock = threading.Lock()
+_lock = Lock()
 _unfinished: weakref.WeakSet[Step] = weakref.WeakSet()
 _watching: list[RemovableHandle] = []
 

@@ -7,10 +7,12 @@ imported at the first attempt and not before. What inductor keeps on disk and in
 from __future__ import annotations
 
 import functools
+import os
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import signature
 from types import CodeType, FunctionType
 from typing import Any, Protocol, TypeAlias
@@ -61,6 +63,7 @@ __all__ = [
     "FrameState",
     "UnsupportedTorchError",
     "backends",
+    "compile_lock",
     "compiling_backward_too",
     "concerns_dynamo",
     "count_compiles",
@@ -275,6 +278,29 @@ def unsuppressed() -> Iterator[None]:
             yield
     else:
         yield
+
+
+def compile_lock() -> AbstractContextManager[object]:
+    """Dynamo's own lock: one thread at a time compiles a frame. Reentrant; since 2.0.
+
+    Without it, threads that have begun to wait for it would all attempt what the first of them has seen fail.
+    """
+    lock: AbstractContextManager[object] = getattr(torch._dynamo.convert_frame, "compile_lock", None) or nullcontext()
+    return lock
+
+
+def _free_compile_lock() -> None:
+    """In a forked child, take that lock from a thread that was compiling: it is not there, and nobody could compile."""
+    lock = compile_lock()
+    if isinstance(lock, type(threading.RLock())):
+        if lock.acquire(blocking=False):
+            lock.release()
+        else:
+            torch._dynamo.convert_frame.compile_lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_free_compile_lock)
 
 
 def count_compiles(frame_state: FrameState) -> int:

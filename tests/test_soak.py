@@ -1,0 +1,134 @@
+"""G4, G10 and G11 in the long run: what is left after many calls and failures, and eight threads amid faults."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import soak
+from compile_retry import CompileState, RetryPolicy, compile_with_fallback
+from support import wait_until_in
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_log_records() -> Iterator[None]:
+    """Pytest would keep every one, and torch writes a hundred in each attempt, into a logger that knows no level."""
+    logging.disable()
+    logging.getLogger("torch.__trace").disabled = True
+    yield
+    logging.getLogger("torch.__trace").disabled = False
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("regime", soak.REGIMES)
+def test_held_off_calls_leave_nothing_behind(regime: soak.Regime) -> None:
+    """A hundred thousand of them: no file, thread, callback or object, and no memory to speak of."""
+    growth = soak.held_off(regime, 100_000)
+    print(growth)  # noqa: T201  # for the docs
+    assert (growth.files, growth.threads, growth.callbacks) == (0, 0, 0)
+    assert growth.objects < 0.001
+    assert growth.blocks < 0.01
+    assert growth.rss < 100
+
+
+@pytest.mark.parametrize("position", soak.POSITIONS)
+def test_failed_attempts_leave_no_more_behind_than_torch_does(position: soak.Position) -> None:
+    """Hundreds of them: no file, thread or callback, and no more objects than stock torch.compile keeps."""
+    ours, stock = soak.failed_attempts(position, 200)
+    print(f"{position}\n  ours  {ours}\n  stock {stock}")  # noqa: T201  # for the docs
+    assert (ours.files, ours.threads, ours.callbacks) == (0, 0, 0)
+    assert ours.objects < stock.objects + 3  # torch's own vary by one or two
+    assert ours.blocks < stock.blocks + 5
+
+
+@pytest.fixture(scope="module")
+def eight_threads() -> soak.Soak:
+    return soak.eight_threads(8)
+
+
+def test_eight_threads_get_right_results(eight_threads: soak.Soak) -> None:
+    """Whatever fails meanwhile: every result equals eager's, no thread is stuck, every function ends up compiled."""
+    assert (eight_threads.wrong, eight_threads.stuck) == ([], 0)
+    assert eight_threads.states == {CompileState.COMPILED}
+    assert eight_threads.failures >= eight_threads.rounds
+
+
+def test_eight_threads_and_the_books(eight_threads: soak.Soak) -> None:
+    """Calls, attempts and failures are as many as the threads, the backend and Dynamo have seen."""
+    booked = [eight_threads.total(figure) for figure in ("calls", "attempts", "failures")]
+    assert booked == [eight_threads.calls, eight_threads.attempts, eight_threads.failures]
+
+
+def test_eight_threads_take_turns(eight_threads: soak.Soak) -> None:
+    """During an episode, one attempt at a time."""
+    assert eight_threads.most_at_once == 1
+
+
+def test_eight_threads_are_held_off(eight_threads: soak.Soak) -> None:
+    """No attempt fails before it was due."""
+    assert eight_threads.early == []
+
+
+@pytest.mark.parametrize("position", ["first graph", "inside Dynamo"])
+def test_threads_that_begin_together(position: soak.Position) -> None:
+    """Those who wait for Dynamo while the first of them fails are held off like everybody else: one failure."""
+    x, begun = torch.ones(3), threading.Barrier(4)
+    failed: list[str] = []
+
+    def fail() -> None:
+        failed.append(threading.current_thread().name)
+        for thread in threads if len(failed) == 1 else ():
+            if thread is not threading.current_thread():
+                wait_until_in(thread, "compile_wrapper")
+        raise soak.full_disk()
+
+    def backend(graph_module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        fail()
+        return graph_module
+
+    def work() -> None:
+        begun.wait(20)
+        torch.testing.assert_close(fn(x), x.sin().cos())
+
+    def frame(name: str) -> None:
+        if position == "inside Dynamo":
+            fail()
+
+    fn = compile_with_fallback(soak.two_graphs, backend=backend, policy=RetryPolicy(wait=1e9))
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    with soak.dynamo_calls(frame):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    assert fn.stats.calls == 4
+    assert fn.stats.failures == len(failed) == 1
+
+
+def test_another_thread_compiles_what_then_fails_in_dynamo() -> None:
+    """Its code is there for both: no state of falling back remains in which every call runs compiled."""
+    x = torch.ones(3)
+    second = threading.Thread(target=lambda: fn(x))
+
+    def frame(name: str) -> None:
+        if threading.current_thread() is second:
+            raise soak.full_disk()
+        if not second.ident:
+            second.start()
+            wait_until_in(second, "_in_turn")
+
+    fn = compile_with_fallback(torch.sin, backend="eager", policy=RetryPolicy(wait=None, wait_calls=1))
+    with soak.dynamo_calls(frame):
+        fn(x)
+        second.join(20)
+    assert not second.is_alive()
+    assert fn.stats.failures == 1
+    before = fn.stats.compiled_calls
+    for _ in range(3):
+        torch.testing.assert_close(fn(x), x.sin())
+    assert (fn.stats.compiled_calls - before, fn.state, fn.next_retry) == (3, CompileState.COMPILED, None)
