@@ -9,7 +9,7 @@ INSTALLED := .venv/installed-in-$(shell pwd | cksum | cut -d ' ' -f 1)
 # From a fresh environment each time: what Sphinx has cached is not warned of again.
 SPHINX := $(VENV_PYTHON) -m sphinx --fresh-env --quiet --fail-on-warning --keep-going
 
-.PHONY: help test demo lint types docs snippets wheel ci clean
+.PHONY: help test faults demo lint types docs snippets wheel ci clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -17,6 +17,9 @@ help: ## list these targets
 
 test: $(INSTALLED) ## run the tests and measure their coverage
 	$(VENV_PYTHON) -m pytest --cov
+
+faults: $(INSTALLED) ## make every fault for real and write docs/reliability-table.md (most of an hour)
+	PYTHONPATH=tests $(VENV_PYTHON) -m faults.matrix $(ARGS)
 
 demo: $(INSTALLED) ## train a network while its compiler breaks and is repaired (ARGS=--smoke: quickly)
 	$(VENV_PYTHON) examples/demo.py $(ARGS)

@@ -171,7 +171,8 @@ def test_a_loop_without_an_optimizer() -> None:
     def step() -> None:
         checkpoint(fn, torch.ones(7, 4).requires_grad_(), w, use_reentrant=True).sum().backward()
 
-    step(), step()
+    step()
+    step()
     assert fn.stats.attempts == 1
     mark_step_end()
     step()
@@ -281,7 +282,8 @@ def test_a_compile_that_fails_in_the_backward_pass() -> None:
 
     for _ in range(3):
         x = torch.ones(3, requires_grad=True)
-        Sine.apply(x).sum().backward()
+        y: torch.Tensor = Sine.apply(x)  # type: ignore[no-untyped-call]  # torch has no annotations here
+        y.sum().backward()
         torch.testing.assert_close(x.grad, torch.ones(3).cos())
     assert fn.state is CompileState.COMPILED
 

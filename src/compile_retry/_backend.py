@@ -89,8 +89,8 @@ class GraphBackend:
         if is_strict():
             conversion.raised = True
             return False
-        if conversion.retrying is not None and failure.kind == "permanent":
-            control.fallbacks.give_up(conversion.retrying)
+        if conversion.retrying is not None:
+            control.fell_back(Fallback(conversion.fingerprint, conversion.retrying), failure.kind, tally)
         if conversion.retrying is not None or control.compiles(conversion.fingerprint) > conversion.compiles:
             # Dynamo still has the fallback that was to be replaced, or by now another thread's code for such a frame.
             conversion.gave_way = True

@@ -312,7 +312,9 @@ class Control:
         self, kind: TransitionKind, message: str, call: int, level: int, failure: CompileFailure | None = None
     ) -> None:
         due = self.breaker.next_retry(call) if kind == "failed" else None
-        publish(Transition(kind, self.name, call, self.state, message, failure, due), level)
+        # A graph that was given up is noted after this is told.
+        state = CompileState.GAVE_UP if kind == "gave up" and self.breaker.episode is None else self.state
+        publish(Transition(kind, self.name, call, state, message, failure, due), level)
 
 
 def _in_words(location: Location) -> str:

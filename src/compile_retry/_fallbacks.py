@@ -60,28 +60,16 @@ class Fallbacks:
                     f for f in fallbacks if f.entry is not entry or (entry is None and f.fingerprint != fingerprint)
                 ]
 
-    def give_up(self, entry: CachedFrame) -> None:
-        """A retry has shown that this can never be compiled."""
-        with self._lock:
-            self._permanent += [f for f in self._waiting if f.entry is entry]
-            self._waiting = [f for f in self._waiting if f.entry is not entry]
-
     def forget(self, *, waiting: bool = False, permanent: bool = False, looks: Looks | None = None) -> None:
-        """Strike these out and have Dynamo drop them, so that their next call compiles them.
+        """Strike these out. Their cache entries stay until there is better code: called again, they are compiled.
 
         With `looks`, only what fell back in calls that looked so.
         """
         with self._lock:
-            dropped = [
-                f
-                for f in (self._waiting if waiting else []) + (self._permanent if permanent else [])
-                if looks is None or f.looks == looks
-            ]
-            self._waiting = [f for f in self._waiting if f not in dropped]
-            self._permanent = [f for f in self._permanent if f not in dropped]
-        for fallback in dropped:
-            if fallback.entry is not None:
-                fallback.entry.drop()
+            if waiting:
+                self._waiting = [f for f in self._waiting if looks is not None and f.looks != looks]
+            if permanent:
+                self._permanent = [f for f in self._permanent if looks is not None and f.looks != looks]
 
     def any_waiting(self) -> bool:
         """Whether anything that runs eagerly is to be tried again."""

@@ -65,7 +65,7 @@ class CompiledFunction(Generic[P, R]):
             return self.eager(*args, **kwargs)
         call, control = self._calls.add(), self._control
         tally, episode = control.per_thread.tally, control.breaker.episode
-        probing = False
+        probing = returned = False
         if episode is not None and not (tally.probing and self._is_in_call(above=sys._getframe(1))):
             tally.probing = False  # an interrupt may have left it
             probing = control.breaker.let_through(call, is_calling=self._is_in_call)
@@ -82,11 +82,12 @@ class CompiledFunction(Generic[P, R]):
             result = self._compiled(*args, **kwargs)
         except BaseException:
             if tally.unsettled:
-                control.settle(tally, _looks.of_call(args, kwargs), program_raised=True)
+                control.settle(tally, self._looks(args, kwargs), program_raised=True)
             raise
         else:
             if tally.unsettled:
-                control.settle(tally, _looks.of_call(args, kwargs), program_raised=False)
+                control.settle(tally, self._looks(args, kwargs), program_raised=False)
+            returned = True
             return result
         finally:
             if tally.compiled == compiled:
@@ -96,8 +97,11 @@ class CompiledFunction(Generic[P, R]):
             else:
                 control.books.mixed_calls.add()
             if probing:
-                clean = tally.compiled != compiled and tally.eager == eager
-                control.probe_ended(tally, _looks.of_call(args, kwargs) if clean else None)
+                clean = returned and tally.compiled != compiled and tally.eager == eager
+                control.probe_ended(tally, self._looks(args, kwargs) if clean else None)
+
+    def _looks(self, args: tuple[object, ...], kwargs: dict[str, object]) -> _looks.Looks:
+        return _looks.of_call((getattr(self.eager, "__self__", None), *args), kwargs)
 
     def _is_in_call(self, thread: int | None = None, *, above: FrameType | None = None) -> bool:
         """Whether a thread is in a call of this function, or whoever runs this frame is."""

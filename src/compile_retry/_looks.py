@@ -14,12 +14,15 @@ import torch
 Looks: TypeAlias = tuple[object, ...]
 
 
-# Containers are looked into so deep and so far: they may be long, or contain themselves.
+# Containers are looked into so deep and so far: they may be long, or contain themselves. Strings may be long, too.
 _DEPTH, _LENGTH = 2, 32
 
 
 def of_value(value: object, *, shapes: bool = True, gradients: bool = True, depth: int = _DEPTH) -> object:
-    """A tensor's shape (or number of dimensions), type and device; a module's class and mode; otherwise the class."""
+    """A tensor's shape (or number of dimensions), type and device; a module's class and mode; otherwise the class.
+
+    Flags and short strings, which often choose what a function does, are themselves.
+    """
     try:
         if isinstance(value, torch.Tensor):
             shape = str(value.shape) if shapes else value.ndim
@@ -37,7 +40,7 @@ def of_value(value: object, *, shapes: bool = True, gradients: bool = True, dept
             for item in islice(value.values(), _LENGTH)
         )
         return type(value), len(value), *items
-    return value if isinstance(value, bool) else type(value)
+    return value if isinstance(value, bool) or (isinstance(value, str) and len(value) <= _LENGTH) else type(value)
 
 
 def of_values(values: dict[str, object], *, shapes: bool = True, gradients: bool = True) -> Looks:

@@ -1,0 +1,124 @@
+"""What tests/test_state_machine.py has found, each as the shortest program that shows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from compile_retry import CompileState, RetryPolicy, compile_with_fallback, compiled_function
+from compile_retry.testing import record_transitions
+from support import Compiler
+
+EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
+X = torch.ones(3)
+
+
+class Trouble(Exception):
+    pass
+
+
+class ByGraph:
+    """A backend that fails where the graph's code contains one of these, and notes what runs."""
+
+    def __init__(self, *failing: str, exc: type[Exception] = OSError) -> None:
+        self.failing = set(failing)
+        self.exc = exc
+        self.ran: list[str] = []
+
+    def __call__(self, graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        (graph,) = (name for name in ("sin", "cos") if f".{name}()" in graph_module.code)
+        if graph in self.failing:
+            raise self.exc("simulated")
+
+        def run(*args: Any) -> Any:
+            self.ran.append(graph)
+            return graph_module.forward(*args)
+
+        return run
+
+
+def test_giving_up_is_told_with_the_state_after_it() -> None:
+    """`Transition.state` is how the function stands after it."""
+    fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: NotImplementedError("no")), name="f")
+    with record_transitions("f") as transitions:
+        fn(X)
+    assert [(t.kind, t.state) for t in transitions] == [("gave up", CompileState.GAVE_UP)]
+    assert fn.state is CompileState.GAVE_UP
+
+
+def test_a_step_that_raises_half_way_is_no_recovery() -> None:
+    """The graph that failed comes after the error and was never tried again."""
+    armed = False
+
+    def between() -> None:
+        if armed:
+            raise Trouble
+
+    def step(x: torch.Tensor, k: int) -> torch.Tensor:
+        y = x.sin() * k
+        torch.compiler.disable(between)()
+        return y.cos()
+
+    compiler = ByGraph("cos")
+    fn = compile_with_fallback(step, backend=compiler, dynamic=False, policy=EVERY_CALL)
+    fn(X, 1)
+    armed = True
+    with pytest.raises(Trouble):
+        fn(X, 2)
+    assert (fn.stats.recoveries, fn.state) == (0, CompileState.FALLBACK)
+    armed = False
+    compiler.failing.clear()
+    fn(X, 1)
+    assert (fn.stats.recoveries, fn.state) == (1, CompileState.COMPILED)
+
+
+def test_a_module_in_training_is_not_the_module_in_evaluation() -> None:
+    """A training step that is compiled is no recovery of an evaluation that has failed and was not tried again."""
+
+    class Net(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sin() if self.training else x.cos()
+
+    compiler = ByGraph("cos")
+    net = compile_with_fallback(Net(), backend=compiler, policy=EVERY_CALL)
+    fn = compiled_function(net)
+    net.eval()(X)
+    net.train()(X)
+    assert (fn.stats.recoveries, fn.state) == (0, CompileState.FALLBACK)
+
+
+@pytest.mark.parametrize("what", ["reset", "retry_now"])
+def test_a_reset_between_the_passes_flips_nothing(what: str) -> None:
+    """Graphs that ran compiled forward do so in the recomputation, though another one was given up and forgotten."""
+    compiler = ByGraph("sin", exc=NotImplementedError)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        y = x.sin()
+        torch._dynamo.graph_break()
+        return y.cos()
+
+    fn = compile_with_fallback(step, backend=compiler, policy=EVERY_CALL)
+    x = torch.ones(3, requires_grad=True)
+    y = checkpoint(fn, x, use_reentrant=False)
+    assert compiler.ran == ["cos"]
+    getattr(fn, what)()
+    y.sum().backward()
+    assert compiler.ran == ["cos", "cos"]
+
+
+def test_a_mode_that_cannot_be_traced_costs_the_others_nothing() -> None:
+    """A graph break under fullgraph=True in one mode of the step; the other mode is compiled all the same."""
+
+    def step(x: torch.Tensor, mode: str) -> torch.Tensor:
+        if mode == "debug":
+            torch._dynamo.graph_break()
+        return x.sin()
+
+    fn = compile_with_fallback(step, backend=Compiler(), fullgraph=True)
+    fn(X, "debug")
+    for _ in range(3):
+        fn(X, "train")
+    assert (fn.stats.eager_calls, fn.stats.compiled_calls) == (1, 3)

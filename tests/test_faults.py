@@ -1,0 +1,54 @@
+"""G2, G7, G9 and G11 against real faults: the part of the fault matrix that fits into CI. `make faults` runs it all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from faults import cells, injected
+from faults.faults import BY_NAME, POSITIONS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _clean_up() -> Iterator[None]:
+    yield
+    cells.clean_up()
+
+
+CELLS = [
+    ("full disk", "first call", "seconds"),
+    ("full disk", "backward", "every call"),
+    ("read-only cache", "recompile", "every call"),
+    ("cache directory cannot be made", "first call", "every call"),
+    ("too many open files", "second graph", "every call"),
+    ("compiler killed", "recompile", "doubling calls"),
+    ("compiler out of memory", "second graph", "seconds or calls"),
+    ("truncated .so", "recompile", "every call"),
+    ("compiler fails at invocation 1", "backward", "every call"),
+]
+
+
+@pytest.mark.parametrize(("fault", "position", "policy"), CELLS, ids=map("-".join, CELLS))
+def test_real_fault(fault: str, position: str, policy: str) -> None:
+    """The run goes on, equals its eager twin, and once the fault has ended is compiled as if nothing had happened."""
+    if BY_NAME[fault].needs_root and not cells.can_mount():
+        pytest.skip("a full or read-only disk is a tmpfs, and to mount one needs root")
+    answer = cells.run_cell(fault, position, policy, probed=True)
+    assert answer["outcome"] in {"recovered", "got round it"}, answer
+    assert answer["failures"] >= 1
+    assert answer["recoveries"] == 1
+    assert {cause["kind"] for cause in answer["causes"]} == {"transient"}
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("name", injected.ALL)
+def test_injected_fault(name: str, position: str) -> None:
+    """By its kind: held off and recovered, given up for this graph, or surfaced where eager could not run either."""
+    kinds = (
+        (injected.TRANSIENT, "recovers"),
+        (injected.PERMANENT, "gives up, as documented"),
+        (injected.FATAL, "surfaces"),
+    )
+    (expected,) = (outcome for names, outcome in kinds if name in names)
+    assert injected.run(name, position) == expected
