@@ -36,8 +36,8 @@ class Config:
         return (graph, self.rows, self.grad) if inner else (graph, self.rows, self.grad, self.training, self.tag)
 
     def looks(self) -> tuple[object, ...]:
-        """Of these, what can be told without looking into strings."""
-        return self.rows, self.grad, self.training
+        """By which the library tells what a failed graph was needed for: here, all of it."""
+        return self.rows, self.grad, self.training, self.tag
 
 
 Key = tuple[object, ...]
@@ -124,10 +124,6 @@ class Model:
         self.progress = False
         self.clean_calls = 0
         self.call = Call(Config(), due=True, open=True, before=None)
-        # Known flaws of the library that are tolerated, and what is perhaps forgotten because of them.
-        self.blind = False  # to the mode of a decorated module
-        self.forgets_when_raised = False  # what looked like a call that raised half-way
-        self.doubtful: set[Key] = set()
         self.complaints: list[str] = []
 
     # What the function says of itself
@@ -194,7 +190,7 @@ class Model:
             self.waiting.pop(key, None)
             self.permanent[key] = stage
             return
-        self.waiting.setdefault(key, (stage, self.looks()))
+        self.waiting.setdefault(key, (stage, self.call.config.looks()))
         self.progress, self.clean_calls = False, 0
         self._hold_off()
 
@@ -214,10 +210,6 @@ class Model:
         self.code.add(key)
         self.waiting.pop(key, None)
 
-    def looks(self) -> tuple[object, ...]:
-        looks = self.call.config.looks()
-        return looks[:2] if self.blind else looks
-
     def was_created(self) -> None:
         """``torch.compile`` itself has returned."""
         self.created = True
@@ -231,14 +223,13 @@ class Model:
         due_time = math.inf if stopped else self.now + self.schedule.seconds(failures)
         self.episode = Episode(failures, due_call, due_time, stopped)
 
-    def end(self, graphs: Iterable[str], runs: list[str], *, raised: bool, recovered: bool) -> None:
+    def end(self, graphs: Iterable[str], runs: list[str], *, raised: bool) -> None:
         """The call ends.
 
         Args:
             graphs: What eager would have run as graphs.
             runs: Those of which compiled code ran.
             raised: Whether the program raised.
-            recovered: Whether the function has said that it recovered, for where both answers are right.
         """
         expected = list(graphs)
         if raised and self.call.doubts:
@@ -253,7 +244,7 @@ class Model:
             self.mixed += 1
         self._complain_of_lost_code(expected, runs)
         if self.episode is not None and self.call.due and not self._failed_transiently():
-            self._maybe_recovered(clean=runs == expected, raised=raised, recovered=recovered)
+            self._maybe_recovered(clean=runs == expected and not raised)
 
     def clear_up(self, compiled: int) -> None:
         """Take the function's word for the calls that are unclear."""
@@ -285,21 +276,16 @@ class Model:
                 self.complaints.append(f"{self.call.config.key(graph)} has lost its code")
             return
 
-    def _maybe_recovered(self, *, clean: bool, raised: bool, recovered: bool) -> None:
-        if clean and self.progress:
-            like_it = {key for key, (_, looks) in self.waiting.items() if looks == self.looks()}
-            if raised:
-                self.doubtful |= like_it if self.forgets_when_raised else set()
-            else:
-                self.clean_calls += 1
-                self.waiting = {key: value for key, value in self.waiting.items() if key not in like_it}
-        self.doubtful &= set(self.waiting)
-        if len(self.waiting) > len(self.doubtful) and self.clean_calls < WATCHED_CALLS:
-            return
-        if not self.doubtful or recovered:
+    def _maybe_recovered(self, *, clean: bool) -> None:
+        if clean:
+            self.clean_calls += 1
+            if self.progress:
+                looks = self.call.config.looks()
+                self.waiting = {key: value for key, value in self.waiting.items() if value[1] != looks}
+        if not self.waiting or self.clean_calls >= WATCHED_CALLS:
             self.waiting = {}
             self.episode = None
-            self.recoveries += self.progress
+            self.recoveries += self.progress or clean
 
     # What users do to it
 

@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback, compiled_function
 from compile_retry.testing import record_transitions
-from support import Compiler
+from support import Compiler, first
+from test_dynamo_failures import dynamo_fails_in
 
 EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
 X = torch.ones(3)
@@ -122,3 +123,20 @@ def test_a_mode_that_cannot_be_traced_costs_the_others_nothing() -> None:
     for _ in range(3):
         fn(X, "train")
     assert (fn.stats.eager_calls, fn.stats.compiled_calls) == (1, 3)
+
+
+@pytest.mark.parametrize("in_dynamo", ["transient, then permanent in the backend", "permanent"])
+def test_a_retry_that_fails_inside_dynamo_leaves_nothing_waiting(in_dynamo: str) -> None:
+    """A graph whose retries fail in different places waits once: given up, it holds nothing off any more."""
+    compiler = Compiler(first(1))
+    fn = compile_with_fallback(lambda x: x.sin(), backend=compiler, policy=EVERY_CALL)
+    fn(X)
+    exc = (
+        MemoryError() if in_dynamo.startswith("transient") else torch._dynamo.exc.UncapturedHigherOrderOpError("cannot")
+    )
+    with dynamo_fails_in("lambda", exc, times=1):
+        fn(X)
+    compiler.fails = lambda inputs: NotImplementedError("cannot")
+    for _ in range(3):
+        fn(X)
+    assert (fn.state, fn.next_retry) == (CompileState.GAVE_UP, None)

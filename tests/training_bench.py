@@ -228,6 +228,11 @@ class Subject:
             optimizer.step()
             optimizer.zero_grad()
 
+    def tell(self, what: str) -> None:
+        """Call this method of the function and of its model."""
+        getattr(self.fn, what)()
+        getattr(self.model, what)()
+
     def copied(self, model: Model) -> Subject:
         """A deep copy of the function, or of the module with the function in it."""
         net, twin = copy.deepcopy(self.net), copy.deepcopy(self.twin)

@@ -7,10 +7,10 @@ error, and a new pool. Seen on 2.13.0, CPU.
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from unittest import mock
 
 from torch._inductor.compile_worker.subproc_pool import SubprocPool
 
@@ -37,10 +37,8 @@ def main() -> bool:
 
 
 if __name__ == "__main__":
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        mock.patch.dict("os.environ", TORCHINDUCTOR_CACHE_DIR=directory),
-    ):
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory
         reproduced = main()
     if not reproduced:
         print("not reproduced")

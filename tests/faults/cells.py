@@ -62,7 +62,9 @@ def _run(place: Place, environment: dict[str, str], *arguments: str) -> dict[str
         "PYTHONDONTWRITEBYTECODE": "1",
         **environment,
     }
-    environment.pop("COMPILE_RETRY_STRICT", None)
+    # The second is set by inductor, where this process has used it.
+    for name in ("COMPILE_RETRY_STRICT", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"):
+        environment.pop(name, None)
     process = subprocess.Popen(
         command,
         env=environment,
