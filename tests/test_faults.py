@@ -23,8 +23,6 @@ CELLS = [
     ("cache directory cannot be made", "first call", "every call"),
     ("too many open files", "second graph", "every call"),
     ("compiler killed", "recompile", "doubling calls"),
-    ("compiler out of memory", "second graph", "seconds or calls"),
-    ("truncated .so", "recompile", "every call"),
     ("compiler fails at invocation 1", "backward", "every call"),
 ]
 
