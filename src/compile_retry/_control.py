@@ -162,7 +162,9 @@ class Control:
         failure = self._judge(exc, "trace", conversion, tally)
         fallback = None
         if self.compiles(conversion.fingerprint) == conversion.compiles:  # otherwise another thread has compiled it
-            fallback = Fallback(conversion.fingerprint if failure.kind == "transient" else conversion.coarse)
+            # In a retry Dynamo still has the fallback that was to be replaced.
+            every_shape = failure.kind == "permanent" and conversion.retrying is None
+            fallback = Fallback(conversion.coarse if every_shape else conversion.fingerprint, conversion.retrying)
             self.fell_back(fallback, failure.kind, tally)
         tally.unsettled = True
         tally.doubts.append(Doubt(exc, failure, fallback, before, self.breaker.episode))
@@ -192,7 +194,9 @@ class Control:
         if program_raised:
             for doubt in reversed(doubts):
                 if doubt.fallback is not None:
-                    self.fallbacks.remove(None, doubt.fallback.fingerprint)
+                    self.fallbacks.remove(doubt.fallback.entry, doubt.fallback.fingerprint)
+                    if doubt.fallback.entry is not None:  # it waited before
+                        self.fallbacks.add(doubt.fallback, "transient")
                 self.breaker.withdraw(doubt.during, doubt.before)
             return
         self.given_up.update(skipped)

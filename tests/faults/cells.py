@@ -37,16 +37,17 @@ def can_mount() -> bool:
 
 
 @contextmanager
-def _place(own_file_system: bool) -> Iterator[Place]:
+def _place(tmpfs: str | None) -> Iterator[Place]:
     root = Path(tempfile.mkdtemp(prefix="fault_"))
-    if own_file_system:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(root)], check=True)
+    if tmpfs is not None:
+        (root / tmpfs).mkdir(exist_ok=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(root / tmpfs)], check=True)
     try:
         (root / "tmp").mkdir()
         yield Place(root)
     finally:
-        if own_file_system:
-            subprocess.run(["umount", "-l", str(root)], check=True)
+        if tmpfs is not None:
+            subprocess.run(["umount", "-l", str(root / tmpfs)], check=True)
         shutil.rmtree(root, ignore_errors=True)
 
 
@@ -119,12 +120,12 @@ def run_cell(name: str, position: str, policy: str = "every call", *, probed: bo
     fault = BY_NAME[name]
     started = time.monotonic()
     answers, instruction_sets = _healthy()
-    with _place(fault.needs_root) as place:
+    with _place(fault.tmpfs) as place:
         environment = dict(fault.environment)
         if fault.script:
             environment["CXX"] = str(place.script.path)
         if position != "first call" if probed is None else probed:
-            shutil.copytree(answers, place.cache)
+            shutil.copytree(answers, place.cache, dirs_exist_ok=True)
         if fault.populate:
             _run(place, environment, "populate")
         answer = _run(place, environment, "cell", str(place.root), name, position, policy, json.dumps(instruction_sets))

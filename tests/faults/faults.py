@@ -48,7 +48,7 @@ class Fault:
         begin: Makes it.
         end: Ends it; None for one that nobody repairs: the library is to get round it.
         positions: Where it can be made to hit.
-        needs_root: Whether it needs a file system of its own.
+        tmpfs: What has to be a file system of its own, below the run's directory; that needs root.
         script: Whether the compiler has to be the script.
         may_miss: Whether torch may get past it by itself.
         populate: Whether another process has compiled the same before, into the same cache.
@@ -61,7 +61,7 @@ class Fault:
     begin: Callable[[Place], None]
     end: Callable[[Place], None] | None
     positions: tuple[str, ...] = POSITIONS
-    needs_root: bool = False
+    tmpfs: str | None = None
     script: bool = False
     may_miss: bool = False
     populate: bool = False
@@ -88,9 +88,9 @@ def empty(place: Place) -> None:
     (place.root / "filler").unlink()
 
 
-def remount(options: str) -> Callable[[Place], None]:
+def remount(options: str, where: str = ".") -> Callable[[Place], None]:
     def run(place: Place) -> None:
-        subprocess.run(["mount", "-o", f"remount,{options}", str(place.root)], check=True)
+        subprocess.run(["mount", "-o", f"remount,{options}", str(place.root / where)], check=True)
 
     return run
 
@@ -220,8 +220,15 @@ def _cut_short(suffix: str, begin: Callable[[Place], None], part: str = "half") 
 
 
 FAULTS = [
-    Fault("full disk", "a tmpfs, filled up", fill, empty, needs_root=True),
-    Fault("read-only cache", "a tmpfs remounted ro", remount("ro"), remount("rw"), needs_root=True),
+    Fault("full disk", "a tmpfs, filled up", fill, empty, tmpfs="."),
+    Fault("read-only disk", "a tmpfs with cache and TMPDIR, remounted ro", remount("ro"), remount("rw"), tmpfs="."),
+    Fault(
+        "read-only cache",
+        "a tmpfs with the cache, remounted ro; never repaired",
+        remount("ro", "cache"),
+        None,
+        tmpfs="cache",
+    ),
     Fault("cache directory cannot be made", "a file in its place", replace_by_file, put_back),
     Fault(
         "file-size limit",

@@ -55,7 +55,7 @@ def run(wanted: list[Key]) -> None:
         for number, cell in enumerate(wanted, 1):
             if cell in done:
                 continue
-            if BY_NAME[cell[0]].needs_root and not cells.can_mount():
+            if BY_NAME[cell[0]].tmpfs is not None and not cells.can_mount():
                 say(f"{number}/{len(wanted)} {', '.join(cell)}: not run, needs root for a tmpfs")
                 continue
             answer = cells.run_cell(*cell)
@@ -102,7 +102,7 @@ def render() -> None:
         rows.append(
             [
                 fault.name,
-                fault.made + (" (root)" if fault.needs_root else ""),
+                fault.made + (" (root)" if fault.tmpfs is not None else ""),
                 *(outcome(answers[position], fault, position) for position in POSITIONS),
                 reported([answer for answer in answers.values() if answer is not None]),
             ]
