@@ -40,12 +40,32 @@ X = torch.ones(3)
         ({"retry": OSError}, TypeError, "retry must be a tenacity retry predicate"),
         ({"retry": False}, TypeError, "retry must be"),
         ({"clock": 3.0}, TypeError, "clock must be a callable"),
+        ({"max_overhead": 0}, ValueError, "max_overhead must be positive, not 0; math.inf does not limit it"),
+        ({"max_overhead": math.nan}, ValueError, "max_overhead must be positive, not nan"),
+        ({"max_overhead": "5 %"}, TypeError, "max_overhead must be a number such as 0.05, math.inf or None, not '5 %'"),
+        ({"max_overhead": True}, TypeError, "not True"),
     ],
 )
 def test_wrong_values(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     """Raise, naming the argument, the value and what is allowed."""
     with pytest.raises(error, match=message):
         RetryPolicy(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, 0.05),
+        ({"wait": 10}, 0.05),
+        ({"wait_calls": 10}, math.inf),
+        ({"wait": None, "wait_calls": 10}, math.inf),
+        ({"wait": None, "wait_calls": 10, "max_overhead": 0.5}, 0.5),
+        ({"max_overhead": math.inf}, math.inf),
+    ],
+)
+def test_the_default_overhead(arguments: dict[str, Any], expected: float) -> None:
+    """Waits in seconds are limited to a twentieth of the time; a wait in calls means those calls."""
+    assert RetryPolicy(**arguments).max_overhead == expected
 
 
 def test_right_values() -> None:
@@ -195,7 +215,7 @@ def test_the_schedule_is_the_model(waits: list[float], calls: int, fails: int) -
                 breaker.end()
                 break
             left -= 1
-            breaker.failed(OSError(), call)
+            breaker.failed(OSError(), call, 0.0)
     expected, due = [], 1
     for attempt in range(fails + 1):
         if due > calls:

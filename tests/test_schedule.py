@@ -69,6 +69,66 @@ def test_the_schedule_of_a_cifar_step() -> None:
     assert train_step.state is CompileState.COMPILED
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"wait": 0},
+        {"wait": 1},
+        {},
+        {"wait": 0, "max_overhead": 0.5},
+        {"wait": None, "wait_calls": 1, "max_overhead": 0.05},
+        {"wait": 100, "wait_calls": 3, "max_overhead": 0.01},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cost", [0.5, 3.0, 40.0])
+def test_failed_attempts_take_no_more_than_their_share(arguments: dict[str, Any], cost: float) -> None:
+    """However the wait is chosen, and no less than that where nothing else makes them wait."""
+    clock, failed_at = FakeClock(), list[float]()
+
+    def compiler(graph_module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        clock.advance(cost)
+        failed_at.append(clock())
+        raise full_disk()
+
+    policy = RetryPolicy(clock=clock, **arguments)
+    fn = compile_with_fallback(sine, backend=compiler, policy=policy)
+    share = policy.max_overhead
+    assert share is not None
+    while len(failed_at) < 6:
+        fn(X)
+        clock.advance(cost / 10)
+    for number, now in enumerate(failed_at[1:], 2):
+        assert number * cost <= share * (now - failed_at[0]) + 1e-6
+    if arguments.get("wait") in (0, None) and arguments:
+        assert 6 * cost >= share * (failed_at[-1] - failed_at[0] - cost / 10) - 1e-6  # a call too late, at most
+    assert fn.stats.compile_seconds == pytest.approx(6 * cost)
+
+
+def test_a_share_of_the_time_is_announced() -> None:
+    """A retry that is due in calls, but not yet allowed, says so; `retry_now()` lifts that."""
+    clock = FakeClock()
+
+    def compiler(graph_module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        clock.advance(10)
+        raise full_disk()
+
+    policy = RetryPolicy(wait=None, wait_calls=2, max_overhead=0.1, clock=clock)
+    fn = compile_with_fallback(sine, backend=compiler, policy=policy)
+    with record_transitions() as transitions:
+        fn(X)
+    assert fn.next_retry == NextRetry(calls=2, seconds=None, at_least=190)
+    assert transitions[0].message.endswith("next attempt in 2 calls and 190 s")
+    clock.advance(100)
+    assert attempts_in(fn, 5) == []
+    assert fn.next_retry == NextRetry(calls=1, seconds=None, at_least=90)
+    fn.retry_now()
+    assert fn.next_retry == NextRetry(calls=1, seconds=None)
+    assert attempts_in(fn, 1) == [1]
+    clock.advance(500)
+    assert attempts_in(fn, 3) == [2]
+
+
 @pytest.mark.parametrize(("clock_per_call", "expected"), [(1.0, [1, 6, 11]), (4.0, [1, 4, 7, 10]), (0.0, [1, 6, 11])])
 def test_calls_or_seconds_whichever_comes_first(clock_per_call: float, expected: list[int]) -> None:
     """With wait=10.0 and wait_calls=5, slow calls are retried by the clock and fast ones by their number."""

@@ -44,7 +44,7 @@ class GraphBackend:
         tally = control.per_thread.tally
         # Under the stances "eager_then_compile" and "aot_eager_then_compile" torch asks the backend behind the frame
         # callback's back. Then nobody is there to give way to, nor to remember a fallback.
-        conversion = tally.conversion or Conversion(control.location, (), (), ())
+        conversion = tally.conversion or Conversion(control.location, (), (), (), began=control.policy.clock())
         if not control.may_attempt(tally, conversion.fingerprint):
             if tally.conversion is None:
                 return _counted_eager(graph_module.forward, control.per_thread)
@@ -112,7 +112,18 @@ def attempt(compiler: internals.Compiler, graph_module: GraphModule, example_inp
     for fault in tuple(faults):
         fault(which)
     with internals.compiling_backward_too():
-        return compiler(graph_module, example_inputs)
+        code = compiler(graph_module, example_inputs)
+    return _generated(graph_module) if getattr(code, "__self__", None) is graph_module else code
+
+
+def _generated(graph_module: GraphModule) -> Code:
+    """The graph's own code, for a backend that runs the graph as it is.
+
+    Until that code has been generated, ``forward`` takes a detour. Torch looks for that in what a backend returns and
+    cannot find it behind our wrapper.
+    """
+    graph_module.code  # noqa: B018  # generates it
+    return graph_module.forward
 
 
 class KeptGraph:

@@ -27,18 +27,26 @@ class NextRetry:
     Attributes:
         calls: Calls of the function left until and including the next attempt, or ``None`` if calls do not count.
         seconds: Seconds left, or ``None`` if seconds do not count.
+        at_least: Seconds left that have to pass even if the calls are over, because of the policy's ``max_overhead``.
     """
 
     calls: int | None
     seconds: float | None
+    at_least: float = 0.0
 
     def __str__(self) -> str:
         parts = []
         if self.calls is not None:
             parts.append("in 1 call" if self.calls == 1 else f"in {self.calls} calls")
         if self.seconds is not None:
-            parts.append(f"in {self.seconds:.0f} s" if self.seconds >= 10 else f"in {self.seconds:.2g} s")
+            parts.append(f"in {_in_seconds(self.seconds)}")
+        if self.calls is not None and self.at_least:
+            parts[0] += f" and {_in_seconds(self.at_least)}"
         return " or ".join(parts)
+
+
+def _in_seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
 @dataclass(frozen=True)
@@ -53,9 +61,13 @@ class Episode:
     due_call: float
     due_time: float
     stopped: bool
+    spent: float  # seconds, in failed attempts
+    not_before: float = -math.inf  # even if the calls are over
 
-    def is_due(self, call: int, now: float) -> bool:
-        return call >= self.due_call or now >= self.due_time
+    def is_due(self, call: int, clock: Callable[[], float]) -> bool:
+        if call >= self.due_call and (self.not_before == -math.inf or clock() >= self.not_before):
+            return True
+        return self.due_time < math.inf and clock() >= self.due_time
 
     def is_long_overdue(self, call: int, now: float) -> bool:
         """Whether as long a wait again has passed since the attempt was due."""
@@ -82,7 +94,7 @@ class Breaker:
             is_calling: Whether a thread is in a call.
         """
         episode, this, prober = self.episode, threading.get_ident(), self._prober
-        if episode is None or not episode.is_due(call, self.policy.clock()):
+        if episode is None or not episode.is_due(call, self.policy.clock):
             return False
         if prober is not None and prober != this and is_calling(prober):
             return False
@@ -100,12 +112,13 @@ class Breaker:
         episode = self.episode
         return episode is None or episode.is_long_overdue(call, self.policy.clock())
 
-    def failed(self, exc: BaseException, call: int) -> tuple[int, bool]:
+    def failed(self, exc: BaseException, call: int, began: float) -> tuple[int, bool]:
         """An attempt failed: hold off as the policy says, or not at all if this failure is not worth a retry.
 
         Args:
             exc: The root cause.
             call: The call in which it failed.
+            began: The clock when it began.
 
         Returns:
             The attempt's number within the episode, and whether this failure is worth another attempt.
@@ -118,15 +131,20 @@ class Breaker:
             attempt = last.failures + 1 if last else 1
             started = last.started if last else now
             waited = last.waited + now - last.failed_at if last else 0.0
-            episode = Episode(attempt, started, now, waited, call, math.inf, math.inf, stopped=True)
+            cost = now - began
+            spent = last.spent + cost if last else cost
+            episode = Episode(attempt, started, now, waited, call, math.inf, math.inf, stopped=True, spent=spent)
             try:  # without the lock: these are the user's strategies
-                decision = decide(self.policy, exc, attempt=attempt, started=started, now=now, waited=waited)
+                decision = decide(
+                    self.policy, exc, attempt=attempt, started=started, now=now, waited=waited, spent=spent, cost=cost
+                )
             except Exception:
                 self.episode = episode
                 raise
             if decision.retry and not decision.stop:
                 due_call, due_time = call + decision.calls, now + decision.seconds
-                episode = replace(episode, due_call=due_call, due_time=due_time, stopped=False)
+                not_before = now + decision.at_least if decision.at_least and decision.calls < math.inf else -math.inf
+                episode = replace(episode, due_call=due_call, due_time=due_time, not_before=not_before, stopped=False)
             with self._lock:
                 if self.episode is last:  # otherwise something else has happened meanwhile
                     self.episode = episode if decision.retry else last
@@ -150,7 +168,9 @@ class Breaker:
             if self.episode is not None:
                 due_call = math.inf if self.policy.wait_calls is None else 0
                 due_time = math.inf if self.policy.wait is None else -math.inf
-                self.episode = replace(self.episode, due_call=due_call, due_time=due_time, stopped=False)
+                self.episode = replace(
+                    self.episode, due_call=due_call, due_time=due_time, not_before=-math.inf, stopped=False
+                )
 
     def next_retry(self, calls: int) -> NextRetry | None:
         """How far away the next attempt is after `calls` calls; None if nothing is held off or no retry will come."""
@@ -158,5 +178,6 @@ class Breaker:
         if episode is None or episode.stopped:
             return None
         left = None if math.isinf(episode.due_call) else max(1, int(episode.due_call) - calls)
-        seconds = None if episode.due_time == math.inf else max(0.0, episode.due_time - self.policy.clock())
-        return NextRetry(left, seconds)
+        now = self.policy.clock()
+        seconds = None if episode.due_time == math.inf else max(0.0, episode.due_time - now)
+        return NextRetry(left, seconds, max(0.0, episode.not_before - now))

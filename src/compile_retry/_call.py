@@ -30,6 +30,7 @@ class Conversion:
         repeated: The same regardless of gradients, by which it is known when a backward pass runs it again.
         compiles: How often such a frame had been compiled before.
         retrying: The cached fallback that the compiled code is to replace, if this is a retry.
+        began: The policy's clock when the compile began.
         attempted: The compiler was run.
         fallback: The graph is going to run eagerly.
         gave_way: The backend raised to have the frame run eagerly, this once.
@@ -42,6 +43,7 @@ class Conversion:
     repeated: Fingerprint
     compiles: int = 0
     retrying: CachedFrame | None = None
+    began: float = 0.0
     attempted: bool = False
     fallback: Fallback | None = None
     gave_way: bool = False

@@ -272,7 +272,7 @@ class Control:
         root, attempt, retry, last = root_cause(exc), 1, True, self.breaker.episode
         if not is_strict():
             try:
-                attempt, retry = self.breaker.failed(root, tally.call)
+                attempt, retry = self.breaker.failed(root, tally.call, conversion.began)
             except Exception:
                 log.exception("%s: the retry policy raised; no attempt will be made any more", self.name)
         self.suspects_cache = suggests_damaged_cache(root, attempt)

@@ -59,7 +59,8 @@ class FrameConverter:
         exact = _looks.of_frame(code, frame.f_locals)
         coarse = _looks.of_frame(code, frame.f_locals, shapes=False)
         repeated = _looks.of_frame(code, frame.f_locals, gradients=False)
-        return Conversion(location, exact, coarse, repeated, self._control.compiles(exact), retrying)
+        compiles = self._control.compiles(exact)
+        return Conversion(location, exact, coarse, repeated, compiles=compiles, retrying=retrying)
 
     def _held_off(self, conversion: Conversion, tally: Tally) -> ConvertFrameReturn | None:
         """What to do instead if this frame may not be compiled now."""
@@ -86,7 +87,7 @@ class FrameConverter:
         """Let Dynamo compile the frame."""
         control, compiles = self._control, internals.count_compiles(frame_state)
         outer, tally.conversion = tally.conversion, conversion
-        started = control.policy.clock()
+        conversion.began = control.policy.clock()
         try:
             with internals.unsuppressed():
                 result = self._inner(frame, cache_entry, frame_state)
@@ -98,7 +99,7 @@ class FrameConverter:
         finally:
             tally.conversion, tally.retrying = outer, None
             if conversion.attempted:
-                control.books.add_seconds(control.policy.clock() - started)
+                control.books.add_seconds(control.policy.clock() - conversion.began)
         return self._converted(result, conversion, tally, frame, frame_state)
 
     def _failed(self, exc: Exception, conversion: Conversion, tally: Tally) -> ConvertFrameReturn:

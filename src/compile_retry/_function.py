@@ -53,6 +53,7 @@ class CompiledFunction(Generic[P, R]):
         functools.update_wrapper(self, fn, updated=())
         self.eager = fn
         self.policy = policy
+        self._clock = policy.clock
         self.name = name if name is not None else _name_of(fn)
         self._options = options
         self._control = Control(self.name, _location(fn), policy)
@@ -68,7 +69,8 @@ class CompiledFunction(Generic[P, R]):
         probing = returned = False
         if episode is not None and not (tally.probing and self._is_in_call(above=sys._getframe(1))):
             tally.probing = False  # an interrupt may have left it
-            probing = control.breaker.let_through(call, is_calling=self._is_in_call)
+            if call >= episode.due_call or self._clock() >= episode.due_time:
+                probing = control.breaker.let_through(call, is_calling=self._is_in_call)
             straight = not probing and not control.has_code and call > episode.failed_in_call + WATCHED_CALLS
             if straight and not control.step.matters():
                 control.books.eager_calls.add()
@@ -131,15 +133,14 @@ class CompiledFunction(Generic[P, R]):
                 control.step.ran_eagerly(UNSEEN, plainly=True)
                 return None
             retrying = control.fallbacks.waits(CREATION)
+            conversion = Conversion(control.location, CREATION, CREATION, CREATION, began=self.policy.clock())
             damaged = None
             try:
                 compiled, damaged = self._torch_compile()
             except Exception as exc:
                 if is_fatal(exc):
                     raise
-                failure = control.failed(
-                    exc, "torch.compile", Conversion(control.location, CREATION, CREATION, CREATION), tally
-                )
+                failure = control.failed(exc, "torch.compile", conversion, tally)
                 if is_strict():
                     raise
                 control.fell_back(Fallback(CREATION), failure.kind, tally)

@@ -42,10 +42,14 @@ class RetryPolicy:
         retry: A tenacity retry predicate: which failures are worth another attempt. By default
             :func:`is_transient` decides.
         clock: Any callable that returns seconds and never runs backwards. Tests put a fake one here.
+        max_overhead: The share of the time since the episode began that failed attempts may take, for example 0.05. The
+            next attempt is pushed out until one as long as the last would stay within it. ``math.inf`` pushes nothing
+            out. By default 0.05 where only ``wait`` is given, and ``math.inf`` where ``wait_calls`` is: attempts then
+            come at the calls it says.
 
     Raises:
         TypeError: A value of the wrong kind, for example a number where a strategy belongs.
-        ValueError: A negative or NaN wait, less than one call, or neither wait given.
+        ValueError: A negative or NaN wait, less than one call, neither wait given, or a share that is not positive.
     """
 
     wait: WaitStrategy | float | None = wait_exponential(multiplier=30, min=30, max=3600)
@@ -53,6 +57,7 @@ class RetryPolicy:
     stop: StopStrategy = stop_never
     retry: RetryPredicate = retry_if_exception(is_transient)
     clock: Callable[[], float] = time.monotonic
+    max_overhead: float | None = None
 
     def __post_init__(self) -> None:
         _check_wait("wait", self.wait, at_least=0)
@@ -63,6 +68,10 @@ class RetryPolicy:
             )
         _check_strategy("stop", self.stop, "a tenacity stop strategy such as stop_after_attempt(10) or stop_never")
         _check_strategy("retry", self.retry, "a tenacity retry predicate such as retry_if_exception_type(OSError)")
+        if self.max_overhead is None:
+            object.__setattr__(self, "max_overhead", 0.05 if self.wait_calls is None else math.inf)
+        else:
+            _check_share("max_overhead", self.max_overhead)
         _check_strategy("clock", self.clock, "a callable that returns seconds, such as time.monotonic")
 
     @classmethod
@@ -87,6 +96,13 @@ def _check_wait(name: str, value: object, at_least: int) -> None:
         raise ValueError(f"{name} must be at least {at_least} {unit}{'s' * (not at_least)}, not {value!r}")
 
 
+def _check_share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number such as 0.05, math.inf or None, not {value!r}")
+    if not float(value) > 0:
+        raise ValueError(f"{name} must be positive, not {value!r}; math.inf does not limit it")
+
+
 def _check_strategy(name: str, value: object, what: str) -> None:
     if not callable(value) or isinstance(value, type):
         raise TypeError(f"{name} must be {what}, not {value!r}")
@@ -96,17 +112,26 @@ def _check_strategy(name: str, value: object, what: str) -> None:
 class Decision:
     """What a policy says of one failed attempt: how long to hold off, or that nothing more will be tried.
 
-    ``seconds`` and ``calls`` are infinite where that wait does not apply.
+    ``seconds`` and ``calls`` are infinite where that wait does not apply. ``at_least`` seconds are to pass in any case.
     """
 
     retry: bool
     stop: bool
     seconds: float
     calls: float
+    at_least: float = 0.0
 
 
 def decide(
-    policy: RetryPolicy, exc: BaseException, *, attempt: int, started: float, now: float, waited: float
+    policy: RetryPolicy,
+    exc: BaseException,
+    *,
+    attempt: int,
+    started: float,
+    now: float,
+    waited: float,
+    spent: float,
+    cost: float,
 ) -> Decision:
     """Ask the policy's strategies about a failed attempt.
 
@@ -120,6 +145,8 @@ def decide(
         started: The clock at the episode's first failure.
         now: The clock now.
         waited: Seconds of hold-off so far in this episode.
+        spent: Seconds that its failed attempts have taken, this one included.
+        cost: Seconds that this one has taken.
     """
     state = RetryCallState(_NOBODY, None, (), {})
     state.attempt_number = attempt
@@ -130,15 +157,23 @@ def decide(
     try:
         if not policy.retry(state):
             return Decision(retry=False, stop=False, seconds=math.inf, calls=math.inf)
-        seconds = _evaluate("wait", policy.wait, state)
+        at_least = _pause(policy, now - started, spent, cost)
+        seconds = max(at_least, _evaluate("wait", policy.wait, state))
         calls = _evaluate("wait_calls", policy.wait_calls, state)
         state.upcoming_sleep = 0.0 if math.isinf(seconds) else seconds
         stop = bool(policy.stop(state))
-        return Decision(
-            retry=True, stop=stop, seconds=seconds, calls=max(1, calls if math.isinf(calls) else math.ceil(calls))
-        )
+        calls = max(1, calls if math.isinf(calls) else math.ceil(calls))
+        return Decision(retry=True, stop=stop, seconds=seconds, calls=calls, at_least=at_least)
     finally:
         state.outcome = None
+
+
+def _pause(policy: RetryPolicy, elapsed: float, spent: float, cost: float) -> float:
+    """Seconds until another attempt of this cost can fail and the episode's stay within their share of the time."""
+    share = policy.max_overhead
+    if share is None or math.isinf(share):
+        return 0.0
+    return max(0.0, (spent + cost) / share - cost - elapsed)
 
 
 def _evaluate(name: str, wait: WaitStrategy | float | None, state: RetryCallState) -> float:
