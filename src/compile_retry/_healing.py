@@ -22,13 +22,13 @@ from ._locks import Lock
 _instead: dict[str, str] = {}
 
 
-class _Scalar:
-    """Whether the compiler really has no vector instructions, as far as is known since the last failure."""
+class _Asked:
+    """Whether the compiler has been asked for vector instructions as often as makes sense since the last failure."""
 
-    known = False
+    enough = False
 
 
-_scalar = _Scalar()
+_asked = _Asked()
 # The directory is a matter of the environment, so one thread at a time changes it.
 _moving = Lock()
 
@@ -37,7 +37,7 @@ def heal() -> None:
     """Make torch ask again what it asked while something was broken."""
     inductor.forget_failures()
     inductor.replace_dead_workers(all_graph_compilers=True)
-    _scalar.known = False
+    _asked.enough = False
 
 
 @contextmanager
@@ -66,17 +66,30 @@ def working_cache(*, damaged: bool) -> Iterator[str | None]:
 
 
 def find_vector_instructions() -> None:
-    """Where the compiler seems to have no vector instructions, ask it once more where no damaged file can answer."""
-    if _scalar.known or not inductor.lacks_vector_instructions():
+    """Where the compiler seems to lack vector instructions that the processor has, ask it again.
+
+    What it has is found on disk, so only the rest costs a compile. If it seems to have none at all, a damaged file may
+    have answered: then it is asked once more where there is none.
+    """
+    if _asked.enough or not _lacks_some():
+        return
+    inductor.forget_failures()
+    _asked.enough = _lacks_some()
+    if not _asked.enough or inductor.instruction_sets().usable:
         return
     with _moving, tempfile.TemporaryDirectory(prefix="compile_retry_") as directory, inductor.caching_in(directory):
         inductor.forget_failures()
-        _scalar.known = inductor.lacks_vector_instructions()
-    if not _scalar.known:
+        _asked.enough = _lacks_some()
+    if inductor.instruction_sets().usable:
         log.warning(
             "damaged files in %s keep inductor from finding vector instructions; delete it once no process uses it",
             inductor.cache_directory(),
         )
+
+
+def _lacks_some() -> bool:
+    found = inductor.instruction_sets()
+    return found.usable < found.there
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from inspect import getclosurevars, isfunction
 from pathlib import Path
 from types import ModuleType
@@ -79,17 +80,28 @@ def _reset_instruction_sets() -> None:
                 delattr(isa, name)
 
 
-def lacks_vector_instructions() -> bool:
-    """Whether the compiler seems to have no vector instructions, though this processor has some.
+@dataclass(frozen=True)
+class InstructionSets:
+    """Vector instructions: how many sets of them inductor knows and this processor has, and how many it may use."""
 
-    A probe whose file is damaged on disk says so without an error. Asked of x86 only; since 2.6.
+    there: int
+    usable: int
+
+
+def instruction_sets() -> InstructionSets:
+    """Ask the compiler for vector instructions, or what it has answered before.
+
+    A probe that fails, or whose file is damaged on disk, says that there are none without an error. Asked of x86 only;
+    since 2.6.
     """
     from torch._inductor import cpu_vec_isa
 
     try:
-        return bool(cpu_vec_isa.x86_isa_checker()) and not cpu_vec_isa.valid_vec_isa_list()
+        has = cpu_vec_isa.x86_isa_checker()
+        there = [isa for isa in cpu_vec_isa.supported_vec_isa_list if all(flag in has for flag in str(isa).split())]
+        return InstructionSets(len(there), len(cpu_vec_isa.valid_vec_isa_list()) if has else 0)
     except Exception:  # the compile that follows meets it again, and it is that one's failure
-        return False
+        return InstructionSets(0, 0)
 
 
 def replace_dead_workers(*, all_graph_compilers: bool = False) -> None:
