@@ -61,12 +61,12 @@ class CompiledFunction(Generic[P, R]):
         self._creation = Lock()
         self._compiled: Callable[P, R] = self._create_and_call
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:  # noqa: C901, PLR0912  # the hot path is one function
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:  # the hot path is one function
         if is_dynamo_compiling():  # an outer compile traces through: be the plain function
             return self.eager(*args, **kwargs)
         call, control = self._calls.add(), self._control
         tally, episode = control.per_thread.tally, control.breaker.episode
-        probing = returned = False
+        probing = False
         if episode is not None and not (tally.probing and self._is_in_call(above=sys._getframe(1))):
             tally.probing = False  # an interrupt may have left it
             if call >= episode.due_call or self._clock() >= episode.due_time:
@@ -83,23 +83,47 @@ class CompiledFunction(Generic[P, R]):
                 control.probe_begins(tally, call)
             result = self._compiled(*args, **kwargs)
         except BaseException:
-            if tally.unsettled:
-                control.settle(tally, self._looks(args, kwargs), program_raised=True)
+            self._over((compiled, eager), args, kwargs, probing=probing, raised=True)
             raise
+        if tally.eager != eager or tally.compiled == compiled or tally.unsettled or probing:
+            self._over((compiled, eager), args, kwargs, probing=probing, raised=False)
         else:
+            control.books.compiled_calls.add()
+        return result
+
+    def _over(
+        self,
+        before: tuple[int, int],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        *,
+        probing: bool,
+        raised: bool,
+    ) -> None:
+        """Book a call, and settle what it has left open.
+
+        Args:
+            before: How many compiled and how many eager graphs this thread had run before it.
+            args: What it was called with.
+            kwargs: The same.
+            probing: Whether it was let through during an episode.
+            raised: Whether it raised.
+        """
+        control, clean = self._control, False
+        tally = control.per_thread.tally
+        compiled, eager = tally.compiled != before[0], tally.eager != before[1]
+        try:
             if tally.unsettled:
-                control.settle(tally, self._looks(args, kwargs), program_raised=False)
-            returned = True
-            return result
+                control.settle(tally, self._looks(args, kwargs), program_raised=raised)
+            clean = compiled and not eager and not raised
         finally:
-            if tally.compiled == compiled:
+            if not compiled:
                 control.books.eager_calls.add()
-            elif tally.eager == eager:
+            elif not eager:
                 control.books.compiled_calls.add()
             else:
                 control.books.mixed_calls.add()
             if probing:
-                clean = returned and tally.compiled != compiled and tally.eager == eager
                 control.probe_ended(tally, self._looks(args, kwargs) if clean else None)
 
     def _looks(self, args: tuple[object, ...], kwargs: dict[str, object]) -> _looks.Looks:

@@ -318,10 +318,10 @@ FAULTS = [
             "a CXX script that counts",
             f"fail every {k}",
             may_miss=True,
-            positions=("first call", *(("recompile", "second graph", "backward") if k <= 2 else ())),
+            positions=("first call", *(("recompile", "second graph", "backward") if k <= 6 else ())),
             left_out="its compile has fewer invocations",
         )
-        for k in range(1, 13)
+        for k in range(1, 18)
     ),
 ]
 BY_NAME = {fault.name: fault for fault in FAULTS}

@@ -1,0 +1,179 @@
+"""What a call costs: compiled, held off, with many graphs, with many parameters."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+import tracemalloc
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor, nn
+
+from compile_retry import CompileState, RetryPolicy
+from subjects import BARE, EAGER, LATCH, OURS, RETRY, SUBJECTS, SUPPRESS, Step, Subject
+
+# Each subject is measured once per lap, so that what slows the machine down for a while slows them all.
+LAPS = range(7)
+
+
+class Work(NamedTuple):
+    """A step, and how often it is called for one measurement.
+
+    Attributes:
+        step: The function.
+        arguments: What it is called with.
+        calls: How many calls are one round, of which the mean is taken.
+        rounds: How many rounds.
+        options: Of ``torch.compile``.
+    """
+
+    step: Step
+    arguments: tuple[Any, ...]
+    calls: int
+    rounds: int
+    options: dict[str, Any]
+
+
+def elementwise(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sin() + x * y.cos()
+
+
+def small() -> Work:
+    """About 15 us when it is compiled."""
+    return Work(elementwise, (torch.rand(2048), torch.rand(2048)), calls=1000, rounds=20, options={})
+
+
+def medium() -> Work:
+    """Forward and backward pass of a small network: about 5 ms."""
+    network = nn.Sequential(*(nn.Sequential(nn.Linear(256, 256), nn.GELU()) for _ in range(4)))
+    inputs = torch.rand(512, 256)
+
+    def loss(x: Tensor) -> Tensor:
+        result: Tensor = network(x).square().mean()
+        return result
+
+    return Work(loss, (inputs,), calls=1, rounds=150, options={})
+
+
+def many_graphs(graphs: int) -> Work:
+    """Written out: at a graph break inside a loop Dynamo would run the frame eagerly."""
+    lines = ["x = x + 1; torch._dynamo.graph_break()"] * (graphs - 1)
+    namespace: dict[str, Any] = {"torch": torch}
+    source = "\n    ".join(["def step(x):", *lines, "return x + 1"])
+    exec(source, namespace)
+    return Work(namespace["step"], (torch.ones(8),), calls=200, rounds=10, options={"backend": "eager"})
+
+
+def many_parameters(parameters: int) -> Work:
+    layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(parameters // 2))
+
+    def step(x: Tensor) -> Tensor:
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    return Work(step, (torch.ones(2, 4),), calls=5, rounds=40, options={"backend": "eager"})
+
+
+WORKS: dict[str, Callable[[], Work]] = {
+    "15 µs function": small,
+    "5 ms train step": medium,
+    "1 graph": functools.partial(many_graphs, 1),
+    "10 graphs": functools.partial(many_graphs, 10),
+    "100 graphs": functools.partial(many_graphs, 100),
+    "1,000 parameters": functools.partial(many_parameters, 1000),
+}
+
+
+def fresh(step: Step) -> Step:
+    """The same function with a code object of its own: wrappers of one code object share what Dynamo caches for it."""
+    assert isinstance(step, FunctionType)
+    return FunctionType(step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__, step.__closure__)
+
+
+def broken(graph_module: torch.fx.GraphModule, inputs: list[Tensor]) -> Step:
+    raise OSError(28, "No space left on device")
+
+
+@functools.cache
+def prepared(subject: Subject, name: str, *, is_broken: bool = False) -> tuple[Step, Work]:
+    """A subject after its first calls: compiled, or failed and held off for good."""
+    torch.manual_seed(0)
+    work = WORKS[name]()
+    options = dict(work.options)
+    if is_broken:
+        options["backend"] = broken
+    if subject is OURS:
+        options["policy"] = RetryPolicy(wait=1e9)
+    with subject.setting():
+        step = subject.make(fresh(work.step), **options)
+        for _ in range(100 if is_broken else 3):
+            step(*work.arguments)
+    if subject is OURS:
+        assert step.state is (CompileState.FALLBACK if is_broken else CompileState.COMPILED)  # type: ignore[attr-defined]  # a CompiledFunction
+    return step, work
+
+
+def measure(benchmark: BenchmarkFixture, step: Step, work: Work, **info: object) -> None:
+    arguments, with_backward = work.arguments, work.step(*work.arguments).requires_grad and work.calls == 1
+
+    def run() -> None:
+        result = step(*arguments)
+        if with_backward:
+            result.backward()
+
+    benchmark.extra_info.update(info)
+    benchmark.pedantic(run, rounds=work.rounds, iterations=work.calls, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
+@pytest.mark.parametrize("work", ["15 µs function", "5 ms train step"])
+@pytest.mark.parametrize("lap", LAPS)
+def test_a_compiled_call(benchmark: BenchmarkFixture, subject: Subject, work: str, lap: int) -> None:
+    measure(benchmark, *prepared(subject, work), table="compiled", row=work, column=subject.name, lap=lap)
+
+
+@pytest.mark.parametrize("subject", [EAGER, OURS, LATCH, SUPPRESS, RETRY], ids=str)
+@pytest.mark.parametrize("lap", LAPS)
+def test_a_call_with_a_broken_compiler(benchmark: BenchmarkFixture, subject: Subject, lap: int) -> None:
+    step, work = prepared(subject, "15 µs function", is_broken=True)
+    if subject is RETRY:  # each call is an attempt
+        work = work._replace(calls=5, rounds=4)
+    with subject.setting():
+        measure(benchmark, step, work, table="held off", row="15 µs function", column=subject.name, lap=lap)
+
+
+@pytest.mark.parametrize("subject", [BARE, OURS], ids=str)
+@pytest.mark.parametrize("work", ["1 graph", "10 graphs", "100 graphs", "1,000 parameters"])
+@pytest.mark.parametrize("lap", LAPS)
+def test_a_large_step(benchmark: BenchmarkFixture, subject: Subject, work: str, lap: int) -> None:
+    measure(benchmark, *prepared(subject, work), table="scale", row=work, column=subject.name, lap=lap)
+
+
+@pytest.mark.parametrize("subject", [BARE, OURS], ids=str)
+@pytest.mark.parametrize("graphs", [1, 10, 100])
+@pytest.mark.parametrize("is_broken", [False, True], ids=["compiled", "held off"])
+def test_memory_kept(benchmark: BenchmarkFixture, subject: Subject, graphs: int, is_broken: bool) -> None:
+    """In bytes of Python objects, after the first calls; not a time."""
+    if is_broken and subject is BARE:
+        subject = EAGER
+    logging.getLogger("compile_retry").setLevel(logging.CRITICAL)
+    prepared.cache_clear()
+    prepared(subject, "1 graph", is_broken=is_broken)  # what is imported and made once
+    gc.collect()
+    tracemalloc.start()
+    try:
+        kept = prepared(subject, {1: "1 graph", 10: "10 graphs", 100: "100 graphs"}[graphs], is_broken=is_broken)
+        gc.collect()
+        memory, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept
+    benchmark.extra_info.update(table="memory", row=f"{graphs} graphs", column=subject.name, value=memory)
+    benchmark.pedantic(lambda: None)

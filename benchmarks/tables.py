@@ -1,0 +1,116 @@
+"""Turns what pytest-benchmark has measured into docs/performance-tables.md. `make bench` runs it.
+
+    python benchmarks/tables.py RESULTS.json [MORE.json ...]
+
+A benchmark says in its `extra_info` which table, row and column it belongs to, and in which lap it was taken. Subjects
+are compared within a lap, side by side: a cell is the median over the laps.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+TARGET = ROOT / "docs" / "performance-tables.md"
+
+Laps = dict[int, float]
+
+
+class Table(NamedTuple):
+    """How one table is shown.
+
+    Attributes:
+        title: Its heading.
+        reference: The column that the others are compared with; empty if they are not.
+        shows: What a cell shows of a time besides itself: "difference", "ratio" or both.
+        unit: Of values that are not times.
+    """
+
+    title: str
+    reference: str = ""
+    shows: tuple[str, ...] = ()
+    unit: str = ""
+
+
+BARE, EAGER = "bare `torch.compile`", "eager"
+TABLES = {
+    "compiled": Table("A compiled call", BARE, ("difference", "ratio")),
+    "held off": Table("A call while the compiler is broken", EAGER, ("difference", "ratio")),
+    "scale": Table("Many graphs, many parameters: a compiled call", BARE, ("difference", "ratio")),
+    "memory": Table("Memory kept after the first calls, Python objects only", unit="kB"),
+    "attempt": Table("An attempt, in a fresh process with an empty cache", BARE, ("ratio",)),
+    "kept graph": Table("Keeping a graph's eager copy, and compiling it", "eager copy", ("ratio",)),
+    "recovered": Table("A train step after a recovery, against one that never failed", "never failed", ("ratio",)),
+    "bad day": Table("The bad day, in simulated time: time to finish against an ideal", unit="x"),
+    "real day": Table("The bad day, in real time", "ideal", ("ratio",)),
+    "import": Table("Importing, in a fresh process", "", ()),
+    "decorating": Table("Decorating a thousand functions", BARE, ("ratio",), unit="bytes"),
+}
+
+
+def collected(files: list[Path]) -> dict[str, dict[str, dict[str, tuple[str, Laps]]]]:
+    """By table, row and column: whether these are times, and what was measured in each lap."""
+    cells: dict[str, Any] = defaultdict(lambda: defaultdict(dict))
+    for file in files:
+        for result in json.loads(file.read_text())["benchmarks"]:
+            info = result["extra_info"]
+            kind = "value" if "value" in info else "time"
+            _, laps = cells[info["table"]][info["row"]].setdefault(info["column"], (kind, {}))
+            laps[info.get("lap", 0)] = info.get("value", result["stats"]["min"])
+    return cells
+
+
+def in_words(seconds: float) -> str:
+    for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if abs(seconds) >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.2f} µs"
+
+
+def cell(kind: str, laps: Laps, reference: Laps | None, table: Table) -> str:
+    middle = statistics.median(laps.values())
+    if kind == "value":
+        return f"{middle / 1000:.1f} kB" if table.unit == "kB" else f"{middle:.4g} {table.unit}".strip()
+    words = in_words(middle)
+    shared = sorted(laps.keys() & reference.keys()) if reference else []
+    if reference is None or reference is laps or not shared:
+        return words
+    against = []
+    if "difference" in table.shows:
+        difference = statistics.median(laps[lap] - reference[lap] for lap in shared)
+        against.append(("+" if difference >= 0 else "-") + in_words(abs(difference)))
+    if "ratio" in table.shows:
+        against.append(f"{statistics.median(laps[lap] / reference[lap] for lap in shared):.4g}x")
+    return f"{words} ({', '.join(against)})" if against else words
+
+
+def rendered(name: str, rows: dict[str, dict[str, tuple[str, Laps]]]) -> list[str]:
+    table = TABLES[name]
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    for row, found in rows.items():
+        _, reference = found.get(table.reference, ("", None))
+        lines.append([row, *(cell(*found[column], reference, table) if column in found else "" for column in columns)])
+    return [f"### {table.title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+def main() -> None:
+    files = [Path(argument) for argument in sys.argv[1:]]
+    if not files:
+        sys.exit(__doc__)
+    found = collected(files)
+    lines = ["<!-- Written by `make bench`; do not edit. -->", ""]
+    for name in TABLES:
+        if name in found:
+            lines += rendered(name, found[name])
+    TARGET.write_text("\n".join(lines))
+    print(f"wrote {TARGET.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
