@@ -28,7 +28,8 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.optim import optimizer
 
 from compile_retry import CompiledFunction, CompileState, CompileStats, RetryPolicy, compile_with_fallback
-from compile_retry.testing import Transition, record_transitions
+from compile_retry.events import AttemptFailed, Event
+from compile_retry.testing import record_events
 
 Regime = Literal["nothing compiled", "one shape held off"]
 Position = Literal["first graph", "second graph", "inside Dynamo"]
@@ -280,7 +281,7 @@ def _round(soak: Soak, rng: random.Random, wait_calls: int = 40) -> None:
             soak.wrong.append(repr(exc))
 
     threads = [threading.Thread(target=work, args=(k,), daemon=True) for k in range(8)]
-    with dynamo_calls(faults.frame), record_transitions("soak") as transitions:
+    with dynamo_calls(faults.frame), record_events("soak") as events:
         faults.come_and_go(rng)
         for thread in threads:
             thread.start()
@@ -300,19 +301,19 @@ def _round(soak: Soak, rng: random.Random, wait_calls: int = 40) -> None:
     soak.attempts += faults.attempts
     soak.failures += faults.failures
     soak.most_at_once = max(soak.most_at_once, faults.most_at_once)
-    soak.early += _too_early(transitions, wait_calls)
+    soak.early += _too_early(events, wait_calls)
     soak.states.add(fn.state)
 
 
-def _too_early(transitions: list[Transition], wait_calls: int) -> Iterator[tuple[int, int]]:
+def _too_early(events: list[Event], wait_calls: int) -> Iterator[tuple[int, int]]:
     due = 0
-    for transition in transitions:
-        if transition.kind == "recovered":
+    for event in events:
+        if event.kind == "recovered":
             due = 0
-        elif transition.failure is not None:
-            if transition.failure.call < due:
-                yield transition.failure.call, due
-            due = transition.failure.call + wait_calls
+        elif isinstance(event, AttemptFailed):
+            if event.failure.call < due:
+                yield event.failure.call, due
+            due = event.failure.call + wait_calls
 
 
 def _row(what: str, growth: Growth) -> str:

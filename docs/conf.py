@@ -12,7 +12,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "reliability-table.md"]  # the table is included by reliability.md
+exclude_patterns = ["_build", "*-table*.md"]  # included by other pages
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3

@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback, compiled_function
-from compile_retry.testing import record_transitions
+from compile_retry.testing import record_events
 from support import Compiler, first
 from test_dynamo_failures import dynamo_fails_in
 
@@ -42,11 +42,11 @@ class ByGraph:
 
 
 def test_giving_up_is_told_with_the_state_after_it() -> None:
-    """`Transition.state` is how the function stands after it."""
+    """`Event.state` is how the function stands after it."""
     fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: NotImplementedError("no")), name="f")
-    with record_transitions("f") as transitions:
+    with record_events("f", kinds={"gave up"}) as events:
         fn(X)
-    assert [(t.kind, t.state) for t in transitions] == [("gave up", CompileState.GAVE_UP)]
+    assert [(t.kind, t.state) for t in events] == [("gave up", CompileState.GAVE_UP)]
     assert fn.state is CompileState.GAVE_UP
 
 

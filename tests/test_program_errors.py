@@ -9,7 +9,7 @@ import torch
 
 import compile_retry
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback
-from compile_retry.testing import record_transitions
+from compile_retry.testing import record_events
 from support import Compiler, first
 
 X = torch.ones(3)
@@ -81,11 +81,11 @@ def test_shape_mismatch(fullgraph: bool, compiled_before: bool) -> None:
     state, stats = fn.state, fn.stats
     with pytest.raises(RuntimeError) as eager:
         step(torch.ones(2, 3), torch.ones(4, 5))
-    with pytest.raises(RuntimeError) as ours, record_transitions() as transitions:
+    with pytest.raises(RuntimeError) as ours, record_events() as events:
         fn(torch.ones(2, 3), torch.ones(4, 5))
     assert (type(ours.value), ours.value.args) == (type(eager.value), eager.value.args)
     assert (fn.stats.attempts, fn.stats.failures) == (stats.attempts, stats.failures)
-    assert (fn.state, fn.next_retry, transitions) == (state, None, [])
+    assert (fn.state, fn.next_retry, events) == (state, None, [])
     fn(torch.ones(2, 3), torch.ones(3, 2))
     assert fn.stats.compiled_calls == stats.compiled_calls + 1
 
@@ -178,13 +178,13 @@ def test_graph_break_under_fullgraph() -> None:
         return x.sin()
 
     fn = compile_with_fallback(step, backend=Compiler(), fullgraph=True)
-    with record_transitions() as transitions:
+    with record_events(kinds={"failed", "gave up", "recovered"}) as events:
         for _ in range(5):
             torch.testing.assert_close(fn(X), X.sin())
     assert ran == 5
     assert (fn.stats.eager_calls, fn.stats.failures, fn.state) == (5, 1, CompileState.GAVE_UP)
-    assert [t.kind for t in transitions] == ["gave up"]
-    assert "graph_break" in transitions[0].message
+    assert [t.kind for t in events] == ["failed", "gave up"]
+    assert "graph_break" in events[1].message
     assert fn.last_failure is not None
     assert (fn.last_failure.kind, fn.last_failure.stage) == ("permanent", "trace")
     with compile_retry.set_strict(True):

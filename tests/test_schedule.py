@@ -11,7 +11,8 @@ import torch
 from tenacity import stop_after_attempt, stop_after_delay, wait_exponential, wait_fixed
 
 from compile_retry import CompiledFunction, CompileState, NextRetry, RetryPolicy, compile_with_fallback
-from compile_retry.testing import FakeClock, record_transitions
+from compile_retry.events import RetryScheduled
+from compile_retry.testing import FakeClock, record_events
 from support import Compiler, first, full_disk, rows
 
 X = torch.ones(3)
@@ -115,10 +116,10 @@ def test_a_share_of_the_time_is_announced() -> None:
 
     policy = RetryPolicy(wait=None, wait_calls=2, max_overhead=0.1, clock=clock)
     fn = compile_with_fallback(sine, backend=compiler, policy=policy)
-    with record_transitions() as transitions:
+    with record_events() as events:
         fn(X)
     assert fn.next_retry == NextRetry(calls=2, seconds=None, at_least=190)
-    assert transitions[0].message.endswith("next attempt in 2 calls and 190 s")
+    assert events[1].message.endswith("next attempt in 2 calls and 190 s")
     clock.advance(100)
     assert attempts_in(fn, 5) == []
     assert fn.next_retry == NextRetry(calls=1, seconds=None, at_least=90)
@@ -318,10 +319,11 @@ def test_one_attempt_per_due_moment_under_eight_threads(compiled_before: bool) -
 
 
 def test_transitions_are_told_once() -> None:
-    """Failure, failure, recovery: three transitions for many calls."""
+    """Failure, failure, recovery: three events for many calls."""
     fn = compile_with_fallback(sine, backend=Compiler(first(2)), policy=RetryPolicy(wait=None, wait_calls=10), name="f")
-    with record_transitions("f") as transitions:
+    with record_events("f") as events:
         attempts_in(fn, 50)
-    assert [t.kind for t in transitions] == ["failed", "failed", "compiled", "recovered"]
-    assert [t.call for t in transitions] == [1, 11, 21, 21]
-    assert [t.next_retry for t in transitions[:2]] == [NextRetry(10, None)] * 2
+    failed = ["attempt started", "failed", "retry scheduled"]
+    assert [event.kind for event in events] == [*failed, *failed, "attempt started", "compiled", "recovered"]
+    assert [event.call for event in events] == [*[1] * 3, *[11] * 3, *[21] * 3]
+    assert [e.next_retry for e in events if isinstance(e, RetryScheduled)] == [NextRetry(10, None)] * 2

@@ -19,7 +19,7 @@ from torch._inductor import codecache, cpu_vec_isa
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback
 from compile_retry._failures import suggests_damaged_cache
-from compile_retry.testing import fail_compiles, record_transitions
+from compile_retry.testing import fail_compiles, record_events
 from support import Compiler, first
 
 EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
@@ -67,15 +67,15 @@ compile_with_fallback(lambda x: x.sin() * x.exp() + x)(torch.ones(64))
     empty({*cache.rglob("*.main.so")})
     files = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
     fn = compile_with_fallback(waves, policy=EVERY_CALL)
-    with record_transitions() as transitions:
+    with record_events(kinds={"failed", "compiled", "damaged cache", "recovered"}) as events:
         torch.testing.assert_close(fn(torch.ones(64)), waves(torch.ones(64)))
         assert fn.stats.failures == 1
         environment = dict(os.environ)
         torch.testing.assert_close(fn(torch.ones(64)), waves(torch.ones(64)))
     assert fn.state is CompileState.COMPILED
     assert dict(os.environ) == environment
-    assert [t.kind for t in transitions] == ["failed", "compiled", "damaged cache", "recovered"]
-    (moved,) = (t for t in transitions if t.kind == "damaged cache")
+    assert [t.kind for t in events] == ["failed", "compiled", "damaged cache", "recovered"]
+    (moved,) = (t for t in events if t.kind == "damaged cache")
     assert str(cache) in moved.message
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")}.items() >= files.items()
     # From now on this process goes elsewhere at once.

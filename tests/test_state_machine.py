@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from compile_retry import CompiledFunction, CompileState, CompileStats, compile_with_fallback, compiled_function
-from compile_retry.testing import FakeClock, Transition, record_transitions
+from compile_retry.events import Event
+from compile_retry.testing import FakeClock, record_events
 from reference_model import SCHEDULES, Config, Model
 from training_bench import (
     GRAPHS,
@@ -80,7 +81,7 @@ class TrainingMachine(RuleBasedStateMachine):
         self.subjects: list[Subject] = []
         self.seed = 0
         self.stack.enter_context(self.bench.installed())
-        self.transitions: list[Transition] = self.stack.enter_context(record_transitions(NAME))
+        self.events: list[Event] = self.stack.enter_context(record_events(NAME))
 
     @initialize(body=st.sampled_from(list(GRAPHS)), module=st.booleans(), schedule=st.sampled_from(sorted(SCHEDULES)))
     def decorate(self, body: Callable[..., torch.Tensor], module: bool, schedule: str) -> None:
@@ -179,14 +180,14 @@ class TrainingMachine(RuleBasedStateMachine):
         """One step and its twin's; then everything is compared. Returns the graphs whose compiled code ran."""
         eager = perform(partial(subject.body, subject.twin), subject.twin, config, self.seed)
         model, before, expected = subject.model, process_state(), expected_graphs(subject.body, config)
-        state, told = subject.fn.state, len(self.transitions)
+        state, told = subject.fn.state, len(self.events)
         was_healthy = model.is_healthy
         with self.checking(subject, config) as runs:
             model.begin(config)
             ours = in_thread_or_not(lambda: perform(subject.call, subject.net, config, self.seed), in_thread=in_thread)
             model.end(expected, runs, raised=ours.error is not None)
         assert process_state() == before
-        assert len(self.transitions) > told or subject.fn.state in (state, CompileState.GAVE_UP)
+        assert len(self.events) > told or subject.fn.state in (state, CompileState.GAVE_UP)
         assert_same(ours, eager, subject)
         if was_healthy and model.is_healthy and ours.error is None:
             assert runs == expected, (runs, expected)
@@ -223,7 +224,7 @@ class TrainingMachine(RuleBasedStateMachine):
     def checking(self, subject: Subject, config: Config) -> Iterator[list[str]]:
         """A call and what it must leave behind in the books. Yields the graphs whose compiled code runs."""
         subject.seen[config] = None
-        fn, stats, told = subject.fn, subject.fn.stats, len(self.transitions)
+        fn, stats, told = subject.fn, subject.fn.stats, len(self.events)
         self.bench.model, self.bench.runs = subject.model, []
         try:
             yield self.bench.runs
@@ -232,7 +233,7 @@ class TrainingMachine(RuleBasedStateMachine):
         subject.update()
         self.seed += 1
         self.check_books()
-        self.check_transitions(self.transitions[told:], stats, fn)
+        self.check_transitions(self.events[told:], stats, fn)
 
     def check_books(self) -> None:
         for subject in self.subjects:
@@ -246,9 +247,9 @@ class TrainingMachine(RuleBasedStateMachine):
             assert fn.next_retry == model.next_retry, (fn.next_retry, model.next_retry)
             assert fn.last_failure is None or fn.last_failure.call <= model.calls
 
-    def check_transitions(self, told: list[Transition], before: CompileStats, fn: CompiledFunction[..., Any]) -> None:
+    def check_transitions(self, told: list[Event], before: CompileStats, fn: CompiledFunction[..., Any]) -> None:
         kinds, stats = [t.kind for t in told], fn.stats
-        assert kinds.count("failed") + kinds.count("gave up") == stats.failures - before.failures
+        assert kinds.count("failed") == stats.failures - before.failures
         assert kinds.count("recovered") == stats.recoveries - before.recoveries
         assert all(before.calls < t.call <= stats.calls for t in told)
         assert not told or told[-1].state in (fn.state, CompileState.FALLBACK)

@@ -55,9 +55,14 @@ class GraphBackend:
             control.interrupted = False
         kept = KeptGraph(graph_module)
         conversion.attempted = True
-        which = Attempt(control.name, tally.graphs_before + 1)
+        tally.attempts += 1
+        conversion.graph = tally.graphs_before + 1
+        which = Attempt(control.name, conversion.graph)
         try:
-            with working_cache(damaged=control.suspects_cache) as damaged:
+            with (
+                control.journal.attempt_started(tally, conversion.graph),
+                working_cache(damaged=control.suspects_cache) as damaged,
+            ):
                 if self._is_for_this_processor(example_inputs):
                     find_vector_instructions()
                 code = attempt(self._compiler, graph_module, example_inputs, which)
@@ -70,9 +75,9 @@ class GraphBackend:
         except BaseException:
             control.interrupted = True
             raise
-        control.succeeded(tally)
+        control.succeeded(conversion, tally)
         if damaged is not None:
-            control.moved(damaged, tally)
+            control.journal.moved(tally, damaged)
         return _counted_compiled(code, control.per_thread)
 
     def _is_for_this_processor(self, example_inputs: list[Any]) -> bool:
@@ -97,6 +102,7 @@ class GraphBackend:
             return False
         if conversion is not tally.conversion:
             control.fell_back(Fallback(conversion.fingerprint), "permanent", tally)
+            control.journal.tell(tally)
         else:
             control.step.ran_eagerly(conversion.repeated, plainly=False)
             conversion.fallback = Fallback(conversion.fingerprint)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ._failures import CompileFailure
     from ._fallbacks import Fallback, Fingerprint
     from ._torch_internals import CachedFrame
+    from .events import Event
 
 # Function, file and line.
 Location: TypeAlias = tuple[str, str, int]
@@ -31,6 +32,7 @@ class Conversion:
         compiles: How often such a frame had been compiled before.
         retrying: The cached fallback that the compiled code is to replace, if this is a retry.
         began: The policy's clock when the compile began.
+        graph: Which graph of the call it is, from 1, counting all that have run before it.
         attempted: The compiler was run.
         fallback: The graph is going to run eagerly.
         gave_way: The backend raised to have the frame run eagerly, this once.
@@ -44,6 +46,7 @@ class Conversion:
     compiles: int = 0
     retrying: CachedFrame | None = None
     began: float = 0.0
+    graph: int = 1
     attempted: bool = False
     fallback: Fallback | None = None
     gave_way: bool = False
@@ -69,6 +72,7 @@ class Doubt:
 
     exc: BaseException
     failure: CompileFailure
+    seconds: float
     fallback: Fallback | None
     before: Episode | None
     during: Episode | None
@@ -77,10 +81,11 @@ class Doubt:
 class Tally:
     """What one thread's calls of the function have run, and what its current call may do.
 
-    The two counts only grow; a call compares them before and after.
+    The counts only grow; a call compares them before and after.
     """
 
     __slots__ = (
+        "attempts",
         "call",
         "claims",
         "compiled",
@@ -94,11 +99,13 @@ class Tally:
         "skipped",
         "started",
         "unsettled",
+        "untold",
     )
 
     def __init__(self) -> None:
         self.compiled = 0
         self.eager = 0
+        self.attempts = 0
         self.call = 0
         self.started = 0  # both counts at the beginning of the call
         self.probing = False
@@ -112,6 +119,8 @@ class Tally:
         self.doubts: list[Doubt] = []
         self.fallen: list[Fallback] = []
         self.skipped: list[tuple[CodeType, dict[object, object]]] = []
+        # Events, with their log levels, that are told when no lock is held.
+        self.untold: list[tuple[Event, int | None]] = []
 
     @property
     def graphs_before(self) -> int:

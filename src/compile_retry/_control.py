@@ -5,13 +5,11 @@ Holds no reference to the function: Dynamo keeps every backend for the life of t
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 from . import _looks
 from ._breaker import WATCHED_CALLS, Breaker
 from ._call import Conversion, Doubt, Location, PerThread, Tally
-from ._events import Transition, TransitionKind, log, publish
 from ._failures import (
     CompileFailure,
     FailureKind,
@@ -22,11 +20,13 @@ from ._failures import (
     suggests_damaged_cache,
 )
 from ._fallbacks import Fallback, Fallbacks, Fingerprint
+from ._journal import Journal
 from ._policy import RetryPolicy
 from ._stats import Books, CompileState
 from ._steps import Step
 from ._strict import is_strict
 from ._turns import Turns
+from .events import log
 
 if TYPE_CHECKING:
     from types import CodeType
@@ -43,6 +43,7 @@ class Control:
         self.policy = policy
         self.breaker = Breaker(policy)
         self.books = Books()
+        self.journal = Journal(name, self.breaker, self.books, lambda: self.state)
         self.fallbacks = Fallbacks()
         self.per_thread = PerThread()
         self.last_failure: CompileFailure | None = None
@@ -137,14 +138,13 @@ class Control:
 
     # Outcomes of attempts
 
-    def succeeded(self, tally: Tally) -> None:
+    def succeeded(self, conversion: Conversion, tally: Tally) -> None:
         """The compiler produced code."""
         self.suspects_cache = False
         self.books.attempts.add()
         self.made_progress()
-        if not self.has_code:
-            self.has_code = True
-            self._publish("compiled", f"compiled in call {tally.call}", tally.call, logging.INFO)
+        first, self.has_code = not self.has_code, True
+        self.journal.compiled(tally, conversion.graph, self._seconds(conversion), first=first)
 
     def made_progress(self) -> None:
         """Something works again that had failed, or works for the first time."""
@@ -152,13 +152,15 @@ class Control:
 
     def failed(self, exc: BaseException, stage: FailureStage, conversion: Conversion, tally: Tally) -> CompileFailure:
         """An attempt failed: hold off as the policy says, and book it."""
+        seconds = self._seconds(conversion)
         failure = self._judge(exc, stage, conversion, tally)
-        self._book(failure)
+        self._book(failure, seconds, tally)
         return failure
 
     def doubt(self, exc: BaseException, conversion: Conversion, tally: Tally) -> CompileFailure:
         """Something failed inside Dynamo: hold off at once, but book it only when the call is over."""
-        before = self.breaker.episode
+        before, seconds = self.breaker.episode, self._seconds(conversion)
+        tally.attempts += 1
         failure = self._judge(exc, "trace", conversion, tally)
         fallback = None
         if self.compiles(conversion.fingerprint) == conversion.compiles:  # otherwise another thread has compiled it
@@ -167,7 +169,7 @@ class Control:
             fallback = Fallback(conversion.coarse if every_shape else conversion.fingerprint, conversion.retrying)
             self.fell_back(fallback, failure.kind, tally)
         tally.unsettled = True
-        tally.doubts.append(Doubt(exc, failure, fallback, before, self.breaker.episode))
+        tally.doubts.append(Doubt(exc, failure, seconds, fallback, before, self.breaker.episode))
         return failure
 
     def fell_back(self, fallback: Fallback, kind: FailureKind, tally: Tally) -> None:
@@ -201,7 +203,7 @@ class Control:
             return
         self.given_up.update(skipped)
         for doubt in doubts:
-            self._book(doubt.failure)
+            self._book(doubt.failure, doubt.seconds, tally)
         if doubts and is_strict():
             raise doubts[0].exc
 
@@ -227,30 +229,10 @@ class Control:
             return
         self.fallbacks.forget(waiting=True)
         self.turns.forget()
-        episode, now = self.breaker.end(), self.policy.clock()
+        episode = self.breaker.end()
         if episode is not None and (self._progress or looks is not None):
             self.books.recoveries.add()
-            attempts = "1 failed attempt" if episode.failures == 1 else f"{episode.failures} failed attempts"
-            after = f"{attempts} and {now - episode.started:.3g} s"
-            message = f"recovered in call {tally.call}, after {after}; running compiled code"
-            self._publish("recovered", message, tally.call, logging.WARNING)
-
-    def over_limit(self, location: Location, tally: Tally) -> None:
-        """Torch gave a frame up because it was compiled too often."""
-        message = (
-            f"torch's recompile limit is reached in {_in_words(location)}; what its compiled code does not fit runs"
-            " eagerly from now on"
-        )
-        self._publish("recompile limit", message, tally.call, logging.WARNING)
-
-    def moved(self, directory: str, tally: Tally) -> None:
-        """An attempt has produced code, with its files in another place than the usual one."""
-        message = (
-            f"compiled in call {tally.call} with another cache directory than {directory}, where files are damaged or"
-            " cannot be written; this process goes on with the other one. Other processes will fail there too: once"
-            " none uses it, delete it or make it writable"
-        )
-        self._publish("damaged cache", message, tally.call, logging.WARNING)
+            self.journal.recovered(tally, episode)
 
     # What users may do
 
@@ -293,34 +275,11 @@ class Control:
             traceback=format_traceback(exc),
         )
 
-    def _book(self, failure: CompileFailure) -> None:
+    def _book(self, failure: CompileFailure, seconds: float, tally: Tally) -> None:
         self.books.attempts.add()
         self.books.failures.add()
         self.last_failure = failure
-        where = _in_words(failure.frame)
-        what = f"attempt {failure.attempt} failed in call {failure.call}: {failure}, compiling {where}"
-        due = self.breaker.next_retry(failure.call)
-        if is_strict():
-            self._publish("failed", f"{what}; strict mode raises", failure.call, logging.WARNING, failure)
-        elif failure.kind == "permanent":
-            message = f"{where} cannot be compiled: {failure}; it runs eagerly and will not be tried again"
-            self._publish("gave up", message, failure.call, logging.ERROR, failure)
-        elif due is None:
-            message = f"{what}; giving up, running eagerly until reset() or retry_now()"
-            self._publish("gave up", message, failure.call, logging.ERROR, failure)
-        else:
-            message = f"{what}; running eagerly, next attempt {due}"
-            self._publish("failed", message, failure.call, logging.WARNING, failure)
+        self.journal.failed(tally, failure, seconds)
 
-    def _publish(
-        self, kind: TransitionKind, message: str, call: int, level: int, failure: CompileFailure | None = None
-    ) -> None:
-        due = self.breaker.next_retry(call) if kind == "failed" else None
-        # A graph that was given up is noted after this is told.
-        state = CompileState.GAVE_UP if kind == "gave up" and self.breaker.episode is None else self.state
-        publish(Transition(kind, self.name, call, state, message, failure, due), level)
-
-
-def _in_words(location: Location) -> str:
-    function, file, line = location
-    return f"{function} ({file}:{line})"
+    def _seconds(self, conversion: Conversion) -> float:
+        return self.policy.clock() - conversion.began

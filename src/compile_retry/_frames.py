@@ -41,7 +41,10 @@ class FrameConverter:
         conversion = self._conversion(frame, tally)
         if (held_off := self._held_off(conversion, tally)) is not None:
             return held_off
-        return self._in_turn(conversion, tally, frame, cache_entry, frame_state)
+        try:
+            return self._in_turn(conversion, tally, frame, cache_entry, frame_state)
+        finally:
+            self._control.journal.tell(tally)
 
     def _in_turn(
         self, conversion: Conversion, tally: Tally, frame: Frame, cache_entry: object, frame_state: FrameState
@@ -129,7 +132,7 @@ class FrameConverter:
             return result
         if internals.hit_recompile_limit(result):
             self._over_limit[code] = frame_state
-            control.over_limit(conversion.location, tally)
+            control.journal.over_limit(tally, conversion.location)
             tally.eager += 1
             return internals.run_eagerly(inner_frames=False)
         # Dynamo cannot go on after a graph break in this frame and wants it skipped for good. An exception of the

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 import torch
 from torch.compiler import is_dynamo_compiling, is_exporting
+from torch.utils.hooks import RemovableHandle
 
 from . import _looks
 from ._breaker import WATCHED_CALLS, NextRetry
@@ -20,12 +21,14 @@ from ._call import Conversion, Location
 from ._control import Control
 from ._failures import CompileFailure, is_fatal
 from ._fallbacks import CREATION, Fallback
+from ._history import Began, CallPath
 from ._locks import Lock
 from ._policy import RetryPolicy
 from ._stats import CompileState, CompileStats, Counter
 from ._steps import UNSEEN
 from ._strict import is_strict
 from ._torch_eager import set_compiled_call
+from .events import Hook
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -66,6 +69,7 @@ class CompiledFunction(Generic[P, R]):
             return self.eager(*args, **kwargs)
         call, control = self._calls.add(), self._control
         tally, episode = control.per_thread.tally, control.breaker.episode
+        began = (self._clock(), tally.attempts) if call >= control.journal.history.next_call else None
         probing = False
         if episode is not None and not (tally.probing and self._is_in_call(above=sys._getframe(1))):
             tally.probing = False  # an interrupt may have left it
@@ -74,7 +78,7 @@ class CompiledFunction(Generic[P, R]):
             straight = not probing and not control.has_code and call > episode.failed_in_call + WATCHED_CALLS
             if straight and not control.step.matters():
                 control.books.eager_calls.add()
-                return self.eager(*args, **kwargs)
+                return self.eager(*args, **kwargs) if began is None else self._timed(call, began, args, kwargs)
         tally.call = call
         compiled, eager = tally.compiled, tally.eager
         tally.started = compiled + eager
@@ -85,8 +89,8 @@ class CompiledFunction(Generic[P, R]):
         except BaseException:
             self._over((compiled, eager), args, kwargs, probing=probing, raised=True)
             raise
-        if tally.eager != eager or tally.compiled == compiled or tally.unsettled or probing:
-            self._over((compiled, eager), args, kwargs, probing=probing, raised=False)
+        if tally.eager != eager or tally.compiled == compiled or tally.unsettled or probing or began is not None:
+            self._over((compiled, eager), args, kwargs, probing=probing, began=began)
         else:
             control.books.compiled_calls.add()
         return result
@@ -98,7 +102,8 @@ class CompiledFunction(Generic[P, R]):
         kwargs: dict[str, object],
         *,
         probing: bool,
-        raised: bool,
+        raised: bool = False,
+        began: Began | None = None,
     ) -> None:
         """Book a call, and settle what it has left open.
 
@@ -108,23 +113,32 @@ class CompiledFunction(Generic[P, R]):
             kwargs: The same.
             probing: Whether it was let through during an episode.
             raised: Whether it raised.
+            began: What was noted when it began, if it is timed.
         """
         control, clean = self._control, False
         tally = control.per_thread.tally
         compiled, eager = tally.compiled != before[0], tally.eager != before[1]
+        path: CallPath = "eager" if not compiled else "mixed" if eager else "compiled"
         try:
             if tally.unsettled:
                 control.settle(tally, self._looks(args, kwargs), program_raised=raised)
-            clean = compiled and not eager and not raised
+            clean = path == "compiled" and not raised
         finally:
-            if not compiled:
-                control.books.eager_calls.add()
-            elif not eager:
-                control.books.compiled_calls.add()
-            else:
-                control.books.mixed_calls.add()
+            control.books.by_path[path].add()
             if probing:
                 control.probe_ended(tally, self._looks(args, kwargs) if clean else None)
+            if began is not None:
+                control.journal.took(tally, path, began)
+            control.journal.tell(tally)
+
+    def _timed(self, call: int, began: Began, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+        """A held-off call that is timed."""
+        journal, tally = self._control.journal, self._control.per_thread.tally
+        result = self.eager(*args, **kwargs)
+        tally.call = call
+        journal.took(tally, "eager", began)
+        journal.tell(tally)
+        return result
 
     def _looks(self, args: tuple[object, ...], kwargs: dict[str, object]) -> _looks.Looks:
         return _looks.of_call((getattr(self.eager, "__self__", None), *args), kwargs)
@@ -140,7 +154,11 @@ class CompiledFunction(Generic[P, R]):
 
     def _create_and_call(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Stands in for the compiled function until ``torch.compile`` has returned one."""
-        return (self._create() or self.eager)(*args, **kwargs)
+        try:
+            compiled = self._create()
+        finally:
+            self._control.journal.tell(self._control.per_thread.tally)
+        return (compiled or self.eager)(*args, **kwargs)
 
     def _create(self) -> Callable[P, R] | None:
         control, tally = self._control, self._control.per_thread.tally
@@ -174,7 +192,7 @@ class CompiledFunction(Generic[P, R]):
                 control.fallbacks.remove(None, CREATION)
                 control.made_progress()
             if damaged is not None:
-                control.moved(damaged, tally)
+                control.journal.moved(tally, damaged)
             self._compiled = compiled
             return compiled
 
@@ -221,6 +239,20 @@ class CompiledFunction(Generic[P, R]):
     def next_retry(self) -> NextRetry | None:
         """How far away the next attempt is, or ``None`` if nothing is held off or no retry will come."""
         return self._control.breaker.next_retry(self.stats.calls)
+
+    def register_hook(self, hook: Hook) -> RemovableHandle:
+        """Have a hook told of this function's events, see :mod:`compile_retry.events`. Copies do not inherit it.
+
+        Args:
+            hook: A callable that takes an :class:`~compile_retry.events.Event`.
+
+        Returns:
+            A handle. Its ``remove()`` takes the hook away, and so does the end of a ``with`` block that it heads.
+
+        Raises:
+            TypeError: `hook` cannot be called.
+        """
+        return self._control.journal.hooks.register(hook)
 
     def retry_now(self) -> None:
         """Make the next call an attempt for everything that runs eagerly, also after giving up."""

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from . import _torch_inductor as inductor
-from ._events import log
 from ._locks import Lock
+from .events import log
 
 # For each of inductor's directories that did not work, the one that did, for the rest of the process.
 _instead: dict[str, str] = {}

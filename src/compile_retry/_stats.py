@@ -82,11 +82,17 @@ class Books:
         self.compiled_calls = Counter()
         self.mixed_calls = Counter()
         self.eager_calls = Counter()
+        self.by_path = {"compiled": self.compiled_calls, "mixed": self.mixed_calls, "eager": self.eager_calls}
         self.attempts = Counter()
         self.failures = Counter()
         self.recoveries = Counter()
         self._seconds = 0.0
         self._lock = Lock()
+
+    @property
+    def not_compiled(self) -> int:
+        """How many calls ran eagerly, at least in part."""
+        return self.eager_calls.value + self.mixed_calls.value
 
     def add_seconds(self, seconds: float) -> None:
         with self._lock:

@@ -6,15 +6,15 @@ For the test suites of users: does our training survive a failed compile, and do
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ._call import Attempt
-from ._events import Transition, listeners
+from .events import Event, register_hook
 
-__all__ = ["FakeClock", "Faults", "Transition", "broken_compiler", "fail_compiles", "record_transitions"]
+__all__ = ["FakeClock", "Faults", "broken_compiler", "fail_compiles", "record_events"]
 
 
 class FakeClock:
@@ -140,23 +140,21 @@ def broken_compiler() -> Iterator[None]:
 
 
 @contextmanager
-def record_transitions(function: str | None = None) -> Iterator[list[Transition]]:
-    """Collect the transitions that happen while the block runs.
+def record_events(function: str | None = None, *, kinds: Collection[str] | None = None) -> Iterator[list[Event]]:
+    """Collect the events that happen while the block runs, see `compile_retry.events`.
 
     Args:
         function: Only those of the decorated function of this name.
+        kinds: Only those whose ``kind`` is among these.
 
     Yields:
         The list that they are added to, in order.
     """
-    transitions: list[Transition] = []
+    events: list[Event] = []
 
-    def listener(transition: Transition) -> None:
-        if function in (None, transition.function):
-            transitions.append(transition)
+    def hook(event: Event) -> None:
+        if function in (None, event.function) and (kinds is None or event.kind in kinds):
+            events.append(event)
 
-    listeners.append(listener)
-    try:
-        yield transitions
-    finally:
-        listeners.remove(listener)
+    with register_hook(hook):
+        yield events

@@ -24,7 +24,8 @@ import tenacity
 import torch
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback
-from compile_retry.testing import FakeClock, Transition, record_transitions
+from compile_retry.events import AttemptFailed, Event
+from compile_retry.testing import FakeClock, record_events
 
 from .faults import BY_NAME, Fault, Place
 
@@ -199,10 +200,11 @@ def outermost(traceback: str) -> str:
     return names[-1] if names else ""
 
 
-def causes_in(transitions: list[Transition]) -> list[dict[str, str]]:
+def causes_in(events: list[Event]) -> list[dict[str, str]]:
     causes: list[dict[str, str]] = []
-    for failure in (transition.failure for transition in transitions):
-        if failure is not None:
+    for event in events:
+        if isinstance(event, AttemptFailed):
+            failure = event.failure
             cause = {
                 "type": failure.error_type.removeprefix("builtins."),
                 "says": str(failure)[:160],
@@ -221,7 +223,7 @@ def run_cell(place: Place, name: str, position: str, policy: str, healthy: list[
         place.script.install()
     before = dict(os.environ)
     run = Run(fault, place, position, POLICIES[policy]())
-    with record_transitions() as transitions:
+    with record_events() as events:
         try:
             answer = train(run)
             now = {key: value for key, value in os.environ.items() if key not in SET_BY_TORCH or key in before}
@@ -240,8 +242,8 @@ def run_cell(place: Place, name: str, position: str, policy: str, healthy: list[
         "attempts": stats.attempts,
         "failures": stats.failures,
         "recoveries": stats.recoveries,
-        "causes": causes_in(transitions),
-        "moved": [t.message for t in transitions if t.kind == "damaged cache"],
+        "causes": causes_in(events),
+        "moved": [t.message for t in events if t.kind == "damaged cache"],
         "invocations": place.script.invocations() if fault.script else None,
     }
 

@@ -20,13 +20,13 @@ from compile_retry import (
     is_transient,
     set_strict,
 )
+from compile_retry.events import Event
 from compile_retry.testing import (
     FakeClock,
     Faults,
-    Transition,
     broken_compiler,
     fail_compiles,
-    record_transitions,
+    record_events,
 )
 
 
@@ -122,7 +122,7 @@ def testing() -> None:
         strict,
         broken_compiler(),
         fail_compiles(OSError, times=1, function="f", graph=2) as faults,
-        record_transitions("f") as transitions,
+        record_events("f") as events,
     ):
         assert_type(faults, Faults)
-        assert_type(transitions, list[Transition])
+        assert_type(events, list[Event])

@@ -1,0 +1,184 @@
+"""Puts what happens to one function into events and log lines, in the right order, and keeps its history."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from ._breaker import Breaker, Episode
+from ._call import Location, Tally
+from ._failures import CompileFailure
+from ._heartbeat import heartbeat
+from ._history import Began, CallPath, History, Sample
+from ._locks import Lock
+from ._stats import Books, CompileState
+from ._strict import is_strict
+from .events import (
+    AttemptFailed,
+    AttemptStarted,
+    CacheMoved,
+    Compiled,
+    Event,
+    GaveUp,
+    Hooks,
+    RecompileLimit,
+    Recovered,
+    RetryScheduled,
+    StillCompiling,
+    StillEager,
+    publish,
+)
+
+# Seconds of hold-off until the log says so again; then twice as many, and so on.
+FIRST_REMINDER = 60.0
+
+
+class Journal:
+    """What is told of one function.
+
+    Events are noted where things happen, under whatever locks, and told when the thread has let go of them. What the
+    line of another event says as well gets no line in the log.
+    """
+
+    def __init__(self, name: str, breaker: Breaker, books: Books, state: Callable[[], CompileState]) -> None:
+        self.name = name
+        self.hooks = Hooks()
+        self.history = History(breaker.policy.clock)
+        self._breaker, self._books, self._state = breaker, books, state
+        self._not_compiled_before = 0  # the episode
+        self._reminders = Lock()
+        self._reminder: tuple[float, float] | None = None  # of which episode, and when the next one is due
+
+    def tell(self, tally: Tally) -> None:
+        """Tell what has been noted in this thread. To be called where no lock is held."""
+        while tally.untold:
+            event, level = tally.untold.pop(0)
+            self._publish(event, level)
+
+    def _publish(self, event: Event, level: int | None) -> None:
+        self.history.add_event(event)
+        publish(event, level, self.hooks)
+
+    def _note(self, kind: type[Event], tally: Tally, message: str, level: int | None, **details: Any) -> None:
+        common = {"function": self.name, "call": tally.call, "state": self._state(), "message": message}
+        tally.untold.append((kind(**{**common, **details}), level))
+
+    def attempt_started(self, tally: Tally, graph: int) -> AbstractContextManager[None]:
+        """To be told at once; and while the block lasts, now and then, that the attempt still runs."""
+        message = f"compiling graph {graph} of call {tally.call}"
+        self._note(AttemptStarted, tally, message, None, graph=graph)
+        self.tell(tally)
+        call = tally.call
+
+        def still(seconds: float) -> None:
+            message = f"still compiling graph {graph} of call {call}, {seconds:.0f} s"
+            common = {"function": self.name, "call": call, "state": self._state(), "message": message}
+            self._publish(StillCompiling(**common, graph=graph, seconds=seconds), logging.WARNING)  # type: ignore[arg-type]  # of the dictionary's values
+
+        return heartbeat(still)
+
+    def compiled(self, tally: Tally, graph: int, seconds: float, *, first: bool) -> None:
+        message = f"compiled in call {tally.call}"
+        self._note(Compiled, tally, message, logging.INFO if first else None, graph=graph, seconds=seconds)
+
+    def failed(self, tally: Tally, failure: CompileFailure, seconds: float) -> None:
+        if failure.attempt == 1:
+            self._not_compiled_before = self._books.not_compiled
+        where = in_words(failure.frame)
+        what = f"attempt {failure.attempt} failed in call {failure.call}: {failure}, compiling {where}"
+        due = self._breaker.next_retry(failure.call)
+        if is_strict():
+            message, gave_up = f"{what}; strict mode raises", ""
+        elif failure.kind == "permanent":
+            message = what
+            gave_up = f"{where} cannot be compiled: {failure}; it runs eagerly and will not be tried again"
+        elif due is None:
+            message, gave_up = what, f"{what}; giving up, running eagerly until reset() or retry_now()"
+        else:
+            message, gave_up = f"{what}; running eagerly, next attempt {due}", ""
+        self._note(
+            AttemptFailed, tally, message, None if gave_up else logging.WARNING, failure=failure, seconds=seconds
+        )
+        if gave_up:
+            # A graph that was given up is noted after this.
+            state = self._state() if self._breaker.episode is not None else CompileState.GAVE_UP
+            self._note(GaveUp, tally, gave_up, logging.ERROR, failure=failure, state=state)
+        elif due is not None:
+            self._note(RetryScheduled, tally, f"next attempt {due}", None, next_retry=due)
+
+    def recovered(self, tally: Tally, episode: Episode) -> None:
+        seconds = self._breaker.policy.clock() - episode.started
+        attempts = "1 failed attempt" if episode.failures == 1 else f"{episode.failures} failed attempts"
+        self._note(
+            Recovered,
+            tally,
+            f"recovered in call {tally.call}, after {attempts} and {seconds:.3g} s; running compiled code",
+            logging.WARNING,
+            seconds=seconds,
+            failures=episode.failures,
+            attempt_seconds=episode.spent,
+            eager_calls=self.eager_calls,
+        )
+
+    @property
+    def eager_calls(self) -> int:
+        """How many calls ran eagerly, at least in part, since the episode began."""
+        return self._books.not_compiled - self._not_compiled_before
+
+    def over_limit(self, tally: Tally, location: Location) -> None:
+        message = (
+            f"torch's recompile limit is reached in {in_words(location)}; what its compiled code does not fit runs"
+            " eagerly from now on"
+        )
+        self._note(RecompileLimit, tally, message, logging.WARNING)
+
+    def moved(self, tally: Tally, directory: str) -> None:
+        message = (
+            f"compiled in call {tally.call} with another cache directory than {directory}, where files are damaged or"
+            " cannot be written; this process goes on with the other one. Other processes will fail there too: once"
+            " none uses it, delete it or make it writable"
+        )
+        self._note(CacheMoved, tally, message, logging.WARNING, directory=directory)
+
+    def took(self, tally: Tally, path: CallPath, began: Began) -> None:
+        """A call that was timed is over."""
+        now, (then, attempts) = self.history.clock(), began
+        self.history.add(Sample(now, tally.call, path, now - then, attempted=tally.attempts != attempts))
+        self._remind(tally)
+
+    def _remind(self, tally: Tally) -> None:
+        """Say again that the function runs eagerly, if that has not been said for long."""
+        episode, now = self._breaker.episode, self._breaker.policy.clock()
+        if episode is None or now < episode.started + FIRST_REMINDER:
+            return
+        with self._reminders:
+            of, due = self._reminder or (None, 0.0)
+            if of == episode.started and now < due:
+                return
+            self._reminder = episode.started, now + (now - episode.started)
+        eager, compiled = self.history.seconds_per_call("eager"), self.history.seconds_per_call("compiled")
+        calls, seconds, lost, slowdown = self.eager_calls, now - episode.started, None, None
+        message = f"still running eagerly, {calls} calls in the {seconds:.0f} s since the first failure"
+        if eager and compiled:
+            slowdown, lost = eager / compiled, max(0.0, calls * (eager - compiled))
+            message += f"; an eager call takes {slowdown:.2g} times as long as a compiled one, {lost:.0f} s lost so far"
+        next_retry = self._breaker.next_retry(tally.call)
+        message += f"; next attempt {next_retry}" if next_retry else "; no retry will come"
+        self._note(
+            StillEager,
+            tally,
+            message,
+            logging.WARNING,
+            eager_calls=calls,
+            seconds=seconds,
+            slowdown=slowdown,
+            seconds_lost=lost,
+            next_retry=next_retry,
+        )
+
+
+def in_words(location: Location) -> str:
+    function, file, line = location
+    return f"{function} ({file}:{line})"

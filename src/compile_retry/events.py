@@ -1,0 +1,251 @@
+"""What happens to decorated functions, for machines: one record per transition, handed to hooks.
+
+The log says the same in words. A hook is called in the thread in which the thing happened, after the library has let go
+of its locks. The exceptions are `AttemptStarted`, during which torch holds the lock under which it compiles, and
+`StillCompiling`, which comes from a thread of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch.utils.hooks import RemovableHandle
+
+from ._breaker import NextRetry
+from ._failures import CompileFailure
+from ._stats import CompileState
+
+__all__ = [
+    "AttemptFailed",
+    "AttemptStarted",
+    "CacheMoved",
+    "Compiled",
+    "Event",
+    "GaveUp",
+    "Hook",
+    "RecompileLimit",
+    "Recovered",
+    "RetryScheduled",
+    "StillCompiling",
+    "StillEager",
+    "register_hook",
+]
+
+log = logging.getLogger("compile_retry")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What all events have.
+
+    Attributes:
+        kind: What happened, in a word or two; the same for all events of a class.
+        function: Name of the decorated function.
+        call: The call in which it happened, from 1.
+        state: How the function stands after it.
+        message: The same in words.
+    """
+
+    kind: ClassVar[str] = ""
+    function: str
+    call: int
+    state: CompileState
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptStarted(Event):
+    """The compiler is about to run. What fails inside Dynamo, before there is a graph to compile, has no such event.
+
+    Attributes:
+        graph: Which graph of the call it is, from 1.
+    """
+
+    kind = "attempt started"
+    graph: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled(Event):
+    """An attempt produced code.
+
+    Attributes:
+        graph: Which graph of the call it is, from 1.
+        seconds: How long it took, Dynamo's part included, by the policy's clock.
+    """
+
+    kind = "compiled"
+    graph: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptFailed(Event):
+    """An attempt did not produce code.
+
+    Attributes:
+        failure: Why.
+        seconds: How long it took, by the policy's clock.
+    """
+
+    kind = "failed"
+    failure: CompileFailure
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryScheduled(Event):
+    """A failed attempt will be repeated.
+
+    Attributes:
+        next_retry: When.
+    """
+
+    kind = "retry scheduled"
+    next_retry: NextRetry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovered(Event):
+    """Everything that had fallen back is compiled again.
+
+    Attributes:
+        seconds: How long ago the first failure was, by the policy's clock.
+        failures: How many attempts failed.
+        attempt_seconds: How long these took.
+        eager_calls: How many calls ran eagerly, at least in part, since the first failure.
+    """
+
+    kind = "recovered"
+    seconds: float
+    failures: int
+    attempt_seconds: float
+    eager_calls: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaveUp(Event):
+    """A failed attempt will not be repeated.
+
+    Attributes:
+        failure: Why it failed.
+    """
+
+    kind = "gave up"
+    failure: CompileFailure
+
+
+@dataclass(frozen=True, kw_only=True)
+class StillCompiling(Event):
+    """An attempt has been running for long.
+
+    Attributes:
+        graph: Which graph of the call it is, from 1.
+        seconds: For how long so far, by the wall clock.
+    """
+
+    kind = "still compiling"
+    graph: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StillEager(Event):
+    """Something has been held off for long.
+
+    Attributes:
+        eager_calls: How many calls ran eagerly, at least in part, since the first failure.
+        seconds: How long ago that was, by the policy's clock.
+        slowdown: The time of an eager call against a compiled one, where both have been seen.
+        seconds_lost: What running eagerly has cost so far, where both have been seen.
+        next_retry: When the next attempt is due; None if none will come.
+    """
+
+    kind = "still eager"
+    eager_calls: int
+    seconds: float
+    slowdown: float | None
+    seconds_lost: float | None
+    next_retry: NextRetry | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecompileLimit(Event):
+    """Torch compiled a frame so often that it gave it up: what its code does not fit runs eagerly from now on."""
+
+    kind = "recompile limit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheMoved(Event):
+    """An attempt succeeded with another cache directory, because files in the usual one are damaged or not writable.
+
+    Attributes:
+        directory: The usual one.
+    """
+
+    kind = "damaged cache"
+    directory: str
+
+
+class Hook(Protocol):
+    """What can be told of events: any callable that takes one."""
+
+    def __call__(self, event: Event, /) -> object:
+        """Called with each event. What it raises is logged once, and breaks nothing."""
+
+
+class Hooks:
+    """Who is told."""
+
+    def __init__(self) -> None:
+        self._hooks: OrderedDict[int, Hook] = OrderedDict()
+        self._failed: set[int] = set()
+
+    def register(self, hook: Hook) -> RemovableHandle:
+        if not callable(hook) or isinstance(hook, type):
+            raise TypeError(f"hook must be a callable that takes an event, not {hook!r}")
+        handle = RemovableHandle(self._hooks)
+        self._hooks[handle.id] = hook
+        return handle
+
+    def tell(self, event: Event) -> None:
+        for number, hook in tuple(self._hooks.items()):
+            self._tell(number, hook, event)
+
+    def _tell(self, number: int, hook: Hook, event: Event) -> None:
+        try:
+            hook(event)
+        except Exception:
+            if number not in self._failed:
+                self._failed.add(number)
+                log.exception("%r failed on %r; further failures of it are not logged", hook, event)
+
+
+_everywhere = Hooks()
+
+
+def register_hook(hook: Hook) -> RemovableHandle:
+    """Have a hook told of the events of every decorated function in this process.
+
+    Args:
+        hook: A callable that takes an :class:`Event`.
+
+    Returns:
+        A handle. Its ``remove()`` takes the hook away, and so does the end of a ``with`` block that it heads.
+
+    Raises:
+        TypeError: `hook` cannot be called.
+    """
+    return _everywhere.register(hook)
+
+
+def publish(event: Event, level: int | None, hooks: Hooks) -> None:
+    """Log an event, if it has a level, and tell the hooks of its function and of the process."""
+    if level is not None:
+        log.log(level, "%s: %s", event.function, event.message)
+    hooks.tell(event)
+    _everywhere.tell(event)
