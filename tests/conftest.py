@@ -10,8 +10,10 @@ import torch
 
 import compile_retry
 
-# By default each run draws the same examples. HYPOTHESIS_PROFILE=long draws others, and many more.
-hypothesis.settings.register_profile("default", derandomize=True, deadline=None, database=None)
+# By default each run draws the same examples, and shows a failure as it is: to find a shorter one takes longer than a
+# test may. HYPOTHESIS_PROFILE=long draws others, many more, and shortens them.
+UNSHORTENED = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+hypothesis.settings.register_profile("default", derandomize=True, deadline=None, database=None, phases=UNSHORTENED)
 hypothesis.settings.register_profile("long", max_examples=5000, deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 

@@ -190,7 +190,7 @@ class Model:
             self.waiting.pop(key, None)
             self.permanent[key] = stage
             return
-        self.waiting.setdefault(key, (stage, self.call.config.looks()))
+        self.waiting[key] = stage, self.call.config.looks()
         self.progress, self.clean_calls = False, 0
         self._hold_off()
 

@@ -124,7 +124,7 @@ def test_wrong_arguments(options: dict[str, Any], error: type[Exception], messag
         {"backend": "eager"},
         {"backend": None},
     ],
-    ids=str,
+    ids=lambda options: " ".join([*options, *map(str, options.values())]).partition(" at 0x")[0],
 )
 def test_options_pass_through(options: dict[str, Any]) -> None:
     """What torch.compile takes is taken, arrives unchanged, and is left alone; the function compiles with it."""

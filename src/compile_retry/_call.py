@@ -74,6 +74,7 @@ class Doubt:
     failure: CompileFailure
     seconds: float
     fallback: Fallback | None
+    conversion: Conversion
     before: Episode | None
     during: Episode | None
 

@@ -164,12 +164,13 @@ class Control:
         failure = self._judge(exc, "trace", conversion, tally)
         fallback = None
         if self.compiles(conversion.fingerprint) == conversion.compiles:  # otherwise another thread has compiled it
-            # In a retry Dynamo still has the fallback that was to be replaced.
-            every_shape = failure.kind == "permanent" and conversion.retrying is None
-            fallback = Fallback(conversion.coarse if every_shape else conversion.fingerprint, conversion.retrying)
+            fallback = Fallback(conversion.fingerprint if failure.kind == "transient" else conversion.coarse)
+            if conversion.retrying is not None:
+                self.fallbacks.remove(conversion.retrying)
             self.fell_back(fallback, failure.kind, tally)
         tally.unsettled = True
-        tally.doubts.append(Doubt(exc, failure, seconds, fallback, before, self.breaker.episode))
+        doubt = Doubt(exc, failure, seconds, fallback, conversion, before, self.breaker.episode)
+        tally.doubts.append(doubt)
         return failure
 
     def fell_back(self, fallback: Fallback, kind: FailureKind, tally: Tally) -> None:
@@ -196,9 +197,10 @@ class Control:
         if program_raised:
             for doubt in reversed(doubts):
                 if doubt.fallback is not None:
-                    self.fallbacks.remove(doubt.fallback.entry, doubt.fallback.fingerprint)
-                    if doubt.fallback.entry is not None:  # it waited before
-                        self.fallbacks.add(doubt.fallback, "transient")
+                    self.fallbacks.remove(None, doubt.fallback.fingerprint)
+                    if doubt.conversion.retrying is not None:  # it waits as before
+                        waits = Fallback(doubt.conversion.fingerprint, doubt.conversion.retrying, looks)
+                        self.fallbacks.add(waits, "transient")
                 self.breaker.withdraw(doubt.during, doubt.before)
             return
         self.given_up.update(skipped)

@@ -53,11 +53,11 @@ class Fallbacks:
             (self._waiting if kind == "transient" else self._permanent).append(fallback)
 
     def remove(self, entry: CachedFrame | None, fingerprint: Fingerprint | None = None) -> None:
-        """Strike out what this entry stands for, or what has this fingerprint and no entry."""
+        """Strike out what this entry stands for, and what has this fingerprint and no entry."""
         with self._lock:
             for fallbacks in (self._waiting, self._permanent):
                 fallbacks[:] = [
-                    f for f in fallbacks if f.entry is not entry or (entry is None and f.fingerprint != fingerprint)
+                    f for f in fallbacks if (f.fingerprint != fingerprint if f.entry is None else f.entry is not entry)
                 ]
 
     def forget(self, *, waiting: bool = False, permanent: bool = False, looks: Looks | None = None) -> None:

@@ -6,6 +6,7 @@ Not every call is timed: as many as make a picture, and all of the slow ones.
 from __future__ import annotations
 
 import statistics
+from array import array
 from collections import deque
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
@@ -17,7 +18,7 @@ CallPath: TypeAlias = Literal["compiled", "mixed", "eager"]
 
 # Beyond this every second sample goes, and samples are taken half as often.
 _MOST = 512
-_MOST_EVENTS = 256
+_MOST_EVENTS = 64
 # How many seconds apart samples are taken at first, and how many calls at most where the clock stands still.
 _APART = 0.02
 _LONGEST_STRIDE = 1024
@@ -44,6 +45,36 @@ class Sample(NamedTuple):
 # The clock when a call began, and how many attempts its thread had made before.
 Began: TypeAlias = tuple[float, int]
 
+_PATHS: tuple[CallPath, ...] = ("compiled", "mixed", "eager")
+
+
+class _Samples:
+    """A table of them: made at once, because what grows in small pieces looks like a leak."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._times, self._seconds = (array("d", bytes(8 * _MOST)) for _ in range(2))
+        self._calls, self._kinds = array("q", bytes(8 * _MOST)), array("b", bytes(_MOST))
+
+    def __getitem__(self, row: int) -> Sample:
+        attempted, path = divmod(self._kinds[row], len(_PATHS))
+        return Sample(self._times[row], self._calls[row], _PATHS[path], self._seconds[row], bool(attempted))
+
+    def append(self, sample: Sample) -> None:
+        self._put(self.length, sample)
+        self.length += 1
+
+    def thin_out(self) -> None:
+        """Drop every second one."""
+        kept = range(0, self.length, 2)
+        for row, old in enumerate(kept):
+            self._put(row, self[old])
+        self.length = len(kept)
+
+    def _put(self, row: int, sample: Sample) -> None:
+        self._times[row], self._calls[row], self._seconds[row] = sample.time, sample.call, sample.seconds
+        self._kinds[row] = len(_PATHS) * sample.attempted + _PATHS.index(sample.path)
+
 
 class History:
     """What one function remembers."""
@@ -53,31 +84,37 @@ class History:
         # The next call that is to be timed.
         self.next_call = 1
         self.events: deque[tuple[float, Event]] = deque(maxlen=_MOST_EVENTS)
-        self._samples: list[Sample] = []
+        self._samples: _Samples | None = None
         self._apart = _APART
         self._lock = Lock()
 
     @property
     def samples(self) -> tuple[Sample, ...]:
         """Those that are left, oldest first."""
-        return tuple(self._samples)
+        with self._lock:
+            samples = self._samples
+            return tuple(samples[row] for row in range(samples.length)) if samples is not None else ()
 
     def add(self, sample: Sample) -> None:
+        """Remember a call that was timed."""
         with self._lock:
-            last = self._samples[-1] if self._samples else None
-            self._samples.append(sample)
-            if len(self._samples) > _MOST:
-                self._samples, self._apart = self._samples[::2], self._apart * 2
-            self.next_call = sample.call + (1 if last is None else self._stride(last, sample))
+            if self._samples is None:
+                self._samples = _Samples()
+            samples = self._samples
+            self.next_call = sample.call + (self._stride(samples[samples.length - 1], sample) if samples.length else 1)
+            samples.append(sample)
+            if samples.length == _MOST:
+                samples.thin_out()
+                self._apart *= 2
 
     def add_event(self, event: Event) -> None:
-        """After an event the next calls may run differently."""
+        """Remember an event. After it the next calls may run differently, so they are timed."""
         self.events.append((self.clock(), event))
         self.next_call = 0
 
     def seconds_per_call(self, path: CallPath) -> float | None:
         """What a call of this kind took in the median; None if none has been seen that did not compile."""
-        seen = [sample.seconds for sample in self._samples if sample.path == path and not sample.attempted]
+        seen = [sample.seconds for sample in self.samples if sample.path == path and not sample.attempted]
         return statistics.median(seen) if seen else None
 
     def _stride(self, last: Sample, sample: Sample) -> int:
