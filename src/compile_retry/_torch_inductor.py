@@ -151,11 +151,23 @@ def cache_directory() -> str:
     return str(Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()).absolute())
 
 
+def header_directory() -> str | None:
+    """Where precompiled headers are kept, whatever the cache directory; None where none are used. Since 2.8."""
+    from torch._inductor import codecache, config
+
+    used = getattr(config, "cpp_cache_precompile_headers", False)
+    return str(getattr(codecache, "_HEADER_DIR", "")) or None if used else None
+
+
 @contextmanager
-def caching_in(directory: str) -> Iterator[None]:
+def caching_in(directory: str, *, headers: bool = False) -> Iterator[None]:
     """Have inductor keep its files there, and use no precompiled headers: those are in yet another place.
 
     Where the files go is asked of the environment at each compile. In the meantime other threads see it changed.
+
+    Args:
+        directory: An existing directory.
+        headers: Leave it as it is whether precompiled headers are used.
     """
     from torch._inductor import codecache, config
 
@@ -165,11 +177,11 @@ def caching_in(directory: str) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in moved}
     remembered = getattr(getattr(codecache, "CacheBase", None), "get_local_cache_path", None)
     forget = getattr(remembered, "cache_clear", lambda: None)
-    headers = {"cpp_cache_precompile_headers": False} if hasattr(config, "cpp_cache_precompile_headers") else {}  # 2.8
+    changes = {} if headers or not header_directory() else {"cpp_cache_precompile_headers": False}
     os.environ.update(moved)
     forget()
     try:
-        with config.patch(headers):
+        with config.patch(changes):
             yield
     finally:
         for name, value in before.items():
@@ -190,3 +202,42 @@ def cxx(command: str) -> Iterator[None]:
 
     with config.patch({"cpp.cxx": (command,)}):
         yield
+
+
+def check_supported() -> None:
+    """Raise where this Python cannot run Dynamo at all. Since 2.1; for `compile_retry doctor`, as is all below."""
+    from torch._dynamo import eval_frame
+
+    getattr(eval_frame, "check_if_dynamo_supported", lambda: None)()
+
+
+def cxx_compiler() -> str:
+    """The C++ compiler that inductor would use; raises if it finds none that answers. Since 2.3."""
+    from torch._inductor import cpp_builder
+
+    return str(cpp_builder.get_cpp_compiler())
+
+
+def vector_instructions() -> tuple[set[str], list[str]]:
+    """What vector instructions there are (asked of x86 only), and what inductor finds usable, best first. Since 2.6."""
+    from torch._inductor import cpu_vec_isa
+
+    return set(cpu_vec_isa.x86_isa_checker()), [str(isa) for isa in cpu_vec_isa.valid_vec_isa_list()]
+
+
+def count_compiles() -> tuple[int, int]:
+    """How many graphs this process has captured, and how many it took from the cache. Since 2.0, and 2.3; 2.6.
+
+    Where torch no longer counts under these names there seem to be none.
+    """
+    from torch._dynamo.utils import counters
+
+    hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+    return counters["stats"]["unique_graphs"], hits
+
+
+def triton_works() -> bool:
+    """Whether inductor finds Triton and a device that it can compile for. Since 2.1."""
+    from torch.utils._triton import has_triton
+
+    return bool(has_triton())

@@ -1,0 +1,286 @@
+"""``python -m compile_retry doctor`` against real faults: it says what is broken, ends in time and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from compile_retry import _doctor
+from compile_retry.__main__ import main
+
+NAMES = [
+    "environment",
+    "versions",
+    "cache directory",
+    "temporary directory",
+    "C++ compiler",
+    "vector instructions",
+    "compile",
+    "cached compile",
+    "GPU",
+]
+
+# Answers what is asked at first, and nothing that is to be compiled.
+HANGS = """#!/bin/sh
+[ "$1" = --version ] && echo "hangs 1.0" && exit
+echo $$ > "@PLACE@/pid"
+exec sleep 600
+"""
+
+# Compiles what it is tried with, and no kernel of inductor's.
+FAILS = """#!/bin/sh
+case "$*" in *.main.cpp*) echo "x.cpp:1: internal compiler error: told to" >&2; exit 1 ;; esac
+exec g++ "$@"
+"""
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory of its own for temporary files, in which nothing may be left, and an unused cache directory."""
+    for variable in (*_doctor._DISABLING, *_doctor._CHANGING, "CXX", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(variable, raising=False)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
+    return tmp_path
+
+
+@pytest.fixture
+def scalar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels without vector instructions: they compile in a third of the time."""
+    monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "0")
+
+
+def doctor(*arguments: str) -> Result:
+    before = dict(os.environ)
+    result = CliRunner().invoke(main, ["doctor", *arguments])
+    assert dict(os.environ) == before
+    return result
+
+
+def checks_of(output: str) -> dict[str, dict[str, Any]]:
+    report = json.loads(output)
+    assert [check["name"] for check in report["checks"]] == NAMES
+    return {check["name"]: check for check in report["checks"]}
+
+
+def examine(*arguments: str, status: int) -> dict[str, dict[str, Any]]:
+    result = doctor("--json", *arguments)
+    assert result.exit_code == status, result.output
+    assert json.loads(result.stdout)["ok"] is (status == 0)
+    return checks_of(result.stdout)
+
+
+def assert_nothing_is_left(place: Path) -> None:
+    assert list((place / "tmp").iterdir()) == []
+    assert list((place / "cache").glob("compile_retry_doctor_*")) == []
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs: one that was killed and not yet waited for by its new parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def install_compiler(place: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = place / "c++"
+    compiler.write_text(script.replace("@PLACE@", str(place)))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+
+
+def test_a_healthy_machine(place: Path) -> None:
+    command = [sys.executable, "-m", "compile_retry", "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout
+    checks = checks_of(done.stdout)
+    assert {check["status"] for check in checks.values()} <= {"ok", "warning", "skipped"}
+    assert "compiled in" in checks["compile"]["detail"]
+    assert "compiled in" in checks["cached compile"]["detail"]
+    assert_nothing_is_left(place)
+
+
+@pytest.mark.usefixtures("scalar")
+def test_a_poisoned_cache(place: Path) -> None:
+    """Where the cache answers it says so; once a kernel there is cut short, it names the directory to delete."""
+    examine(status=1)  # a processor has vector instructions, and none are found
+    checks = examine(status=1)
+    assert "compiled in" in checks["compile"]["detail"]
+    assert "from the cache in" in checks["cached compile"]["detail"]
+
+    kernels = list((place / "cache").rglob("*.main.so"))
+    assert kernels
+    for kernel in kernels:
+        os.truncate(kernel, 3000)
+    checks = examine(status=1)
+    assert checks["compile"]["status"] == "ok"
+    assert checks["cached compile"]["status"] == "failed"
+    assert "works in a new cache directory" in checks["cached compile"]["detail"]
+    assert checks["cached compile"]["remedy"].startswith(f"poisoned cache suspected: delete {place / 'cache'}")
+    assert_nothing_is_left(place)
+
+
+def test_no_compiler(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    checks = examine(status=1)
+    assert checks["C++ compiler"]["status"] == "failed"
+    assert "CXX=no-such-compiler" in checks["C++ compiler"]["remedy"]
+    assert checks["compile"]["status"] == "failed"
+    assert checks["compile"]["remedy"] == "see C++ compiler"
+    assert_nothing_is_left(place)
+
+
+@pytest.mark.usefixtures("scalar")
+def test_a_compiler_that_fails(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it fails in a new cache directory as well, the usual one is not suspected."""
+    install_compiler(place, FAILS, monkeypatch)
+    checks = examine(status=1)
+    assert checks["C++ compiler"]["status"] == "ok"
+    assert "internal compiler error: told to; fails in a new cache directory, too" in checks["compile"]["detail"]
+    assert "poisoned" not in str(checks)
+    assert_nothing_is_left(place)
+
+
+def test_a_compiler_that_hangs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends at the time limit, and no process is left."""
+    install_compiler(place, HANGS, monkeypatch)
+    pid = place / "pid"
+    for timeout in (8, 60):
+        begin = time.monotonic()
+        checks = examine("--timeout", str(timeout), status=1)
+        assert time.monotonic() - begin < timeout + 10
+        assert_nothing_is_left(place)
+        if pid.exists():  # the limit was not met on the way to the compiler
+            break
+    assert checks["C++ compiler"]["status"] == "failed"
+    assert checks["C++ compiler"]["detail"] == f"it took too long (limit: {timeout} s)"
+    assert checks["compile"]["detail"] == "not reached: see C++ compiler"
+    assert not is_alive(int(pid.read_text()))
+
+
+def test_a_doctor_that_is_killed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a container's health check: what it has started ends with it."""
+    install_compiler(place, HANGS, monkeypatch)
+    pid = place / "pid"
+    process = subprocess.Popen([sys.executable, "-m", "compile_retry", "doctor"], stdout=subprocess.DEVNULL)
+    wait_until(lambda: pid.exists() and pid.read_text().strip() != "")
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    wait_until(lambda: not is_alive(int(pid.read_text())))
+    wait_until(lambda: not any((place / "tmp").iterdir()))
+
+
+def wait_until(condition: Any) -> None:
+    due = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < due
+        time.sleep(0.05)
+
+
+@pytest.mark.usefixtures("scalar")
+def test_a_cache_directory_that_is_a_file(place: Path) -> None:
+    """With which stock torch cannot even import Dynamo."""
+    (place / "cache").touch()
+    checks = examine(status=1)
+    assert checks["versions"]["status"] == "ok"
+    assert checks["cache directory"]["status"] == "failed"
+    assert f"{place / 'cache'} cannot be written" in checks["cache directory"]["detail"]
+    for name in ("compile", "cached compile"):
+        assert checks[name]["status"] == "failed"
+        assert "works in a new cache directory" in checks[name]["detail"]
+        assert checks[name]["remedy"].startswith("set TORCHINDUCTOR_CACHE_DIR to another directory")
+
+
+@pytest.mark.usefixtures("scalar")
+def test_compiling_is_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then nothing is compiled, and that is a failure."""
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    checks = examine(status=1)
+    assert checks["environment"]["detail"] == "TORCH_COMPILE_DISABLE=1: torch.compile does nothing"
+    assert checks["C++ compiler"]["status"] == "ok"
+    for name in ("compile", "cached compile", "GPU"):
+        assert (checks[name]["status"], checks[name]["detail"]) == ("skipped", "TORCH_COMPILE_DISABLE=1 is set")
+
+
+WELL = _doctor.Check("versions", "ok", "Python 3.14")
+TIGHT = _doctor.Check("cache directory", "warning", "0.1 GiB free [/tmp]", "make room")
+BROKEN = _doctor.Check("compile", "failed", "OSError")
+
+
+@pytest.mark.parametrize(
+    ("checks", "arguments", "status"),
+    [([WELL], ["--strict"], 0), ([WELL, TIGHT], [], 0), ([WELL, TIGHT], ["--strict"], 1), ([WELL, BROKEN], [], 1)],
+)
+def test_exit_status(
+    checks: list[_doctor.Check], arguments: list[str], status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warning counts as a failure in strict mode only."""
+    monkeypatch.setattr("compile_retry.__main__.examine", lambda timeout: checks)
+    assert doctor(*arguments).exit_code == status
+
+
+def test_output_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines that can be searched; on a terminal a table, where rich is installed."""
+    monkeypatch.setattr("compile_retry.__main__.examine", lambda timeout: [WELL, TIGHT])
+    lines = [
+        "ok       versions         Python 3.14",
+        "warning  cache directory  0.1 GiB free [/tmp]",
+        "                          -> make room",
+    ]
+    assert doctor().stdout.splitlines() == lines
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+    table = doctor().stdout
+    assert "┃" in table
+    assert "0.1 GiB free [/tmp]" in table
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert doctor().stdout.splitlines() == lines
+
+
+@pytest.mark.parametrize(
+    ("facts", "status", "detail"),
+    [
+        ({"error": "RuntimeError: no driver"}, "failed", "RuntimeError: no driver"),
+        ({"device": None, "built for": "13.0"}, "skipped", "not present; torch is built for 13.0"),
+        (
+            {"device": "cuda", "name": "A", "triton": None, "triton works": False},
+            "failed",
+            "A: Triton is not installed",
+        ),
+        (
+            {"device": "cuda", "name": "A", "triton": "3", "triton works": False},
+            "failed",
+            "A: Triton 3 does not support it",
+        ),
+        ({"device": "cuda", "name": "A", "triton works": True, "error": "MemoryError"}, "failed", "A: MemoryError"),
+    ],
+)
+def test_gpus(facts: dict[str, Any], status: str, detail: str) -> None:
+    """Made-up findings: there was no GPU to ask."""
+    check = _doctor._CHECKS["GPU"]("GPU", facts)
+    assert (check.status, check.detail) == (status, detail)
+
+
+@pytest.mark.parametrize("arguments", [["--timeout", "soon"], ["--timeout", "0"], ["--no-such-option"]])
+def test_wrong_usage(arguments: list[str]) -> None:
+    assert doctor(*arguments).exit_code == 2
+
+
+def test_without_the_extra() -> None:
+    """It says how to install it."""
+    code = "import runpy, sys; sys.modules['click'] = None; runpy.run_module('compile_retry', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    assert done.stderr == 'The command line needs the extra "cli": pip install "compile-retry[cli]"\n'
