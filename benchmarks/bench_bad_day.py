@@ -1,0 +1,301 @@
+"""The bad day as a user lives it: the compiler is broken for the first part of a training run.
+
+How long the run takes to finish, against an ideal that knows the moment of repair: until then it runs eagerly and asks
+nobody, then it compiles once. Long runs are simulated: the library, Dynamo and the alternatives are real, but only the
+clock says how long a step, a compile or a failed attempt takes. A short run is real, and so is its broken compiler.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+import torch._inductor.compile_fx  # so that no child imports it against the clock
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from children import Child, ChildError, child, has_compiler
+from compile_retry import CompiledFunction, RetryPolicy
+from compile_retry.testing import FakeClock
+from subjects import BARE, EAGER, LATCH, OURS, RETRY, SUPPRESS, Step, Subject
+
+DIES = "dies"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A row: a subject and, if it is ours, how long it waits (None: as its default policy says)."""
+
+    subject: Subject
+    wait: float | None = None
+
+    def __str__(self) -> str:
+        return str(self.subject) if self.wait is None else f"{self.subject}, `wait={self.wait:g}`"
+
+    def make(self, step: Step, clock: Callable[[], float] = time.monotonic, **options: Any) -> Step:
+        if self.subject is not OURS:
+            return self.subject.make(step, **options)
+        policy = RetryPolicy(clock=clock) if self.wait is None else RetryPolicy(wait=self.wait, clock=clock)
+        return self.subject.make(step, policy=policy, **options)
+
+
+ALTERNATIVES = (BARE, LATCH, RETRY, SUPPRESS, EAGER)
+
+
+# --- Long runs, in simulated time. ------------------------------------------------------------------------------------
+
+# Seconds. A run of 8 h has up to 18,720 steps.
+COMPILED_STEP, EAGER_STEP = 1.5, 3.0
+COMPILE = 30.0
+
+LENGTHS = {"10 min": 600.0, "1 h": 3600.0, "8 h": 28800.0}
+
+
+@dataclass(frozen=True)
+class Day:
+    """What goes wrong in a run.
+
+    Attributes:
+        length: Of the ideal run: one of `LENGTHS`.
+        share: How much of it the compiler is broken.
+        attempt: Seconds that an attempt takes to fail.
+    """
+
+    length: str
+    share: float
+    attempt: float
+
+    def __str__(self) -> str:
+        return f"broken {self.share:.0%}, {self.attempt:g} s to fail"
+
+    @property
+    def repair(self) -> float:
+        return self.share * LENGTHS[self.length]
+
+    def ideal(self) -> tuple[int, float]:
+        """How many steps the run has, and when the ideal has done them."""
+        steps, now, has_compiled = 0, 0.0, False
+        while now < LENGTHS[self.length]:
+            if now < self.repair:
+                now += EAGER_STEP
+            else:
+                now += COMPILED_STEP if has_compiled else COMPILE + COMPILED_STEP
+                has_compiled = True
+            steps += 1
+        return steps, now
+
+
+class World:
+    """The clock, the compiler that is broken until the repair, and the step."""
+
+    def __init__(self, day: Day) -> None:
+        self._day = day
+        self.clock = FakeClock()
+        self._compiled = False  # what ran last
+
+    def compiler(self, graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        if self.clock() < self._day.repair:
+            self.clock.advance(self._day.attempt)
+            raise OSError(28, "No space left on device")
+        self.clock.advance(COMPILE)
+
+        def run(*args: Any) -> Any:
+            self._compiled = True
+            return graph.forward(*args)
+
+        return run
+
+    def run(self, step: Step, steps: int) -> float:
+        """When that many steps are done."""
+        x = torch.ones(2)
+        for _ in range(steps):
+            self._compiled = False
+            step(x)
+            self.clock.advance(COMPILED_STEP if self._compiled else EAGER_STEP)
+        return self.clock()
+
+
+def double(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def simulate(contestant: Contestant, day: Day) -> float | str:
+    """The time to finish over the ideal's."""
+    world = World(day)
+    steps, ideal = day.ideal()
+    with contestant.subject.setting():
+        step = contestant.make(double, clock=world.clock, backend=world.compiler)
+        try:
+            return world.run(step, steps) / ideal
+        except Exception:
+            return DIES
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """Neither torch nor the library says what it thinks of the compiler; afterwards nothing is compiled."""
+    loggers = [logging.getLogger(name) for name in ("torch._dynamo", "compile_retry")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+    torch._dynamo.reset()
+
+
+DAYS = [Day(*values) for values in itertools.product(LENGTHS, (0.1, 0.5), (1.0, 10.0, 60.0))]
+SIMULATED = [Contestant(OURS), Contestant(OURS, wait=30), *map(Contestant, ALTERNATIVES)]
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("contestant", SIMULATED, ids=str)
+@pytest.mark.parametrize("day", DAYS, ids=lambda day: f"{day.length} {day}")
+def test_simulated(benchmark: BenchmarkFixture, day: Day, contestant: Contestant) -> None:
+    """What the timer takes here, how long it took to simulate, is nobody's concern: the value is in `extra_info`."""
+    value = benchmark.pedantic(simulate, args=(contestant, day), rounds=1, iterations=1)
+    assert (value == DIES) == (contestant.subject is BARE)
+    benchmark.extra_info.update(
+        table=f"bad day, {day.length}", row=str(contestant), column=str(day), lap=0, value=value
+    )
+
+
+# --- A short run, in real time, with a compiler that is really broken. ------------------------------------------------
+
+BROKEN, LENGTH = 20.0, 60.0
+LIMIT = 120.0  # for those that do not get there
+POINTS, WIDTH = 8192, 32
+
+
+class Snake(nn.Module):
+    """The activation x + sin(ax)^2 / a, for which PyTorch has no kernel: here compiling pays on a CPU, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.sin(self.a * x).square() / (self.a + 1e-6)
+
+
+def network() -> nn.Sequential:
+    """From the coordinates of a point to its value."""
+    layers: list[nn.Module] = [nn.Linear(2, WIDTH), Snake()]
+    for _ in range(2):
+        layers += [nn.Linear(WIDTH, WIDTH), Snake()]
+    return nn.Sequential(*layers, nn.Linear(WIDTH, 1))
+
+
+def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.mse_loss(model(inputs), targets)
+
+
+def ideal(step: Step, broken: Path) -> Step:
+    """Knows when the compiler is repaired, and does not ask it before."""
+    compiled, repaired = torch.compile(step), False
+
+    def run(*args: Any) -> Any:
+        nonlocal repaired
+        repaired = repaired or not broken.exists()
+        return compiled(*args) if repaired else step(*args)
+
+    return run
+
+
+class Training:
+    """Lives in a child process. Trains as long as it is told to."""
+
+    def __init__(self, folder: Path, contestant: Contestant | None) -> None:
+        torch.manual_seed(0)
+        self._model = network()
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=1e-3)
+        self._batch = torch.rand(POINTS, 2), torch.rand(POINTS, 1)
+        if contestant is None:
+            self._loss_of = ideal(loss_of, folder / "broken")
+        else:
+            contestant.subject.setting().__enter__()  # for as long as the process lives
+            self._loss_of = contestant.make(loss_of)
+
+    def ready(self) -> None:
+        """Answers when everything is imported."""
+
+    def run(self, steps: int, seconds: float) -> int:
+        """Train until so many steps are done, or the time is over. Returns how many are done."""
+        done, end = 0, time.perf_counter() + seconds
+        while done < steps and time.perf_counter() < end:
+            self._step()
+            done += 1
+        return done
+
+    def books(self) -> dict[str, float]:
+        """What the library says of it; nothing for the others."""
+        return self._loss_of.stats.as_dict() if isinstance(self._loss_of, CompiledFunction) else {}
+
+    def _step(self) -> None:
+        loss = self._loss_of(self._model, *self._batch)
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+def train_on_a_bad_day(training: Child, folder: Path, steps: int, seconds: float) -> int | str:
+    """Have it train while the compiler is broken for a while. Returns the steps done, or that it died and of what."""
+    repair = threading.Timer(BROKEN, (folder / "broken").unlink)
+    repair.start()
+    try:
+        done: int = training.ask("run", steps, seconds)
+        return done
+    except ChildError as exc:
+        return f"{DIES}: {exc}"
+    finally:
+        repair.cancel()
+
+
+IDEAL = "ideal"
+REAL = [Contestant(OURS), Contestant(OURS, wait=5), *map(Contestant, ALTERNATIVES)]
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, int]:
+    """How many steps the ideal did in its time, once it has."""
+    return {}
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler to break")
+@pytest.mark.parametrize("contestant", [None, *REAL], ids=lambda contestant: str(contestant or IDEAL))
+def test_real(
+    benchmark: BenchmarkFixture, tmp_path: Path, steps: dict[str, int], contestant: Contestant | None
+) -> None:
+    """The ideal comes first and has as long as it has; the others do as many steps."""
+    if contestant is not None and not steps:
+        pytest.skip("the ideal has not run")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "broken").touch()
+    with child(Training, folder, contestant) as training:
+        training.ask("ready")
+        train = partial(train_on_a_bad_day, training, folder)
+        limits = (sys.maxsize, LENGTH) if contestant is None else (steps[IDEAL], LIMIT)
+        answer = benchmark.pedantic(train, args=limits, rounds=1, iterations=1)
+        benchmark.extra_info.update(steps=answer, books=training.ask("books"))
+    died = isinstance(answer, str)
+    assert died == (contestant is not None and contestant.subject is BARE), answer
+    benchmark.extra_info.update(table="bad day, for real", row=str(contestant or IDEAL), column="time", lap=0)
+    if contestant is None:
+        steps[IDEAL] = answer
+    elif died:
+        benchmark.extra_info.update(value=DIES, error=answer)
+    elif answer < steps[IDEAL]:
+        benchmark.extra_info.update(value=f"> {LIMIT / LENGTH:.2f}")
