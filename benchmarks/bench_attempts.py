@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from contextlib import closing
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from child import Child
+from children import child
 from compile_retry import RetryPolicy, compile_with_fallback
 from compile_retry._backend import KeptGraph
 from compile_retry.testing import fail_compiles
+from subjects import BARE
 
 LAPS = range(3)
 
@@ -30,43 +32,50 @@ def step(model: nn.Module, inputs: Tensor) -> Tensor:
     return loss
 
 
-def prepare(kept: dict[str, Any]) -> None:
-    """Everything but the first compile. Dynamo has compiled something, so it is all imported."""
-    import torch._inductor.compile_fx  # imported by the first compile
+class Trainer:
+    """In a fresh process: all is there but the first compile. Dynamo has compiled something, so it is all imported."""
 
-    torch.set_num_threads(1)
-    torch.compile(torch.sin, backend="eager")(torch.ones(2))
-    kept["model"], kept["inputs"] = network(), torch.rand(32, 64)
-    kept["bare"] = torch.compile(step)
-    kept["ours"] = compile_with_fallback(step, policy=RetryPolicy(wait=None, wait_calls=1))
+    def __init__(self, folder: Path) -> None:
+        import torch._inductor.compile_fx  # imported by the first compile
+
+        torch.compile(torch.sin, backend="eager")(torch.ones(2))
+        self._broken = folder / "broken"
+        self._model, self._inputs = network(), torch.rand(32, 64)
+        self._bare = torch.compile(step)
+        self._ours = compile_with_fallback(step, policy=RetryPolicy(wait=None, wait_calls=1))
+
+    def ready(self) -> None:
+        """Answers when all that is there."""
+
+    def fail(self, injected: bool) -> None:
+        injection: AbstractContextManager[object] = nullcontext()
+        if injected:
+            injection = fail_compiles(OSError(28, "No space left on device"))
+        else:
+            self._broken.touch()
+        with injection:
+            self._ours(self._model, self._inputs)
+        assert self._ours.stats.failures == 1
+        self._broken.unlink(missing_ok=True)
+
+    def bare(self) -> None:
+        self._bare(self._model, self._inputs).backward()
+
+    def ours(self) -> None:
+        self._ours(self._model, self._inputs).backward()
+        assert self._ours.stats.compiled_calls == 1
 
 
-def fail(kept: dict[str, Any]) -> None:
-    with fail_compiles(OSError(28, "No space left on device")):
-        kept["ours"](kept["model"], kept["inputs"])
-    assert kept["ours"].stats.failures == 1
-
-
-def call_bare(kept: dict[str, Any]) -> None:
-    kept["bare"](kept["model"], kept["inputs"]).backward()
-
-
-def call_ours(kept: dict[str, Any]) -> None:
-    kept["ours"](kept["model"], kept["inputs"]).backward()
-    assert kept["ours"].stats.compiled_calls == 1
-
-
-@pytest.mark.parametrize("what", ["bare `torch.compile`", "first compile", "retry"])
+@pytest.mark.parametrize("what", [BARE.name, "first compile", "retry", "retry, compiler was broken"])
 @pytest.mark.parametrize("lap", LAPS)
-def test_an_attempt(benchmark: BenchmarkFixture, what: str, lap: int) -> None:
-    """Forward and backward, in a fresh process with an empty cache. All but the first probe the compiler too."""
-    with closing(Child()) as child:
-        child.do(prepare)
-        if what == "retry":
-            child.do(fail)
+def test_an_attempt(benchmark: BenchmarkFixture, tmp_path: Path, what: str, lap: int) -> None:
+    """Forward and backward, in a fresh process with an empty cache, the compiler's probes included."""
+    with child(Trainer, tmp_path) as trainer:
+        trainer.ask("ready")
+        if what.startswith("retry"):
+            trainer.ask("fail", what == "retry")
         benchmark.extra_info.update(table="attempt", row="four layers, forward and backward", column=what, lap=lap)
-        command = call_bare if what == "bare `torch.compile`" else call_ours
-        benchmark.pedantic(child.do, args=(command,), rounds=1)
+        benchmark.pedantic(trainer.ask, args=("bare" if what == BARE.name else "ours",), rounds=1)
 
 
 @pytest.mark.parametrize("layers", [4, 500])

@@ -5,43 +5,41 @@ from __future__ import annotations
 import gc
 import sys
 import tracemalloc
-from contextlib import closing
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from child import Child
+from children import child
 
 LAPS = range(5)
 FUNCTIONS = 1000
 
 
-def import_torch(kept: dict[str, Any]) -> None:
-    import torch  # noqa: F401
+class Importer:
+    """In a fresh process, which has torch."""
+
+    def __init__(self, folder: Path) -> None:
+        assert "torch" in sys.modules
+
+    def nothing(self) -> None:
+        """What asking the process costs."""
+
+    def compile_retry(self) -> None:
+        import compile_retry  # noqa: F401
+
+        assert "torch._dynamo" not in sys.modules
 
 
-def import_compile_retry(kept: dict[str, Any]) -> None:
-    import compile_retry  # noqa: F401
-
-    assert "torch._dynamo" not in sys.modules
-
-
-def import_nothing(kept: dict[str, Any]) -> None:
-    pass
-
-
-@pytest.mark.parametrize("what", ["import torch", "import compile_retry", "nothing"])
+@pytest.mark.parametrize("what", ["nothing", "compile_retry"])
 @pytest.mark.parametrize("lap", LAPS)
-def test_importing(benchmark: BenchmarkFixture, what: str, lap: int) -> None:
-    """In a fresh process; `compile_retry` after torch. "nothing" is what asking the process costs."""
-    commands = {"import torch": import_torch, "import compile_retry": import_compile_retry, "nothing": import_nothing}
-    with closing(Child()) as child:
-        if what != "import torch":
-            child.do(import_torch)
+def test_importing(benchmark: BenchmarkFixture, tmp_path: Path, what: str, lap: int) -> None:
+    with child(Importer, tmp_path) as importer:
+        importer.ask("nothing")  # when this answers, the process is ready
         benchmark.extra_info.update(table="import", row="a fresh process", column=what, lap=lap)
-        benchmark.pedantic(child.do, args=(commands[what],), rounds=1)
+        benchmark.pedantic(importer.ask, args=(what,), rounds=1)
 
 
 def functions() -> list[FunctionType]:

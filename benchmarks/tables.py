@@ -46,9 +46,11 @@ TABLES = {
     "attempt": Table("An attempt, in a fresh process with an empty cache", BARE, ("ratio",)),
     "kept graph": Table("Keeping a graph's eager copy, and compiling it", "eager copy", ("ratio",)),
     "recovered": Table("A train step after a recovery, against one that never failed", "never failed", ("ratio",)),
-    "bad day": Table("The bad day, in simulated time: time to finish against an ideal", unit="x"),
-    "real day": Table("The bad day, in real time", "ideal", ("ratio",)),
-    "import": Table("Importing, in a fresh process", "", ()),
+    "bad day, 10 min": Table("A bad day of 10 minutes, simulated: time to finish against an ideal"),
+    "bad day, 1 h": Table("A bad day of 1 hour, simulated: time to finish against an ideal"),
+    "bad day, 8 h": Table("A bad day of 8 hours, simulated: time to finish against an ideal"),
+    "bad day, for real": Table("A bad day of a minute, for real", "ideal", ("ratio",)),
+    "import": Table("Importing, torch being there", "", ()),
     "decorating": Table("Decorating a thousand functions", BARE, ("ratio",), unit="bytes"),
 }
 

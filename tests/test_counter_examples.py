@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback, compiled_function
 from compile_retry.testing import record_events
-from support import Compiler, first
+from support import Compiler, first, full_disk
 from test_dynamo_failures import dynamo_fails_in
 
 EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
@@ -140,3 +140,15 @@ def test_a_retry_that_fails_inside_dynamo_leaves_nothing_waiting(in_dynamo: str)
     for _ in range(3):
         fn(X)
     assert (fn.state, fn.next_retry) == (CompileState.GAVE_UP, None)
+
+
+def test_an_episode_that_a_reset_of_dynamo_ends_is_told() -> None:
+    """Nothing waits any more, and the call that finds out compiles nothing: no recovery, but no silence either."""
+    compiler = Compiler(lambda inputs: full_disk() if inputs[0].shape[0] == 3 else None)
+    fn = compile_with_fallback(lambda x: x.sin(), backend=compiler, dynamic=False, policy=EVERY_CALL)
+    fn(torch.ones(3))
+    torch._dynamo.reset()
+    with record_events() as events, torch.compiler.set_stance("force_eager"):
+        fn(torch.ones(3))
+    assert [event.kind for event in events] == ["swept away"]
+    assert (fn.state, fn.stats.recoveries) == (events[0].state, 0)

@@ -235,6 +235,8 @@ class Control:
         if episode is not None and (self._progress or looks is not None):
             self.books.recoveries.add()
             self.journal.recovered(tally, episode)
+        elif episode is not None:
+            self.journal.swept_away(tally)
 
     # What users may do
 

@@ -28,6 +28,7 @@ from .events import (
     RetryScheduled,
     StillCompiling,
     StillEager,
+    SweptAway,
     publish,
 )
 
@@ -121,6 +122,10 @@ class Journal:
             attempt_seconds=episode.spent,
             eager_calls=self.eager_calls,
         )
+
+    def swept_away(self, tally: Tally) -> None:
+        message = "what had fallen back is gone, as after torch._dynamo.reset(); called again, it is compiled anew"
+        self._note(SweptAway, tally, message, logging.INFO)
 
     @property
     def eager_calls(self) -> int:

@@ -31,6 +31,7 @@ __all__ = [
     "RetryScheduled",
     "StillCompiling",
     "StillEager",
+    "SweptAway",
     "register_hook",
 ]
 
@@ -124,6 +125,13 @@ class Recovered(Event):
     failures: int
     attempt_seconds: float
     eager_calls: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweptAway(Event):
+    """What had fallen back is gone without having been compiled, as after ``torch._dynamo.reset()``."""
+
+    kind = "swept away"
 
 
 @dataclass(frozen=True, kw_only=True)
