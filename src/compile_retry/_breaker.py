@@ -156,9 +156,11 @@ class Breaker:
             if self.episode is during:
                 self.episode = before
 
-    def end(self) -> Episode | None:
-        """End the episode; returns the one that ended."""
+    def end(self, only: Episode | None = None) -> Episode | None:
+        """End the episode; returns the one that ended. With `only`, not another one that has begun since."""
         with self._lock:
+            if only is not None and self.episode is not only:
+                return None
             ended, self.episode = self.episode, None
             return ended
 

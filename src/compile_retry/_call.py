@@ -109,7 +109,7 @@ class Tally:
         self.attempts = 0
         self.call = 0
         self.started = 0  # both counts at the beginning of the call
-        self.probing = False
+        self.probing: Episode | None = None  # let through during this one
         # In a probe: who has a claim to an attempt, and whether nobody else may make one.
         self.claims: frozenset[Hashable] = frozenset()
         self.exclusive = False

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import _looks
-from ._breaker import WATCHED_CALLS, Breaker
+from ._breaker import WATCHED_CALLS, Breaker, Episode
 from ._call import Conversion, Doubt, Location, PerThread, Tally
 from ._failures import (
     CompileFailure,
@@ -82,11 +82,11 @@ class Control:
 
     def is_open(self, tally: Tally) -> bool:
         """Whether this thread's call may run the compiler now for any frame at all."""
-        return self.breaker.episode is None or tally.probing or bool(tally.claims)
+        return self.breaker.episode is None or tally.probing is not None or bool(tally.claims)
 
-    def probe_begins(self, tally: Tally, call: int) -> None:
+    def probe_begins(self, tally: Tally, call: int, episode: Episode) -> None:
         """This thread's call has been let through during an episode."""
-        tally.probing = True
+        tally.probing = episode
         tally.claims = frozenset() if self.breaker.is_long_overdue(call) else self.turns.claimants
         tally.exclusive = bool(tally.claims) and not self.turns.claimants_follow
 
@@ -216,9 +216,9 @@ class Control:
             tally: Of this thread.
             looks: What the call looked like if it ran compiled code only, otherwise None.
         """
-        unharmed, tally.probing, tally.claims = tally.probing, False, frozenset()
+        probed, tally.probing, tally.claims = tally.probing, None, frozenset()
         self.breaker.probe_ended()
-        if not unharmed:
+        if probed is None or probed is not self.breaker.episode:  # an attempt failed in it, or another call ended it
             return
         if looks is not None:
             self._clean_calls += 1
@@ -229,13 +229,14 @@ class Control:
                 self.fallbacks.forget(waiting=True, looks=looks)
         if self.fallbacks.any_waiting() and self._clean_calls < WATCHED_CALLS:
             return
+        if self.breaker.end(probed) is None:
+            return
         self.fallbacks.forget(waiting=True)
         self.turns.forget()
-        episode = self.breaker.end()
-        if episode is not None and (self._progress or looks is not None):
+        if self._progress or looks is not None:
             self.books.recoveries.add()
-            self.journal.recovered(tally, episode)
-        elif episode is not None:
+            self.journal.recovered(tally, probed)
+        else:
             self.journal.swept_away(tally)
 
     # What users may do
@@ -263,7 +264,7 @@ class Control:
                 log.exception("%s: the retry policy raised; no attempt will be made any more", self.name)
         self.suspects_cache = suggests_damaged_cache(root, attempt)
         if retry:
-            tally.probing = False
+            tally.probing = None
             tally.claims = frozenset() if tally.exclusive else tally.claims - {conversion.fingerprint}
             self._progress, self._clean_calls = False, 0
             if last is not None:

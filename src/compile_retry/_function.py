@@ -72,7 +72,7 @@ class CompiledFunction(Generic[P, R]):
         began = (self._clock(), tally.attempts) if call >= control.journal.history.next_call else None
         probing = False
         if episode is not None and not (tally.probing and self._is_in_call(above=sys._getframe(1))):
-            tally.probing = False  # an interrupt may have left it
+            tally.probing = None  # an interrupt may have left it
             if call >= episode.due_call or self._clock() >= episode.due_time:
                 probing = control.breaker.let_through(call, is_calling=self._is_in_call)
             straight = not probing and not control.has_code and call > episode.failed_in_call + WATCHED_CALLS
@@ -83,8 +83,8 @@ class CompiledFunction(Generic[P, R]):
         compiled, eager = tally.compiled, tally.eager
         tally.started = compiled + eager
         try:
-            if probing:
-                control.probe_begins(tally, call)
+            if probing and episode is not None:
+                control.probe_begins(tally, call, episode)
             result = self._compiled(*args, **kwargs)
         except BaseException:
             self._over((compiled, eager), args, kwargs, probing=probing, raised=True)
