@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ._breaker import NextRetry
 from ._failures import CompileFailure
 from ._stats import CompileState
+from .instrumentation._switchboard import switchboard
 
 __all__ = [
     "AttemptFailed",
@@ -252,8 +253,9 @@ def register_hook(hook: Hook) -> RemovableHandle:
 
 
 def publish(event: Event, level: int | None, hooks: Hooks) -> None:
-    """Log an event, if it has a level, and tell the hooks of its function and of the process."""
-    if level is not None:
+    """Log an event, if it has a level, and tell the integrations, the hooks of its function and of the process."""
+    is_logged = switchboard.tell(event, level)
+    if level is not None and not is_logged:
         log.log(level, "%s: %s", event.function, event.message)
     hooks.tell(event)
     _everywhere.tell(event)

@@ -17,6 +17,7 @@ from compile_retry import (
     RetryPolicy,
     compile_with_fallback,
     compiled_function,
+    instrumentation,
     is_transient,
     set_strict,
 )
@@ -126,3 +127,9 @@ def testing() -> None:
     ):
         assert_type(faults, Faults)
         assert_type(events, list[Event])
+
+
+def integrations() -> None:
+    instrumentation.disable()
+    instrumentation.enable("structlog", "prometheus", "opentelemetry")
+    assert_type(instrumentation.active(), tuple[str, ...])

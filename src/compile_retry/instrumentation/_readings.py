@@ -1,0 +1,95 @@
+"""The books of all decorated functions, for integrations that ask for figures now and then."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from compile_retry import _live
+from compile_retry._function import CompiledFunction
+from compile_retry._locks import Lock
+from compile_retry._stats import Books, CompileState, CompileStats
+
+N = TypeVar("N", int, float)
+
+_NOTHING = CompileStats(**dict.fromkeys((field.name for field in fields(CompileStats)), 0))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the functions of one name stand, taken together.
+
+    Attributes:
+        function: Their name.
+        stats: Their books, added up; those of functions that are gone, too.
+        states: How many of them are in which state.
+        calls_left: Until the next attempt of any of them; None if calls do not count.
+        seconds_left: The same in seconds.
+    """
+
+    function: str
+    stats: CompileStats
+    states: Counter[CompileState]
+    calls_left: int | None
+    seconds_left: float | None
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """How many calls took which path."""
+        stats = self.stats
+        return {"compiled": stats.compiled_calls, "mixed": stats.mixed_calls, "eager": stats.eager_calls}
+
+
+class Ledger:
+    """Adds up so that no sum ever falls: functions come and go, and a counter must not."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._books: dict[weakref.ref[CompiledFunction[..., Any]], tuple[str, Books]] = {}
+        self._gone: dict[str, CompileStats] = {}
+
+    def open_accounts(self) -> list[CompiledFunction[..., Any]]:
+        """Take note of the functions there are, so that they count when they are gone. Returns them."""
+        with self._lock:
+            functions = _live.functions()
+            for function in functions:
+                control = function._control
+                self._books.setdefault(weakref.ref(function), (control.name, control.books))
+            for ref in [ref for ref in self._books if ref() is None]:
+                name, books = self._books.pop(ref)
+                self._gone[name] = _sum(self._gone.get(name, _NOTHING), books.snapshot())
+            return functions
+
+    def read(self) -> list[Reading]:
+        """One reading per name."""
+        with self._lock:
+            functions = self.open_accounts()
+            stats = dict(self._gone)
+            for name, books in self._books.values():
+                stats[name] = _sum(stats.get(name, _NOTHING), books.snapshot())
+        by_name: dict[str, list[CompiledFunction[..., Any]]] = {name: [] for name in stats}
+        for function in functions:
+            by_name[function._control.name].append(function)
+        return [_reading(name, stats[name], functions) for name, functions in by_name.items()]
+
+
+def _reading(name: str, stats: CompileStats, functions: list[CompiledFunction[..., Any]]) -> Reading:
+    due = [retry for function in functions if (retry := function.next_retry) is not None]
+    return Reading(
+        name,
+        stats,
+        Counter(function.state for function in functions),
+        _least(each.calls for each in due),
+        _least(each.seconds for each in due),
+    )
+
+
+def _least(values: Iterable[N | None]) -> N | None:
+    return min((value for value in values if value is not None), default=None)
+
+
+def _sum(a: CompileStats, b: CompileStats) -> CompileStats:
+    return CompileStats(**{f.name: getattr(a, f.name) + getattr(b, f.name) for f in fields(CompileStats)})
