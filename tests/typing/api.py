@@ -24,6 +24,8 @@ from compile_retry.events import Event
 from compile_retry.testing import (
     FakeClock,
     Faults,
+    assert_compiled,
+    assert_max_attempts,
     broken_compiler,
     fail_compiles,
     record_events,
@@ -126,3 +128,11 @@ def testing() -> None:
     ):
         assert_type(faults, Faults)
         assert_type(events, list[Event])
+
+
+def assertions(trainer: Trainer) -> None:
+    for fn in (bare, torch.nn.Linear(1, 1), trainer.method):
+        assert_type(assert_compiled(fn), None)
+    with assert_max_attempts(2) as nothing, assert_max_attempts(0, bare):
+        assert_type(nothing, None)
+    assert_max_attempts("2")  # type: ignore[arg-type]  # must be refused
