@@ -1,6 +1,7 @@
-"""Make compiles fail on purpose, turn the clock by hand, and record what happened.
+"""Make compiles fail on purpose, turn the clock by hand, record what happened, and assert on it.
 
-For the test suites of users: does our training survive a failed compile, and does it recover? Nothing here sleeps.
+For the test suites of users: does our training survive a failed compile, and does it recover? Nothing here sleeps, and
+nothing here needs pytest. With pytest there are fixtures as well, see `pytest_compile_retry`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ._assertions import assert_compiled, assert_max_attempts
 from ._call import Attempt
 from .events import Event, register_hook
 
-__all__ = ["FakeClock", "Faults", "broken_compiler", "fail_compiles", "record_events"]
+__all__ = [
+    "FakeClock",
+    "Faults",
+    "assert_compiled",
+    "assert_max_attempts",
+    "broken_compiler",
+    "fail_compiles",
+    "record_events",
+]
 
 
 class FakeClock:

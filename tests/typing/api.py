@@ -25,6 +25,8 @@ from compile_retry.events import Event
 from compile_retry.testing import (
     FakeClock,
     Faults,
+    assert_compiled,
+    assert_max_attempts,
     broken_compiler,
     fail_compiles,
     record_events,
@@ -133,3 +135,9 @@ def integrations() -> None:
     instrumentation.disable()
     instrumentation.enable("structlog", "prometheus", "opentelemetry")
     assert_type(instrumentation.active(), tuple[str, ...])
+def assertions(trainer: Trainer) -> None:
+    for fn in (bare, torch.nn.Linear(1, 1), trainer.method):
+        assert_type(assert_compiled(fn), None)
+    with assert_max_attempts(2) as nothing, assert_max_attempts(0, bare):
+        assert_type(nothing, None)
+    assert_max_attempts("2")  # type: ignore[arg-type]  # must be refused

@@ -1,0 +1,217 @@
+"""Assertions on decorated functions, for `compile_retry.testing`: most of it is what they say when they fail.
+
+They need no pytest, but ``__tracebackhide__`` keeps their own frames out of its reports.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import MethodType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ._decorator import compiled_function
+from ._function import CompiledFunction
+from ._journal import in_words
+from ._stats import CompileState
+from .events import AttemptFailed, AttemptStarted, Compiled, Event, Hook, RetryScheduled, register_hook
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.utils.hooks import RemovableHandle
+
+# So many events are put into a message, the latest.
+_EVENTS = 10
+
+_STATES = {
+    CompileState.PENDING: "pending: nothing is compiled, and nothing is held off",
+    CompileState.FALLBACK: "fallback: something runs eagerly, and a retry will come",
+    CompileState.GAVE_UP: "gave up: something runs eagerly, and no retry will come",
+}
+
+
+def assert_compiled(fn: CompiledFunction[..., Any] | torch.nn.Module | Callable[..., Any], /) -> None:
+    """Assert that what a function has been called with runs compiled code.
+
+    Args:
+        fn: A decorated function or method, or a module that was compiled in place.
+
+    Raises:
+        AssertionError: Its state is not ``COMPILED``. The message says how it stands, what became of its calls, why
+            the last attempt failed and when the next one is due, and lists the latest events.
+        TypeError: `fn` is nothing that :func:`~compile_retry.compile_with_fallback` has made.
+
+    Example:
+        >>> import torch
+        >>> from compile_retry import compile_with_fallback
+        >>> double = compile_with_fallback(lambda x: 2 * x, backend="eager", name="double")
+        >>> y = double(torch.ones(2))
+        >>> assert_compiled(double)
+    """
+    __tracebackhide__ = True
+    function = _function_of(fn)
+    state = function.state
+    if state is not CompileState.COMPILED:
+        raise AssertionError(_describe(function, _STATES[state]))
+
+
+def assert_max_attempts(
+    n: int, fn: CompiledFunction[..., Any] | torch.nn.Module | Callable[..., Any] | None = None, /
+) -> AbstractContextManager[None]:
+    """Assert that the compiler is not run more often than expected while the block runs.
+
+    An attempt is one run of the compiler for one graph, or a failure before there was a graph: what
+    ``CompileStats.attempts`` counts. If the block raises, its exception is not replaced.
+
+    Args:
+        n: How many attempts are allowed.
+        fn: Only those of this decorated function, method or module; by default those of all.
+
+    Raises:
+        AssertionError: More than `n` were made. The message lists them: function, call, graph and outcome.
+        TypeError: `fn` is nothing that :func:`~compile_retry.compile_with_fallback` has made, or `n` is no integer.
+        ValueError: `n` is negative.
+
+    Example:
+        >>> import torch
+        >>> from compile_retry import compile_with_fallback
+        >>> double = compile_with_fallback(lambda x: 2 * x, backend="eager")
+        >>> with assert_max_attempts(1, double):
+        ...     for _ in range(3):
+        ...         y = double(torch.ones(2))
+    """
+    if not isinstance(n, int) or isinstance(n, bool):
+        raise TypeError(f"n must be an integer, not {n!r}")
+    if n < 0:
+        raise ValueError(f"n must not be negative, not {n!r}")
+    return _MaxAttempts(n, register_hook if fn is None else _function_of(fn).register_hook)
+
+
+def _function_of(fn: object) -> CompiledFunction[..., Any]:
+    if isinstance(fn, torch.nn.Module):
+        return compiled_function(fn)
+    if isinstance(fn, MethodType):
+        fn = fn.__func__
+    if not isinstance(fn, CompiledFunction):
+        raise TypeError(f"fn must be a function or module from compile_with_fallback(), not {fn!r}")
+    return fn
+
+
+# What assert_compiled() says
+
+
+def _describe(function: CompiledFunction[..., Any], state: str) -> str:
+    lines = [f"{function.name} is not compiled. Its state is {state}.", _books(function)]
+    if (failure := function.last_failure) is not None:
+        lines.append(
+            f"The last failure was attempt {failure.attempt}, in call {failure.call}, and is {failure.kind}:"
+            f" {failure}, compiling {in_words(failure.frame)}."
+        )
+    if function.next_retry is not None:
+        lines.append(f"The next attempt is due {function.next_retry}.")
+    return "\n".join((*lines, *_past(function)))
+
+
+def _books(function: CompiledFunction[..., Any]) -> str:
+    stats = function.stats
+    if not stats.calls:
+        return "It has not been called, or its first call is not over."
+    calls = f"Of its {_count(stats.calls, 'call')}, {stats.compiled_calls} ran compiled code,"
+    calls += f" {stats.mixed_calls} in part, and {stats.eager_calls} ran eagerly."
+    if not stats.attempts:
+        return f"{calls} No attempt was made: torch.compile may be disabled, by the environment, an option or a stance."
+    recovered = f"it recovered {_count(stats.recoveries, 'time')}"
+    return f"{calls} Of {_count(stats.attempts, 'attempt')}, {stats.failures} failed; {recovered}."
+
+
+def _past(function: CompiledFunction[..., Any]) -> list[str]:
+    # Left out is what the others say as well.
+    events = [
+        event
+        for _, event in tuple(function._control.journal.history.events)
+        if not isinstance(event, AttemptStarted | RetryScheduled)
+    ]
+    latest = events[-_EVENTS:]
+    heading = "What happened" if len(events) == len(latest) else f"The last {_EVENTS} things that happened"
+    return [f"{heading}, in order:", *(f"  {event.message}" for event in latest)] if latest else []
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+# What assert_max_attempts() does
+
+
+@dataclass
+class _Attempt:
+    """One attempt. `graph` is None if it failed before there was one; `outcome`, as long as it is not known."""
+
+    function: str
+    call: int
+    graph: int | None
+    outcome: str | None = None
+
+    def __str__(self) -> str:
+        graph = "before there was a graph" if self.graph is None else f"graph {self.graph}"
+        return f"{self.function}, call {self.call}, {graph}: {self.outcome or 'has not ended'}"
+
+
+class _MaxAttempts(AbstractContextManager[None]):
+    """What `assert_max_attempts` returns."""
+
+    def __init__(self, n: int, register: Callable[[Hook], RemovableHandle]) -> None:
+        self._n = n
+        self._register = register
+
+    def __enter__(self) -> None:
+        self._events: list[Event] = []
+        self._handle = self._register(self._events.append)
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        __tracebackhide__ = True
+        self._handle.remove()
+        attempts = _attempts(self._events)
+        if exc_type is None and len(attempts) > self._n:
+            allowed = f"at most {_count(self._n, 'attempt')}" if self._n else "no attempt"
+            made = f"{len(attempts)} were made" if len(attempts) > 1 else "1 was made"
+            listed = "".join(f"\n  {attempt}" for attempt in attempts)
+            raise AssertionError(f"The block may make {allowed}, but {made}:{listed}")
+
+
+def _attempts(events: list[Event]) -> list[_Attempt]:
+    """Put the events of each attempt together."""
+    attempts: list[_Attempt] = []
+    for event in events:
+        if isinstance(event, AttemptStarted):
+            restarted = _open(attempts, event, event.graph)  # Dynamo began anew: that is the same attempt again
+            if restarted is None:
+                attempts.append(_Attempt(event.function, event.call, event.graph))
+        elif isinstance(event, Compiled):
+            _end(attempts, event, event.graph, f"compiled in {event.seconds:.3g} s")
+        elif isinstance(event, AttemptFailed):
+            outcome = f"failed, {event.failure}, compiling {in_words(event.failure.frame)}"
+            _end(attempts, event, None, outcome, had_graph=event.failure.stage == "backend")
+    return attempts
+
+
+def _open(attempts: list[_Attempt], event: Event, graph: int | None) -> _Attempt | None:
+    """The attempt in the event's call that has not ended; of any graph, where the event does not say which."""
+    for attempt in reversed(attempts):
+        same_call = (attempt.function, attempt.call) == (event.function, event.call)
+        if same_call and attempt.outcome is None and graph in (None, attempt.graph):
+            return attempt
+    return None
+
+
+def _end(attempts: list[_Attempt], event: Event, graph: int | None, outcome: str, *, had_graph: bool = True) -> None:
+    attempt = _open(attempts, event, graph) if had_graph else None
+    if attempt is None:
+        attempt = _Attempt(event.function, event.call, graph)
+        attempts.append(attempt)
+    attempt.outcome = outcome
