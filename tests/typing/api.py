@@ -135,6 +135,8 @@ def integrations() -> None:
     instrumentation.disable()
     instrumentation.enable("structlog", "prometheus", "opentelemetry")
     assert_type(instrumentation.active(), tuple[str, ...])
+
+
 def assertions(trainer: Trainer) -> None:
     for fn in (bare, torch.nn.Linear(1, 1), trainer.method):
         assert_type(assert_compiled(fn), None)
