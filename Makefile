@@ -9,7 +9,7 @@ INSTALLED := .venv/installed-in-$(shell pwd | cksum | cut -d ' ' -f 1)
 # From a fresh environment each time: what Sphinx has cached is not warned of again.
 SPHINX := $(VENV_PYTHON) -m sphinx --fresh-env --quiet --fail-on-warning --keep-going
 
-.PHONY: help test faults demo lint types docs snippets wheel ci clean
+.PHONY: help test bench faults demo lint types docs snippets wheel ci clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -17,6 +17,13 @@ help: ## list these targets
 
 test: $(INSTALLED) ## run the tests and measure their coverage
 	$(VENV_PYTHON) -m pytest --cov
+
+bench: $(INSTALLED) ## measure and write docs/performance-tables.md (half an hour; ARGS="-k compiled": some of it)
+	mkdir -p docs/_build
+	$(VENV_PYTHON) -m pytest benchmarks/bench_*.py -q -p no:xdist -o filterwarnings=default \
+	    -o faulthandler_timeout=1200 --benchmark-columns=min,median \
+	    --benchmark-json=docs/_build/bench-$$(date +%s).json $(ARGS)
+	$(VENV_PYTHON) benchmarks/tables.py docs/_build/bench-*.json
 
 faults: $(INSTALLED) ## make every fault for real and write docs/reliability-table.md (most of an hour)
 	PYTHONPATH=tests $(VENV_PYTHON) -m faults.matrix $(ARGS)

@@ -3,7 +3,7 @@
     python benchmarks/tables.py RESULTS.json [MORE.json ...]
 
 A benchmark says in its `extra_info` which table, row and column it belongs to, and in which lap it was taken. Subjects
-are compared within a lap, side by side: a cell is the median over the laps.
+are compared within a lap, side by side: a cell is the median over the laps. Of two files, the later one counts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs" / "performance-tables.md"
 
-Laps = dict[int, float]
+Laps = dict[int, Any]
 
 
 class Table(NamedTuple):
@@ -61,9 +61,13 @@ def collected(files: list[Path]) -> dict[str, dict[str, dict[str, tuple[str, Lap
     for file in files:
         for result in json.loads(file.read_text())["benchmarks"]:
             info = result["extra_info"]
+            if "table" not in info:  # a benchmark that failed
+                continue
             kind = "value" if "value" in info else "time"
-            _, laps = cells[info["table"]][info["row"]].setdefault(info["column"], (kind, {}))
+            row = cells[info["table"]][info["row"]]
+            _, laps = row.get(info["column"], (kind, {}))
             laps[info.get("lap", 0)] = info.get("value", result["stats"]["min"])
+            row[info["column"]] = kind, laps
     return cells
 
 
@@ -75,6 +79,8 @@ def in_words(seconds: float) -> str:
 
 
 def cell(kind: str, laps: Laps, reference: Laps | None, table: Table) -> str:
+    if any(isinstance(value, str) for value in laps.values()):
+        return str(next(iter(laps.values())))
     middle = statistics.median(laps.values())
     if kind == "value":
         return f"{middle / 1000:.1f} kB" if table.unit == "kB" else f"{middle:.4g} {table.unit}".strip()

@@ -14,7 +14,7 @@ import compile_retry
 # test may. HYPOTHESIS_PROFILE=long draws others, many more, and shortens them.
 UNSHORTENED = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
 hypothesis.settings.register_profile("default", derandomize=True, deadline=None, database=None, phases=UNSHORTENED)
-hypothesis.settings.register_profile("long", max_examples=5000, deadline=None, print_blob=True)
+hypothesis.settings.register_profile("long", derandomize=False, max_examples=5000, deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
