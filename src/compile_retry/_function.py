@@ -15,7 +15,7 @@ import torch
 from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.utils.hooks import RemovableHandle
 
-from . import _looks
+from . import _live, _looks
 from ._breaker import WATCHED_CALLS, NextRetry
 from ._call import Conversion, Location
 from ._control import Control
@@ -63,6 +63,7 @@ class CompiledFunction(Generic[P, R]):
         self._calls = Counter()
         self._creation = Lock()
         self._compiled: Callable[P, R] = self._create_and_call
+        _live.register(self)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:  # the hot path is one function
         if is_dynamo_compiling():  # an outer compile traces through: be the plain function

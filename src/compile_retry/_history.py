@@ -1,12 +1,12 @@
 """How long some of a function's calls took, and what happened to it: bounded, and cheap enough to be always on.
 
-Not every call is timed: as many as make a picture, and all of the slow ones.
+Not every call is timed: as many as make a picture, from the first to the last, and after each event the next one.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -15,10 +15,11 @@ from .events import Event
 
 CallPath: TypeAlias = Literal["compiled", "mixed", "eager"]
 
-# Beyond this every second sample goes, and samples are taken half as often.
+# Beyond this every second sample goes, and from then on they are kept twice as far apart.
 _MOST = 512
 _MOST_EVENTS = 256
-# How many seconds apart samples are taken at first, and how many calls at most where the clock stands still.
+# How many seconds apart samples are taken at first. However fast the calls, one in so many is timed all the same, to
+# see at once if they become slow; not all that are timed are kept.
 _APART = 0.02
 _LONGEST_STRIDE = 1024
 
@@ -54,6 +55,8 @@ class History:
         self.next_call = 1
         self.events: deque[tuple[float, Event]] = deque(maxlen=_MOST_EVENTS)
         self._samples: list[Sample] = []
+        self._last: Sample | None = None  # that was timed
+        self._kept: dict[_Kind, Sample] = {}  # the last of its kind
         self._apart = _APART
         self._lock = Lock()
 
@@ -64,11 +67,18 @@ class History:
 
     def add(self, sample: Sample) -> None:
         with self._lock:
-            last = self._samples[-1] if self._samples else None
-            self._samples.append(sample)
+            last, self._last = self._last, sample
+            if self._is_worth_keeping(sample):
+                self._samples.append(sample)
+                self._kept[_kind(sample)] = sample
             if len(self._samples) > _MOST:
-                self._samples, self._apart = self._samples[::2], self._apart * 2
+                self._samples, self._apart = _every_second(self._samples), self._apart * 2
             self.next_call = sample.call + (1 if last is None else self._stride(last, sample))
+
+    def _is_worth_keeping(self, sample: Sample) -> bool:
+        """Until it is full every sample; then those that are as far from others of their kind as the old ones are."""
+        kept = self._kept.get(_kind(sample))
+        return kept is None or self._apart == _APART or sample.time - kept.time >= self._apart
 
     def add_event(self, event: Event) -> None:
         """After an event the next calls may run differently."""
@@ -85,3 +95,22 @@ class History:
         if seconds * _LONGEST_STRIDE <= calls * self._apart:
             return min(2 * calls, _LONGEST_STRIDE)
         return max(1, round(self._apart * calls / seconds))
+
+
+# What is drawn alike. A kind that is rare is not thinned out with one that is not.
+_Kind: TypeAlias = tuple[CallPath, bool]
+
+
+def _kind(sample: Sample) -> _Kind:
+    return sample.path, sample.attempted
+
+
+def _every_second(samples: list[Sample]) -> list[Sample]:
+    """Of each kind, from the oldest on."""
+    seen: Counter[_Kind] = Counter()
+    kept = []
+    for sample in samples:
+        if seen[_kind(sample)] % 2 == 0:
+            kept.append(sample)
+        seen[_kind(sample)] += 1
+    return kept

@@ -18,6 +18,7 @@ from compile_retry import (
     compile_with_fallback,
     compiled_function,
     is_transient,
+    report,
     set_strict,
 )
 from compile_retry.events import Event
@@ -114,6 +115,8 @@ def records(stats: CompileStats, failure: CompileFailure) -> None:
     assert_type(stats.compiled_fraction, float)
     assert_type(failure.frame, tuple[str, str, int])
     assert_type(failure.message, str)
+    assert_type(str(report()), str)
+    assert_type(report().show(), None)
 
 
 def testing() -> None:
