@@ -68,11 +68,11 @@ def test_plain_text() -> None:
 @pytest.mark.parametrize("width", [80, 140])
 def test_rich(width: int) -> None:
     """A table in colours; nothing is taken for markup, and a narrow terminal cuts nothing off."""
-    fn = failing("train_step", message="[red]not markup[/red]")
+    fn = failing("rich_table", message="[red]not markup[/red]")
     out = io.StringIO()
     Console(file=out, width=width, force_terminal=False).print(compile_retry.report())
     assert "[red]not markup[/red]" in " ".join(out.getvalue().split())
-    row = next(line for line in out.getvalue().splitlines() if line.split()[:1] == ["train_step"])
+    row = next(line for line in out.getvalue().splitlines() if line.split()[:1] == ["rich_table"])
     assert row.split()[1:8] == ["fallback", "1", "0", "0", "1", "1", "1"]
     assert row.split()[-3:] == ["in", "30", "s"]
     assert ("recovered" in out.getvalue()) == (width == 140)
