@@ -53,7 +53,7 @@ ci: ## run every check
 	.ci/run
 
 clean: ## remove what the other targets made, except .venv
-	rm -rf dist docs/_build .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # Also made anew: an environment that was left half-made, or whose Python is gone.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -8,7 +8,8 @@ with `@compile_with_fallback`. When training starts, the C++ compiler is really 
 long as a certain file exists. Some steps later that file is removed. Nobody tells the train step. It runs eagerly,
 tries again when its policy says so, and at the first attempt that succeeds goes over to compiled code.
 
-Then a second process does the same training with a compiler that was never broken, and the two are compared.
+Then a second process does the same training with a compiler that was never broken, and the two are compared. A picture
+of the first training is saved at the end: `--plot PATH` says where.
 
 The exit status is 0 if the story came true and 1 if it did not; how fast anything was does not matter for it. On a
 machine without a C++ compiler everything runs eagerly to the end, and the demo says so. It needs a POSIX shell.
@@ -43,10 +44,12 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from compile_retry import CompileState, CompileStats, RetryPolicy, compile_with_fallback, set_strict
+from compile_retry.plotting import plot_timeline
 
 BATCH = 128
 CHANNELS = 16
 TEST_IMAGES = 360
+PICTURE = Path(__file__).parent.parent / "build" / "timeline.png"
 WARM_UP = 3  # so many steps are left out before a speed is taken
 
 
@@ -135,10 +138,12 @@ class Training:
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, total_iters=steps)
         self.criterion = nn.CrossEntropyLoss()
         self.steps = steps
+        self.took = 0.0  # seconds, all in all
         self.seconds: dict[StepKind, list[float]] = {"eager": [], "compiled": [], "attempt": []}
 
     def run(self, name: str, before_step: Callable[[int], None] = lambda step: None) -> None:
         """Train under a progress bar. What is logged meanwhile appears above it."""
+        began = time.perf_counter()
         seldom = 0.1 if sys.stderr.isatty() else 10.0  # a file should not fill up with bars
         with logging_redirect_tqdm(), tqdm(range(1, self.steps + 1), name, unit="step", mininterval=seldom) as bar:
             for step in bar:
@@ -149,6 +154,7 @@ class Training:
                 self.seconds[kind].append(seconds)
                 speed = "" if math.isnan(rate := self.rate(kind)) else f" {rate:.0f} steps/s"
                 bar.set_postfix_str(f"loss {loss:.3f}, {kind}{speed}", refresh=False)
+        self.took = time.perf_counter() - began
 
     def step(self) -> tuple[float, float]:
         """Forward, backward, and the optimizer's update. Returns how many seconds it took, and the loss."""
@@ -309,7 +315,7 @@ class Heat(NamedTuple):
     recovered: float
 
 
-def tell(plan: Plan, folder: Path) -> bool:
+def tell(plan: Plan, folder: Path, picture: Path) -> bool:
     """The whole story. Returns whether it came true."""
     real = real_compiler()
     compiler = None if real is None else Compiler(real, folder)
@@ -331,6 +337,7 @@ def tell(plan: Plan, folder: Path) -> bool:
             claims["it recovered by itself, and has run compiled code since"] = recovered
             claims["the other run never failed"] = report.stats.compiled_calls == plan.steps
             claims["both read the test images equally well, within noise"] = within_noise(accuracy, report.accuracy)
+    draw(picture, training.took)
     return verdict(claims)
 
 
@@ -358,6 +365,19 @@ def compare(plan: Plan, ours: Training, cache: Path, cxx: str) -> tuple[Report, 
             other.send("go")
             heats.append(Heat(never_failed=other.recv(), recovered=ours.heat()))
     return report, heats
+
+
+def draw(path: Path, seconds: float) -> None:
+    """Save a picture of the training, without the heats that came after it."""
+    # Not before the heats: a process that has imported it takes the same steps a fifth more slowly. And not pyplot:
+    # there may be no display.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    plot_timeline(train_step, figure.subplots()).set_xlim(right=1.03 * seconds)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    say(f"\n>>> a picture of the training: {path}")
 
 
 def within_noise(a: float, b: float) -> bool:
@@ -410,7 +430,9 @@ def verdict(claims: dict[str, bool]) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="the same story, shorter")
-    plan = SMOKE if parser.parse_args().smoke else WHOLE
+    parser.add_argument("--plot", type=Path, default=PICTURE, metavar="PATH", help="where to save the picture")
+    arguments = parser.parse_args()
+    plan = SMOKE if arguments.smoke else WHOLE
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout)
     try:
         # Not strict, whatever the environment says: the failures are to be survived.
@@ -418,7 +440,7 @@ def main() -> int:
             set_strict(False),
             tempfile.TemporaryDirectory(prefix="compile-retry-demo-", ignore_cleanup_errors=True) as folder,
         ):
-            return 0 if tell(plan, Path(folder)) else 1
+            return 0 if tell(plan, Path(folder), arguments.plot.absolute()) else 1
     except EOFError:
         say("\n>>> the other process ended before its time: see above")
         return 1

@@ -10,6 +10,7 @@ from ._decorator import compile_with_fallback, compiled_function
 from ._failures import CompileFailure, is_transient
 from ._function import CompiledFunction
 from ._policy import RetryPolicy
+from ._report import report
 from ._stats import CompileState, CompileStats
 from ._steps import mark_step_end
 from ._strict import set_strict
@@ -25,6 +26,7 @@ __all__ = [
     "compiled_function",
     "is_transient",
     "mark_step_end",
+    "report",
     "set_strict",
 ]
 

@@ -1,13 +1,13 @@
 """How long some of a function's calls took, and what happened to it: bounded, and cheap enough to be always on.
 
-Not every call is timed: as many as make a picture, and all of the slow ones.
+Not every call is timed: as many as make a picture, from the first to the last, and after each event the next one.
 """
 
 from __future__ import annotations
 
 import statistics
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -16,10 +16,11 @@ from .events import Event
 
 CallPath: TypeAlias = Literal["compiled", "mixed", "eager"]
 
-# Beyond this every second sample goes, and samples are taken half as often.
+# When there are so many every second sample goes, and from then on they are kept twice as far apart.
 _MOST = 512
 _MOST_EVENTS = 64
-# How many seconds apart samples are taken at first, and how many calls at most where the clock stands still.
+# How many seconds apart samples are taken at first. However fast the calls, one in so many is timed all the same, to
+# see at once if they become slow; not all that are timed are kept.
 _APART = 0.02
 _LONGEST_STRIDE = 1024
 
@@ -48,6 +49,11 @@ Began: TypeAlias = tuple[float, int]
 _PATHS: tuple[CallPath, ...] = ("compiled", "mixed", "eager")
 
 
+def _kind(sample: Sample) -> int:
+    """What is drawn alike. A kind that is rare is not thinned out with one that is not."""
+    return len(_PATHS) * sample.attempted + _PATHS.index(sample.path)
+
+
 class _Samples:
     """A table of them: made at once, because what grows in small pieces looks like a leak."""
 
@@ -65,15 +71,18 @@ class _Samples:
         self.length += 1
 
     def thin_out(self) -> None:
-        """Drop every second one."""
-        kept = range(0, self.length, 2)
-        for row, old in enumerate(kept):
-            self._put(row, self[old])
-        self.length = len(kept)
+        """Of each kind, drop every second one."""
+        seen: Counter[int] = Counter()
+        length, self.length = self.length, 0
+        for row in range(length):
+            sample = self[row]
+            if seen[_kind(sample)] % 2 == 0:
+                self.append(sample)
+            seen[_kind(sample)] += 1
 
     def _put(self, row: int, sample: Sample) -> None:
         self._times[row], self._calls[row], self._seconds[row] = sample.time, sample.call, sample.seconds
-        self._kinds[row] = len(_PATHS) * sample.attempted + _PATHS.index(sample.path)
+        self._kinds[row] = _kind(sample)
 
 
 class History:
@@ -85,6 +94,8 @@ class History:
         self.next_call = 1
         self.events: deque[tuple[float, Event]] = deque(maxlen=_MOST_EVENTS)
         self._samples: _Samples | None = None
+        self._last: tuple[float, int] | None = None  # time and number of the last call that was timed
+        self._kept: dict[int, float] = {}  # when the last sample of a kind was taken
         self._apart = _APART
         self._lock = Lock()
 
@@ -100,12 +111,19 @@ class History:
         with self._lock:
             if self._samples is None:
                 self._samples = _Samples()
-            samples = self._samples
-            self.next_call = sample.call + (self._stride(samples[samples.length - 1], sample) if samples.length else 1)
-            samples.append(sample)
-            if samples.length == _MOST:
-                samples.thin_out()
+            last, self._last = self._last, (sample.time, sample.call)
+            self.next_call = sample.call + (1 if last is None else self._stride(last, sample))
+            if self._is_worth_keeping(sample):
+                self._samples.append(sample)
+                self._kept[_kind(sample)] = sample.time
+            if self._samples.length == _MOST:
+                self._samples.thin_out()
                 self._apart *= 2
+
+    def _is_worth_keeping(self, sample: Sample) -> bool:
+        """Until the table was full every sample; then those as far from others of their kind as the old ones are."""
+        kept = self._kept.get(_kind(sample))
+        return kept is None or self._apart == _APART or sample.time - kept >= self._apart
 
     def add_event(self, event: Event) -> None:
         """Remember an event. After it the next calls may run differently, so they are timed."""
@@ -117,8 +135,8 @@ class History:
         seen = [sample.seconds for sample in self.samples if sample.path == path and not sample.attempted]
         return statistics.median(seen) if seen else None
 
-    def _stride(self, last: Sample, sample: Sample) -> int:
-        calls, seconds = max(1, sample.call - last.call), sample.time - last.time
+    def _stride(self, last: tuple[float, int], sample: Sample) -> int:
+        calls, seconds = max(1, sample.call - last[1]), sample.time - last[0]
         if seconds * _LONGEST_STRIDE <= calls * self._apart:
             return min(2 * calls, _LONGEST_STRIDE)
         return max(1, round(self._apart * calls / seconds))

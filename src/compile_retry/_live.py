@@ -1,28 +1,28 @@
-"""The decorated functions there are in this process. Keeps none of them alive."""
+"""Which decorated functions there are. Keeps none of them alive."""
 
 from __future__ import annotations
 
 import itertools
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
-
-from ._locks import Lock
 
 if TYPE_CHECKING:
     from ._function import CompiledFunction
 
-_lock = Lock()
-_numbers = itertools.count()
-_functions: weakref.WeakValueDictionary[int, CompiledFunction[..., Any]] = weakref.WeakValueDictionary()
+# By number, in order of creation. Only touched by dictionary methods that are one C call each: a lock would be of no
+# use, since functions are collected in the middle of whatever a thread does, also while it holds the lock.
+_live: dict[int, weakref.ref[CompiledFunction[..., Any]]] = {}
+_next_number = itertools.count().__next__
 
 
 def register(function: CompiledFunction[..., Any]) -> None:
-    """Add a function that has just been made."""
-    with _lock:
-        _functions[next(_numbers)] = function
+    """Count a function among the live ones for as long as it lives."""
+    number = _next_number()
+    _live[number] = weakref.ref(function, partial(_live.pop, number))
 
 
 def functions() -> list[CompiledFunction[..., Any]]:
-    """Those that are still there, in the order in which they were made."""
-    with _lock:
-        return list(_functions.values())
+    """All decorated functions that are alive, in order of creation."""
+    found = (reference() for reference in _live.copy().values())
+    return [function for function in found if function is not None]

@@ -19,6 +19,7 @@ from compile_retry import (
     compiled_function,
     instrumentation,
     is_transient,
+    report,
     set_strict,
 )
 from compile_retry.events import Event
@@ -117,6 +118,8 @@ def records(stats: CompileStats, failure: CompileFailure) -> None:
     assert_type(stats.compiled_fraction, float)
     assert_type(failure.frame, tuple[str, str, int])
     assert_type(failure.message, str)
+    assert_type(str(report()), str)
+    assert_type(report().show(), None)
 
 
 def testing() -> None:

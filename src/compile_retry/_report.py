@@ -1,0 +1,204 @@
+"""How all decorated functions stand: for a terminal, a notebook or a machine."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ._breaker import NextRetry
+from ._failures import CompileFailure
+from ._live import functions
+from ._stats import CompileState, CompileStats
+
+if TYPE_CHECKING:
+    from rich.console import ConsoleOptions, RenderableType
+    from rich.table import Table
+
+_EMPTY = "compile_retry: no decorated function is alive"
+_HEADINGS = (
+    "function",
+    "state",
+    "calls",
+    "compiled",
+    "mixed",
+    "eager",
+    "attempts",
+    "failed",
+    "recovered",
+    "compiling",
+    "next attempt",
+)
+_TEXT_COLUMNS = frozenset({"function", "state", "next attempt"})  # the others are numbers
+# Rich would squeeze all columns into a narrow terminal; these two go first.
+_WIDE_COLUMNS = frozenset({"recovered", "compiling"})
+_WIDE = 110
+
+_RICH_STYLES = {
+    CompileState.PENDING: "dim",
+    CompileState.COMPILED: "green",
+    CompileState.FALLBACK: "yellow",
+    CompileState.GAVE_UP: "bold red",
+}
+# On light and on dark pages; the state is also there in words.
+_HTML_COLOURS = {
+    CompileState.PENDING: "#888888",
+    CompileState.COMPILED: "#009e73",
+    CompileState.FALLBACK: "#e69f00",
+    CompileState.GAVE_UP: "#d55e00",
+}
+
+
+@dataclass(frozen=True)
+class FunctionReport:
+    """How one function stands."""
+
+    name: str
+    state: CompileState
+    stats: CompileStats
+    last_failure: CompileFailure | None
+    next_retry: NextRetry | None
+
+    def cells(self) -> tuple[str, ...]:
+        """One for each heading."""
+        s = self.stats
+        books = (s.calls, s.compiled_calls, s.mixed_calls, s.eager_calls, s.attempts, s.failures, s.recoveries)
+        seconds = f"{s.compile_seconds:.1f} s"
+        return self.name, self.state.value, *map(str, books), seconds, str(self.next_retry or "")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        failure, next_retry = self.last_failure, self.next_retry
+        return {
+            "name": self.name,
+            "state": self.state.value,
+            "stats": self.stats.as_dict(),
+            "last_failure": None if failure is None else {**asdict(failure), "frame": list(failure.frame)},
+            "next_retry": None if next_retry is None else asdict(next_retry),
+        }
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """What :func:`report` returns: a snapshot. A table for `print`, for rich and in a notebook.
+
+    Attributes:
+        functions: One record per function, with `name`, `state`, `stats`, `last_failure` and `next_retry`.
+    """
+
+    functions: tuple[FunctionReport, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as ``{"functions": [...]}``: dictionaries, lists, strings and numbers, as JSON takes them."""
+        return {"functions": [function.as_dict() for function in self.functions]}
+
+    def show(self) -> None:
+        """Print it: in colours where rich is installed, otherwise as plain text."""
+        try:
+            import rich
+        except ImportError:
+            print(self)  # noqa: T201  # that is what it is for
+        else:
+            rich.print(self)
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    __repr__ = __str__  # what an interactive session shows
+
+    def _lines(self) -> Iterator[str]:
+        if not self.functions:
+            yield _EMPTY
+            return
+        rows = [_HEADINGS, *(function.cells() for function in self.functions)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            yield "  ".join(map(_aligned, _HEADINGS, row, widths)).rstrip()
+        for name, failure in self._failures():
+            yield f"{name}: {_in_words(failure)}"
+
+    def _failures(self) -> Iterator[tuple[str, CompileFailure]]:
+        for function in self.functions:
+            if function.last_failure is not None:
+                yield function.name, function.last_failure
+
+    def __rich_console__(self, console: object, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.text import Text  # texts, not strings: a message may look like markup
+
+        if not self.functions:
+            yield Text(_EMPTY)
+            return
+        yield self._rich_table(frozenset() if options.max_width >= _WIDE else _WIDE_COLUMNS)
+        for name, failure in self._failures():
+            yield Text.assemble((name, "bold"), ": ", _in_words(failure))
+
+    def _rich_table(self, left_out: frozenset[str]) -> Table:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+        for heading in _HEADINGS:
+            if heading not in left_out:
+                folds = heading in _TEXT_COLUMNS
+                table.add_column(heading, justify="left" if folds else "right", overflow="fold", no_wrap=not folds)
+        for function in self.functions:
+            styles = {"function": "bold", "state": _RICH_STYLES[function.state]}
+            cells = zip(_HEADINGS, function.cells(), strict=True)
+            table.add_row(*(Text(text, styles.get(heading, "")) for heading, text in cells if heading not in left_out))
+        return table
+
+    def _repr_html_(self) -> str:
+        if not self.functions:
+            return f"<p>{_EMPTY}</p>"
+        headings = "".join(f'<th style="{_alignment(heading)}">{heading}</th>' for heading in _HEADINGS)
+        rows = "".join(map(_html_row, self.functions))
+        failures = "".join(_html_failure(name, failure) for name, failure in self._failures())
+        return f"<table><thead><tr>{headings}</tr></thead><tbody>{rows}</tbody></table>{failures}"
+
+
+def report() -> Report:
+    """How every decorated function of this process stands that is alive: state, books, last failure, next attempt.
+
+    Modules that were compiled in place are among them. In order of decoration.
+
+    Returns:
+        A snapshot. Print it, call its ``show()``, let a notebook display it, or take its ``as_dict()``.
+
+    Example:
+        >>> @compile_with_fallback
+        ... def train_step(x):
+        ...     return x.sin()
+        >>> report().as_dict()["functions"][-1]["state"]
+        'pending'
+    """
+    return Report(
+        tuple(FunctionReport(fn.name, fn.state, fn.stats, fn.last_failure, fn.next_retry) for fn in functions())
+    )
+
+
+def _in_words(failure: CompileFailure) -> str:
+    function, file, line = failure.frame
+    return f"attempt {failure.attempt} failed in call {failure.call}: {failure}, compiling {function} ({file}:{line})"
+
+
+def _aligned(heading: str, cell: str, width: int) -> str:
+    return cell.ljust(width) if heading in _TEXT_COLUMNS else cell.rjust(width)
+
+
+def _alignment(heading: str) -> str:
+    return f"text-align:{'left' if heading in _TEXT_COLUMNS else 'right'}"
+
+
+def _html_row(function: FunctionReport) -> str:
+    def cell(heading: str, text: str) -> str:
+        mark = f";border-left:4px solid {_HTML_COLOURS[function.state]}" if heading == "state" else ""
+        return f'<td style="{_alignment(heading)}{mark}">{html.escape(text)}</td>'
+
+    return f"<tr>{''.join(map(cell, _HEADINGS, function.cells()))}</tr>"
+
+
+def _html_failure(name: str, failure: CompileFailure) -> str:
+    summary, traceback = html.escape(f"{name}: {_in_words(failure)}"), html.escape(failure.traceback)
+    return f"<details><summary>{summary}</summary><pre>{traceback}</pre></details>"

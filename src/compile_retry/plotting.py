@@ -1,0 +1,158 @@
+"""Pictures of what happened to a decorated function. They need matplotlib: ``pip install 'compile-retry[plot]'``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from types import MethodType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ._decorator import compiled_function
+from ._function import CompiledFunction
+from ._history import CallPath, Sample
+from .events import AttemptFailed, Compiled, Event, GaveUp, Recovered
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["plot_timeline"]
+
+
+class _Look(NamedTuple):
+    marker: str
+    colour: str
+
+
+# Okabe and Ito's colours, which colour-blind people can tell apart, in an order that is also one of lightness in print.
+_PATHS: dict[CallPath, _Look] = {
+    "compiled": _Look("o", "#0072B2"),
+    "mixed": _Look("s", "#E69F00"),
+    "eager": _Look("^", "#D55E00"),
+}
+_MARKS: dict[type[Event], _Look] = {
+    AttemptFailed: _Look("x", "black"),
+    Recovered: _Look("*", "#009E73"),
+    GaveUp: _Look("X", "#CC79A7"),
+}
+_ATTEMPT_COLOUR = "#BBBBBB"
+# Where the slowest call takes so many times as long as the fastest, the scale is logarithmic.
+_SPAN = 20
+
+
+def plot_timeline(fn: CompiledFunction[..., Any] | torch.nn.Module, ax: Axes | None = None) -> Axes:
+    """Draw how long a function's calls took, what ran in them, and when there were attempts, failures and recoveries.
+
+    Each call is a point: at the time when it was over, in seconds since the first call that is remembered, by the
+    policy's clock. Its colour and shape say whether it ran compiled code, eagerly, or both; it is hollow if something
+    was compiled in it, or failed to be. Attempts are grey bands; failures, recoveries and giving up are marks on the
+    upper edge. Not every call is there: of a long run some 500, from all of it.
+
+    Args:
+        fn: A :class:`~compile_retry.CompiledFunction`, or a module that was compiled in place.
+        ax: The axes to draw in; by default those of a new figure.
+
+    Returns:
+        The axes; ``ax.figure.savefig("timeline.png")`` saves the picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        TypeError: `fn` was not decorated with :func:`~compile_retry.compile_with_fallback`.
+        ValueError: Nothing has been recorded yet.
+    """
+    function = _function(fn)
+    history = function._control.journal.history
+    samples, events = history.samples, tuple(history.events)
+    if not samples:
+        raise ValueError(f"there is nothing to show yet: {function.name} has not been called, or no call has returned")
+    start = min([sample.time - sample.seconds for sample in samples])
+    if ax is None:
+        ax = _new_axes()
+    _draw_attempts(ax, [(time - start, event) for time, event in events])
+    for path in _PATHS:
+        _draw_calls(ax, path, [sample for sample in samples if sample.path == path], start)
+    for kind in _MARKS:
+        _draw_marks(ax, kind, [time - start for time, event in events if isinstance(event, kind)])
+    _label(ax, function.name, [sample.seconds for sample in samples])
+    return ax
+
+
+def _function(fn: object) -> CompiledFunction[..., Any]:
+    if isinstance(fn, torch.nn.Module):
+        return compiled_function(fn)
+    function = fn.__func__ if isinstance(fn, MethodType) else fn
+    if not isinstance(function, CompiledFunction):
+        raise TypeError(f"fn must be decorated with compile_with_fallback(); {fn!r} is not")
+    return function
+
+
+def _new_axes() -> Axes:
+    try:
+        from matplotlib import pyplot as plt
+    except ImportError as exc:
+        raise ImportError("plot_timeline() needs matplotlib: pip install 'compile-retry[plot]'") from exc
+    return plt.subplots(figsize=(8, 4), layout="constrained")[1]
+
+
+def _draw_calls(ax: Axes, path: CallPath, samples: Sequence[Sample], start: float) -> None:
+    marker, colour = _PATHS[path]
+    for attempted in (False, True):
+        chosen = [sample for sample in samples if sample.attempted == attempted]
+        if chosen:
+            ax.scatter(
+                [sample.time - start for sample in chosen],
+                [sample.seconds for sample in chosen],
+                s=30 if attempted else 12,
+                marker=marker,
+                facecolors="none" if attempted else colour,
+                edgecolors=colour,
+                linewidths=1.2 if attempted else 0,
+                label=f"{path}, with an attempt" if attempted else path,
+                zorder=3,
+            )
+
+
+def _draw_attempts(ax: Axes, events: Iterable[tuple[float, Event]]) -> None:
+    """Grey bands from the beginning of each attempt to its end."""
+    ended = [(time, event.seconds) for time, event in events if isinstance(event, AttemptFailed | Compiled)]
+    if ended:
+        ax.broken_barh(
+            [(time - seconds, seconds) for time, seconds in ended],
+            (0, 1),
+            transform=ax.get_xaxis_transform(),
+            facecolors=_ATTEMPT_COLOUR,
+            edgecolors=_ATTEMPT_COLOUR,  # so that a short one is still a line
+            linewidth=0.8,
+            alpha=0.4,
+            label="attempt",
+            zorder=1,
+        )
+
+
+def _draw_marks(ax: Axes, kind: type[Event], times: Sequence[float]) -> None:
+    """At the upper edge, where there are no calls."""
+    if times:
+        marker, colour = _MARKS[kind]
+        ax.scatter(
+            times,
+            [1.0] * len(times),
+            s=110 if marker == "*" else 45,
+            marker=marker,
+            color=colour,
+            transform=ax.get_xaxis_transform(),
+            clip_on=False,
+            label="failure" if kind is AttemptFailed else kind.kind.replace("recovered", "recovery"),
+            zorder=4,
+        )
+
+
+def _label(ax: Axes, name: str, seconds: Sequence[float]) -> None:
+    if 0 < min(seconds) * _SPAN <= max(seconds):
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(bottom=0)
+    ax.set_title(name, loc="left", pad=12)
+    ax.set_xlabel("seconds since the first call")
+    ax.set_ylabel("seconds per call")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)

@@ -1,0 +1,81 @@
+"""The bounded history: what it keeps of a run, short or long."""
+
+from __future__ import annotations
+
+import bisect
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from compile_retry import RetryPolicy, compile_with_fallback
+from compile_retry._history import CallPath, History, Sample
+from compile_retry.plotting import plot_timeline
+from compile_retry.testing import FakeClock, fail_compiles
+from support import full_disk
+
+X = torch.ones(3)
+
+
+def run(clock: FakeClock, history: History, hours: float, seconds: float, path: CallPath = "compiled") -> None:
+    """So many hours of calls that take so many seconds; the library times those that the history asks for."""
+    call, end = history.samples[-1].call if history.samples else 0, clock() + 3600 * hours
+    while clock() < end:
+        chosen = max(history.next_call, call + 1)
+        clock.advance((chosen - call) * seconds)
+        call = chosen
+        history.add(Sample(clock(), call, path, seconds, attempted=False))
+
+
+def test_a_short_run_is_kept_whole() -> None:
+    """Every call that takes a while."""
+    clock = FakeClock()
+    fn = compile_with_fallback(lambda x: x.sin(), backend="eager", policy=RetryPolicy(wait=1, clock=clock))
+    for _ in range(100):
+        fn(X)
+        clock.advance(1)
+    drawn: Any = plot_timeline(fn, Figure().subplots()).collections
+    assert sum(len(points.get_offsets()) for points in drawn if points.get_label() != "attempt") == 100
+
+
+def test_a_long_run_is_kept_from_end_to_end() -> None:
+    """Fast calls and slow ones: the samples are spread over all of it, and there are not more of them."""
+    for seconds in (1e-5, 0.005, 1.0):
+        clock = FakeClock()
+        history = History(clock)
+        run(clock, history, hours=1 if seconds < 1e-3 else 10, seconds=seconds)
+        times = [sample.time for sample in history.samples]
+        assert 100 < len(times) <= 512
+        for share in (0.25, 0.5, 0.75):  # of the time, about that share of the samples
+            assert abs(bisect.bisect(times, share * clock()) / len(times) - share) < 0.25, (seconds, share)
+        assert times[-1] > 0.98 * clock()
+
+
+def test_a_rare_kind_outlives_a_frequent_one() -> None:
+    """A few eager seconds in a long compiled run stay in the picture."""
+    clock = FakeClock()
+    history = History(clock)
+    run(clock, history, 1, 0.005)
+    run(clock, history, 0.001, 0.01, "eager")
+    run(clock, history, 9, 0.005)
+    assert any(sample.path == "eager" for sample in history.samples)
+
+
+def test_what_is_kept_is_bounded() -> None:
+    """However many calls and events there are, and though the clock stands still."""
+    clock = FakeClock()
+    fn: Any = compile_with_fallback(
+        lambda x: x.sin(), backend="eager", policy=RetryPolicy(wait=None, wait_calls=1, clock=clock), name="f"
+    )
+    with fail_compiles(full_disk(), times=120):
+        for _ in range(1000):
+            fn(X)
+            clock.advance(5)
+    history = fn._control.journal.history
+    assert len(history.samples) <= 512
+    assert len(history.events) <= 256
+    still = History(clock)
+    for call in range(1, 3000):
+        still.add(Sample(clock(), call, "compiled", 0.0, attempted=False))
+    assert len(still.samples) <= 512
+    assert still.next_call <= 3000 + 1024  # it goes on looking

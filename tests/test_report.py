@@ -1,0 +1,155 @@
+"""`report()`: every live function, in a terminal, in a notebook and as a dictionary."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import json
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+import compile_retry
+from compile_retry import RetryPolicy, compile_with_fallback, compiled_function
+from compile_retry.testing import FakeClock
+from support import Compiler, first, full_disk
+
+X = torch.ones(3)
+
+
+def failing(name: str, n: int = 9, message: str = "") -> Any:
+    error = OSError(message) if message else full_disk()
+    fn = compile_with_fallback(
+        lambda x: x.sin(),
+        backend=Compiler(first(n, lambda: error)),
+        policy=RetryPolicy(wait=30, clock=FakeClock()),
+        name=name,
+    )
+    fn(X)
+    return fn
+
+
+def shown(name: str) -> dict[str, Any]:
+    (found,) = [row for row in compile_retry.report().as_dict()["functions"] if row["name"] == name]
+    assert isinstance(found, dict)
+    return found
+
+
+def test_a_function_that_failed() -> None:
+    """State, books, last failure and next attempt, ready for JSON."""
+    fn = failing("failed")
+    row = shown("failed")
+    assert (row["state"], row["stats"]) == ("fallback", fn.stats.as_dict())
+    assert row["last_failure"]["error_type"] == "builtins.OSError"
+    assert row["next_retry"] == {"calls": None, "seconds": 30.0, "at_least": 0.0}
+    assert json.loads(json.dumps(compile_retry.report().as_dict(), allow_nan=False)) == compile_retry.report().as_dict()
+
+
+def test_plain_text() -> None:
+    """One line per function, and one per last failure."""
+    functions = [failing("failed"), compile_with_fallback(lambda x: x, name="untouched")]
+    text = str(compile_retry.report())
+    assert text == repr(compile_retry.report())
+    lines = {line.split()[0]: line.split() for line in text.splitlines()}
+    assert lines["function"][:4] == ["function", "state", "calls", "compiled"]
+    assert lines["untouched"][1:3] == ["pending", "0"]
+    assert lines["failed"][1:8] == ["fallback", "1", "0", "0", "1", "1", "1"]
+    assert lines["failed"][-3:] == ["in", "30", "s"]
+    assert "failed: attempt 1 failed in call 1: OSError: [Errno 28] No space left on device, compiling" in text
+    assert len(functions) == 2
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_rich(width: int) -> None:
+    """A table in colours; nothing is taken for markup, and a narrow terminal cuts nothing off."""
+    fn = failing("rich_table", message="[red]not markup[/red]")
+    out = io.StringIO()
+    Console(file=out, width=width, force_terminal=False).print(compile_retry.report())
+    assert "[red]not markup[/red]" in " ".join(out.getvalue().split())
+    row = next(line for line in out.getvalue().splitlines() if line.split()[:1] == ["rich_table"])
+    assert row.split()[1:8] == ["fallback", "1", "0", "0", "1", "1", "1"]
+    assert row.split()[-3:] == ["in", "30", "s"]
+    assert ("recovered" in out.getvalue()) == (width == 140)
+    del fn
+
+
+def test_html_is_escaped() -> None:
+    """Names, messages and tracebacks are text; the traceback is folded away."""
+    fn = failing("<script>f</script>", message="<b>bold</b>")
+    page = compile_retry.report()._repr_html_()
+    assert "<script>" not in page
+    assert "<b>" not in page
+    assert "&lt;script&gt;f&lt;/script&gt;" in page
+    assert "<details><summary>" in page
+    assert "src=" not in page
+    del fn
+
+
+def test_show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With rich and without."""
+    fn = failing("train_step")
+    compile_retry.report().show()
+    assert "train_step" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "rich", None)
+    compile_retry.report().show()
+    assert capsys.readouterr().out == f"{compile_retry.report()}\n"
+    del fn
+
+
+def test_nothing_to_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Says so, everywhere."""
+    monkeypatch.setattr("compile_retry._live._live", {})
+    report, out = compile_retry.report(), io.StringIO()
+    Console(file=out).print(report)
+    assert str(report) == out.getvalue().strip() == "compile_retry: no decorated function is alive"
+    assert str(report) in report._repr_html_()
+    assert report.as_dict() == {"functions": []}
+
+
+def mine() -> list[str]:
+    return [row.name for row in compile_retry.report().functions if row.name.startswith("mine")]
+
+
+def test_all_that_live_in_order() -> None:
+    """Copies and modules too; what is dropped is forgotten."""
+    fn = compile_with_fallback(lambda x: x, name="mine1")
+    module = compile_with_fallback(torch.nn.Linear(1, 1), name="mine2")
+    copies = copy.deepcopy(module), copy.copy(fn), copy.deepcopy(fn)
+    assert mine() == ["mine1", "mine2", "mine2", "mine1", "mine1"]
+    assert compiled_function(copies[0]) is not compiled_function(module)
+    del copies, module
+    gc.collect()
+    assert mine() == ["mine1"]
+
+
+def test_threads() -> None:
+    """Functions come and go while others look."""
+    done, errors = threading.Event(), list[Exception]()
+
+    def look() -> None:
+        try:
+            while not done.is_set():
+                compile_retry.report()
+        except Exception as exc:
+            errors.append(exc)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    for _ in range(500):
+        compile_with_fallback(lambda x: x, name="mine")
+    done.set()
+    looking.join()
+    gc.collect()
+    assert (errors, mine()) == ([], [])
+
+
+def test_import_does_not_import_rich() -> None:
+    """Nor matplotlib."""
+    code = "import sys, compile_retry, compile_retry.plotting; assert not {'rich', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
