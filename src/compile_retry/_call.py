@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -120,8 +120,8 @@ class Tally:
         self.doubts: list[Doubt] = []
         self.fallen: list[Fallback] = []
         self.skipped: list[tuple[CodeType, dict[object, object]]] = []
-        # Events, with their log levels, that are told when no lock is held.
-        self.untold: list[tuple[Event, int | None]] = []
+        # Events that are told when no lock is held: what makes them, given the function's state, and their log levels.
+        self.untold: list[tuple[Callable[..., Event], int | None]] = []
 
     @property
     def graphs_before(self) -> int:

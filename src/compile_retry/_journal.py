@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from ._breaker import Breaker, Episode
@@ -55,16 +56,16 @@ class Journal:
     def tell(self, tally: Tally) -> None:
         """Tell what has been noted in this thread. To be called where no lock is held."""
         while tally.untold:
-            event, level = tally.untold.pop(0)
-            self._publish(event, level)
+            make, level = tally.untold.pop(0)
+            self._publish(make(state=self._state()), level)
 
     def _publish(self, event: Event, level: int | None) -> None:
         self.history.add_event(event)
         publish(event, level, self.hooks)
 
     def _note(self, kind: type[Event], tally: Tally, message: str, level: int | None, **details: Any) -> None:
-        common = {"function": self.name, "call": tally.call, "state": self._state(), "message": message}
-        tally.untold.append((kind(**{**common, **details}), level))
+        event = partial(kind, function=self.name, call=tally.call, message=message, **details)
+        tally.untold.append((event, level))
 
     def attempt_started(self, tally: Tally, graph: int) -> AbstractContextManager[None]:
         """To be told at once; and while the block lasts, now and then, that the attempt still runs."""
@@ -103,9 +104,7 @@ class Journal:
             AttemptFailed, tally, message, None if gave_up else logging.WARNING, failure=failure, seconds=seconds
         )
         if gave_up:
-            # A graph that was given up is noted after this.
-            state = self._state() if self._breaker.episode is not None else CompileState.GAVE_UP
-            self._note(GaveUp, tally, gave_up, logging.ERROR, failure=failure, state=state)
+            self._note(GaveUp, tally, gave_up, logging.ERROR, failure=failure)
         elif due is not None:
             self._note(RetryScheduled, tally, f"next attempt {due}", None, next_retry=due)
 
