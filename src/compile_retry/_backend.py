@@ -98,6 +98,7 @@ class GraphBackend:
             control.fell_back(Fallback(conversion.fingerprint, conversion.retrying), failure.kind, tally)
         if conversion.retrying is not None or control.compiles(conversion.fingerprint) > conversion.compiles:
             # Dynamo still has the fallback that was to be replaced, or by now another thread's code for such a frame.
+            control.fallbacks.remove(None, conversion.fingerprint)
             conversion.gave_way = True
             return False
         if conversion is not tally.conversion:

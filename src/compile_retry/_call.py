@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
+    from functools import partial
     from types import CodeType
 
     from ._breaker import Episode
@@ -121,7 +122,7 @@ class Tally:
         self.fallen: list[Fallback] = []
         self.skipped: list[tuple[CodeType, dict[object, object]]] = []
         # Events that are told when no lock is held: what makes them, given the function's state, and their log levels.
-        self.untold: list[tuple[Callable[..., Event], int | None]] = []
+        self.untold: list[tuple[partial[Event], int | None]] = []
 
     @property
     def graphs_before(self) -> int:

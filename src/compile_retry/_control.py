@@ -155,6 +155,8 @@ class Control:
         seconds = self._seconds(conversion)
         failure = self._judge(exc, stage, conversion, tally)
         self._book(failure, seconds, tally)
+        if is_strict():
+            self.fallbacks.remove(None, conversion.fingerprint)
         return failure
 
     def doubt(self, exc: BaseException, conversion: Conversion, tally: Tally) -> CompileFailure:
@@ -168,6 +170,8 @@ class Control:
             if conversion.retrying is not None:
                 self.fallbacks.remove(conversion.retrying)
             self.fell_back(fallback, failure.kind, tally)
+        if fallback is None or fallback.fingerprint != conversion.fingerprint:
+            self.fallbacks.remove(None, conversion.fingerprint)
         tally.unsettled = True
         doubt = Doubt(exc, failure, seconds, fallback, conversion, before, self.breaker.episode)
         tally.doubts.append(doubt)
@@ -175,7 +179,6 @@ class Control:
 
     def fell_back(self, fallback: Fallback, kind: FailureKind, tally: Tally) -> None:
         """Something runs eagerly from now on."""
-        self.fallbacks.remove(fallback.entry, fallback.fingerprint)
         self.fallbacks.add(fallback, kind)
         tally.fallen.append(fallback)
         tally.unsettled = True
@@ -257,6 +260,10 @@ class Control:
 
     def _judge(self, exc: BaseException, stage: FailureStage, conversion: Conversion, tally: Tally) -> CompileFailure:
         root, attempt, retry, last = root_cause(exc), 1, True, self.breaker.episode
+        # Before the episode begins: another thread's call must not take it for one that has no cause, or is over.
+        self.fallbacks.add(Fallback(conversion.fingerprint), "transient")
+        if last is None:
+            self._progress, self._clean_calls = False, 0
         if not is_strict():
             try:
                 attempt, retry = self.breaker.failed(root, tally.call, conversion.began)

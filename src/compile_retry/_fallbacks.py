@@ -48,8 +48,9 @@ class Fallbacks:
         self._permanent: list[Fallback] = []
 
     def add(self, fallback: Fallback, kind: FailureKind) -> None:
-        """Note that this runs eagerly from now on."""
+        """Note that this runs eagerly from now on, in place of what was noted of it before."""
         with self._lock:
+            self.remove(fallback.entry, fallback.fingerprint)
             (self._waiting if kind == "transient" else self._permanent).append(fallback)
 
     def remove(self, entry: CachedFrame | None, fingerprint: Fingerprint | None = None) -> None:

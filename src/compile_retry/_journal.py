@@ -57,7 +57,7 @@ class Journal:
         """Tell what has been noted in this thread. To be called where no lock is held."""
         while tally.untold:
             make, level = tally.untold.pop(0)
-            self._publish(make(state=self._state()), level)
+            self._publish(make() if "state" in make.keywords else make(state=self._state()), level)
 
     def _publish(self, event: Event, level: int | None) -> None:
         self.history.add_event(event)
@@ -104,7 +104,9 @@ class Journal:
             AttemptFailed, tally, message, None if gave_up else logging.WARNING, failure=failure, seconds=seconds
         )
         if gave_up:
-            self._note(GaveUp, tally, gave_up, logging.ERROR, failure=failure)
+            # Dynamo does not have yet what shows that a graph was given up.
+            state = {} if self._breaker.episode is not None else {"state": CompileState.GAVE_UP}
+            self._note(GaveUp, tally, gave_up, logging.ERROR, failure=failure, **state)
         elif due is not None:
             self._note(RetryScheduled, tally, f"next attempt {due}", None, next_retry=due)
 
