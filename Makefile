@@ -16,7 +16,7 @@ help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
 
 test: $(INSTALLED) ## run the tests and measure their coverage
-	$(VENV_PYTHON) -m pytest --cov
+	$(VENV_PYTHON) -m pytest --cov --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 bench: $(INSTALLED) ## measure and write docs/performance-tables.md (half an hour; ARGS="-k compiled": some of it)
 	mkdir -p docs/_build

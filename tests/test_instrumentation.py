@@ -567,7 +567,7 @@ assert "opentelemetry.sdk" not in sys.modules
 from compile_retry.events import Compiled
 from compile_retry.instrumentation._switchboard import switchboard
 from compile_retry import CompileState
-event = Compiled(function="f", call=1, state=CompileState.COMPILED, message="", graph=1, seconds=1.0)
+event = Compiled(time=0.0, function="f", call=1, state=CompileState.COMPILED, message="", graph=1, seconds=1.0)
 import timeit
 print("us", min(timeit.repeat(lambda: switchboard.tell(event, None), number=1000, repeat=5)) * 1e3)
 """)

@@ -196,13 +196,13 @@ class Control:
         fallen, tally.fallen = tally.fallen, []
         tally.unsettled = False
         for fallback in fallen:
-            fallback.looks = looks
+            fallback.looks, fallback.new = looks, False
         if program_raised:
             for doubt in reversed(doubts):
                 if doubt.fallback is not None:
                     self.fallbacks.remove(None, doubt.fallback.fingerprint)
                     if doubt.conversion.retrying is not None:  # it waits as before
-                        waits = Fallback(doubt.conversion.fingerprint, doubt.conversion.retrying, looks)
+                        waits = Fallback(doubt.conversion.fingerprint, doubt.conversion.retrying, looks, new=False)
                         self.fallbacks.add(waits, "transient")
                 self.breaker.withdraw(doubt.during, doubt.before)
             return

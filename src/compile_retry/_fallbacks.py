@@ -27,16 +27,18 @@ class Fallback:
         fingerprint: The frame.
         entry: Dynamo's cache entry for it; None where Dynamo itself failed and made none.
         looks: What the call that it fell back in looked like; known when that call is over.
+        new: That call is not over. Dynamo may not have stored the entry yet.
     """
 
     fingerprint: Fingerprint
     entry: CachedFrame | None = None
     looks: Looks | None = None
+    new: bool = True
 
     @property
     def alive(self) -> bool:
         """Whether it still runs eagerly. A reset of Dynamo by the user sweeps cache entries away."""
-        return self.entry is None or self.entry.alive
+        return self.new or self.entry is None or self.entry.alive
 
 
 class Fallbacks:

@@ -92,7 +92,7 @@ class History:
         self.clock = clock
         # The next call that is to be timed.
         self.next_call = 1
-        self.events: deque[tuple[float, Event]] = deque(maxlen=_MOST_EVENTS)
+        self.events: deque[Event] = deque(maxlen=_MOST_EVENTS)
         self._samples: _Samples | None = None
         self._last: tuple[float, int] | None = None  # time and number of the last call that was timed
         self._kept: dict[int, float] = {}  # when the last sample of a kind was taken
@@ -127,7 +127,7 @@ class History:
 
     def add_event(self, event: Event) -> None:
         """Remember an event. After it the next calls may run differently, so they are timed."""
-        self.events.append((self.clock(), event))
+        self.events.append(event)
         self.next_call = 0
 
     def seconds_per_call(self, path: CallPath) -> float | None:

@@ -64,7 +64,9 @@ class Journal:
         publish(event, level, self.hooks)
 
     def _note(self, kind: type[Event], tally: Tally, message: str, level: int | None, **details: Any) -> None:
-        event = partial(kind, function=self.name, call=tally.call, message=message, **details)
+        event = partial(
+            kind, function=self.name, call=tally.call, time=self.history.clock(), message=message, **details
+        )
         tally.untold.append((event, level))
 
     def attempt_started(self, tally: Tally, graph: int) -> AbstractContextManager[None]:
@@ -76,8 +78,16 @@ class Journal:
 
         def still(seconds: float) -> None:
             message = f"still compiling graph {graph} of call {call}, {seconds:.0f} s"
-            common = {"function": self.name, "call": call, "state": self._state(), "message": message}
-            self._publish(StillCompiling(**common, graph=graph, seconds=seconds), logging.WARNING)  # type: ignore[arg-type]  # of the dictionary's values
+            event = StillCompiling(
+                function=self.name,
+                call=call,
+                time=self.history.clock(),
+                state=self._state(),
+                message=message,
+                graph=graph,
+                seconds=seconds,
+            )
+            self._publish(event, logging.WARNING)
 
         return heartbeat(still)
 

@@ -47,6 +47,7 @@ class Event:
         kind: What happened, in a word or two; the same for all events of a class.
         function: Name of the decorated function.
         call: The call in which it happened, from 1.
+        time: When it happened, by the policy's clock. Hooks may be told of what happens in two threads in either order.
         state: How the function stands after it.
         message: The same in words.
     """
@@ -54,6 +55,7 @@ class Event:
     kind: ClassVar[str] = ""
     function: str
     call: int
+    time: float
     state: CompileState
     message: str
 

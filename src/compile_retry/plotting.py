@@ -68,11 +68,11 @@ def plot_timeline(fn: CompiledFunction[..., Any] | torch.nn.Module, ax: Axes | N
     start = min([sample.time - sample.seconds for sample in samples])
     if ax is None:
         ax = _new_axes()
-    _draw_attempts(ax, [(time - start, event) for time, event in events])
+    _draw_attempts(ax, [(event.time - start, event) for event in events])
     for path in _PATHS:
         _draw_calls(ax, path, [sample for sample in samples if sample.path == path], start)
     for kind in _MARKS:
-        _draw_marks(ax, kind, [time - start for time, event in events if isinstance(event, kind)])
+        _draw_marks(ax, kind, [event.time - start for event in events if isinstance(event, kind)])
     _label(ax, function.name, [sample.seconds for sample in samples])
     return ax
 
