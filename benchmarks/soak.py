@@ -308,7 +308,7 @@ def _round(soak: Soak, rng: random.Random, wait_calls: int = 40) -> None:
 def _too_early(events: list[Event], wait_calls: int) -> Iterator[tuple[int, int]]:
     due = 0
     for event in sorted(events, key=lambda event: event.time):
-        if event.kind == "recovered":
+        if event.kind in {"recovered", "swept away"}:
             due = 0
         elif isinstance(event, AttemptFailed):
             if event.failure.call < due:

@@ -338,3 +338,23 @@ def test_ddp(where: str) -> None:
     assert function.stats.failures == 2
     assert function.state is CompileState.COMPILED
     assert function.stats.compiled_calls >= 2
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore:.*barrier.*:UserWarning")
+def test_ddp_with_buckets_that_dynamo_cannot_divide() -> None:
+    """Torch raises before there is a graph, also in frames that Dynamo would have passed over: the step goes on."""
+    plain = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+    twin = copy.deepcopy(plain)
+    model = torch.nn.parallel.DistributedDataParallel(plain, bucket_cap_mb=0.0001)
+    compile_with_fallback(model, backend=Compiler(), policy=EVERY_CALL)
+    for _ in range(3):
+        x = torch.randn(4, 8)
+        losses = [net(x).pow(2).mean() for net in (model, twin)]
+        torch.testing.assert_close(*losses)
+        for loss in losses:
+            loss.backward()
+    for ours, theirs in zip(plain.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    stats = compiled_function(model).stats
+    assert (stats.calls, stats.compiled_calls) == (3, 0)

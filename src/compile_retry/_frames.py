@@ -31,7 +31,7 @@ class FrameConverter:
         if internals.is_disabled():
             return internals.run_eagerly(inner_frames=False)
         if not internals.concerns_dynamo(frame):
-            return _passed_over(self._inner(frame, cache_entry, frame_state))
+            return self._pass_over(frame, cache_entry, frame_state)
         if self._control.given_up.get(frame.f_code) is frame_state:
             return _passed_over(internals.skip_for_good())
         tally = self._control.per_thread.tally
@@ -45,6 +45,20 @@ class FrameConverter:
             return self._in_turn(conversion, tally, frame, cache_entry, frame_state)
         finally:
             self._control.journal.tell(tally)
+
+    def _pass_over(self, frame: Frame, cache_entry: object, frame_state: FrameState) -> ConvertFrameReturn:
+        """Let Dynamo say that this frame is none of its business.
+
+        On the way to that it may fail all the same, for one over how DistributedDataParallel divides its buckets. It
+        fails over that again in a frame that does concern it, and there it counts.
+        """
+        try:
+            return _passed_over(self._inner(frame, cache_entry, frame_state))
+        except Exception as exc:
+            if is_strict() or is_fatal(exc) or internals.is_deliberate_limit(exc):
+                raise
+            release(exc)
+            return internals.run_eagerly(inner_frames=True)
 
     def _in_turn(
         self, conversion: Conversion, tally: Tally, frame: Frame, cache_entry: object, frame_state: FrameState
