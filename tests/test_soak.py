@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import threading
 from collections.abc import Iterator
+from multiprocessing.pool import Pool
 
 import pytest
 import torch
@@ -24,10 +26,17 @@ def _no_log_records() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
+@pytest.fixture(scope="module")
+def process() -> Iterator[Pool]:
+    """Another process, in which no other test has left anything that grows."""
+    with multiprocessing.get_context("spawn").Pool(1, initializer=logging.disable) as pool:
+        yield pool
+
+
 @pytest.mark.parametrize("regime", soak.REGIMES)
-def test_held_off_calls_leave_nothing_behind(regime: soak.Regime) -> None:
+def test_held_off_calls_leave_nothing_behind(process: Pool, regime: soak.Regime) -> None:
     """A hundred thousand of them: no file, thread, callback or object, and no memory to speak of."""
-    growth = soak.held_off(regime, 100_000)
+    growth = process.apply(soak.held_off, (regime, 100_000))
     print(growth)  # noqa: T201  # for the docs
     assert (growth.files, growth.threads, growth.callbacks) == (0, 0, 0)
     assert growth.objects < 0.001
@@ -36,9 +45,9 @@ def test_held_off_calls_leave_nothing_behind(regime: soak.Regime) -> None:
 
 
 @pytest.mark.parametrize("position", soak.POSITIONS)
-def test_failed_attempts_leave_no_more_behind_than_torch_does(position: soak.Position) -> None:
+def test_failed_attempts_leave_no_more_behind_than_torch_does(process: Pool, position: soak.Position) -> None:
     """Hundreds of them: no file, thread or callback, and no more objects than stock torch.compile keeps."""
-    ours, stock = soak.failed_attempts(position, 200)
+    ours, stock = process.apply(soak.failed_attempts, (position, 200))
     print(f"{position}\n  ours  {ours}\n  stock {stock}")  # noqa: T201  # for the docs
     assert (ours.files, ours.threads, ours.callbacks) == (0, 0, 0)
     assert ours.objects < stock.objects + 3  # torch's own vary by one or two
