@@ -106,10 +106,11 @@ class Journal:
         elif failure.kind == "permanent":
             message = what
             gave_up = f"{where} cannot be compiled: {failure}; it runs eagerly and will not be tried again"
-        elif due is None:
+        elif due is None and self._breaker.episode is not None:
             message, gave_up = what, f"{what}; giving up, running eagerly until reset() or retry_now()"
         else:
-            message, gave_up = f"{what}; running eagerly, next attempt {due}", ""
+            # Without a due moment another thread's call has ended the episode in the meantime.
+            message, gave_up = f"{what}; running eagerly, next attempt {due or 'when it is called'}", ""
         self._note(
             AttemptFailed, tally, message, None if gave_up else logging.WARNING, failure=failure, seconds=seconds
         )
