@@ -310,7 +310,7 @@ def _too_early(events: list[Event], wait_calls: int) -> Iterator[tuple[int, int]
     for event in sorted(events, key=lambda event: event.time):
         if event.kind in {"recovered", "swept away"}:
             due = 0
-        elif isinstance(event, AttemptFailed) and event.failure.stage == "backend":  # others are booked later
+        elif isinstance(event, AttemptFailed):
             if event.failure.call < due:
                 yield event.failure.call, due
             due = event.failure.call + wait_calls

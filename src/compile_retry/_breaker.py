@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -74,6 +75,16 @@ class Episode:
         return call >= 2 * self.due_call - self.failed_in_call or now >= 2 * self.due_time - self.failed_at
 
 
+class Probe:
+    """One call's leave to attempt. The call holds it, and nobody else: with the call's frame it is gone.
+
+    So it shows that the call is over also where an interrupt has kept it from saying so, or its thread has died.
+    """
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+
+
 class Breaker:
     """Decides which calls may attempt. One per decorated function, shared by its threads."""
 
@@ -81,31 +92,32 @@ class Breaker:
         self.policy = policy
         self.episode: Episode | None = None
         self._lock = Lock()
-        self._prober: int | None = None  # the thread whose call is the probe
+        self._probe: weakref.ref[Probe] | None = None
 
-    def let_through(self, call: int, *, is_calling: Callable[[int], bool] = lambda thread: True) -> bool:
-        """Whether this call, made during an episode, becomes the probe. If so, `probe_ended` must follow.
+    def let_through(self, call: int) -> Probe | None:
+        """What makes this call, made during an episode, the probe; None if it may not be. `probe_ended` must follow.
 
-        A call within a probe of the same thread must not ask. So if the thread that asks is the prober, an interrupt
-        has kept its last probe from ending. That may have happened to another thread, too, or it is gone.
+        A call within a probe of the same thread must not ask. So if the thread that asks has a probe, an interrupt has
+        kept that from ending.
 
         Args:
             call: The call's number.
-            is_calling: Whether a thread is in a call.
         """
-        episode, this, prober = self.episode, threading.get_ident(), self._prober
+        episode, last = self.episode, self._probe
         if episode is None or not episode.is_due(call, self.policy.clock):
-            return False
-        if prober is not None and prober != this and is_calling(prober):
-            return False
+            return None
+        probe, running = Probe(), last() if last is not None else None
+        if running is not None and running.thread != probe.thread:
+            return None
         with self._lock:
-            won = self._prober == prober and self.episode is episode
-            self._prober = this if won else self._prober
-            return won
+            if self._probe is not last or self.episode is not episode:
+                return None
+            self._probe = weakref.ref(probe)
+            return probe
 
     def probe_ended(self) -> None:
         """Let others through."""
-        self._prober = None
+        self._probe = None
 
     def is_long_overdue(self, call: int) -> bool:
         """Whether whoever had a claim to the due moment has let it pass."""

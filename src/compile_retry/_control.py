@@ -154,7 +154,7 @@ class Control:
         """An attempt failed: hold off as the policy says, and book it."""
         seconds = self._seconds(conversion)
         failure = self._judge(exc, stage, conversion, tally)
-        self._book(failure, seconds, tally)
+        self._book(failure, conversion, seconds, tally)
         if is_strict():
             self.fallbacks.remove(None, conversion.fingerprint)
         return failure
@@ -208,7 +208,7 @@ class Control:
             return
         self.given_up.update(skipped)
         for doubt in doubts:
-            self._book(doubt.failure, doubt.seconds, tally)
+            self._book(doubt.failure, doubt.conversion, doubt.seconds, tally)
         if doubts and is_strict():
             raise doubts[0].exc
 
@@ -232,15 +232,16 @@ class Control:
                 self.fallbacks.forget(waiting=True, looks=looks)
         if self.fallbacks.any_waiting() and self._clean_calls < WATCHED_CALLS:
             return
+        now = self.policy.clock()  # before another thread's failure can begin the next episode
         if self.breaker.end(probed) is None:
             return
         self.fallbacks.forget(waiting=True)
         self.turns.forget()
         if self._progress or looks is not None:
             self.books.recoveries.add()
-            self.journal.recovered(tally, probed)
+            self.journal.recovered(tally, probed, now)
         else:
-            self.journal.swept_away(tally)
+            self.journal.swept_away(tally, now)
 
     # What users may do
 
@@ -287,11 +288,11 @@ class Control:
             traceback=format_traceback(exc),
         )
 
-    def _book(self, failure: CompileFailure, seconds: float, tally: Tally) -> None:
+    def _book(self, failure: CompileFailure, conversion: Conversion, seconds: float, tally: Tally) -> None:
         self.books.attempts.add()
         self.books.failures.add()
         self.last_failure = failure
-        self.journal.failed(tally, failure, seconds)
+        self.journal.failed(tally, failure, began=conversion.began, seconds=seconds)
 
     def _seconds(self, conversion: Conversion) -> float:
         return self.policy.clock() - conversion.began

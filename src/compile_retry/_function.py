@@ -71,12 +71,12 @@ class CompiledFunction(Generic[P, R]):
         call, control = self._calls.add(), self._control
         tally, episode = control.per_thread.tally, control.breaker.episode
         began = (self._clock(), tally.attempts) if call >= control.journal.history.next_call else None
-        probing = False
-        if episode is not None and not (tally.probing and self._is_in_call(above=sys._getframe(1))):
+        probe = None
+        if episode is not None and not (tally.probing and self._is_called_by(sys._getframe(1))):
             tally.probing = None  # an interrupt may have left it
             if call >= episode.due_call or self._clock() >= episode.due_time:
-                probing = control.breaker.let_through(call, is_calling=self._is_in_call)
-            straight = not probing and not control.has_code and call > episode.failed_in_call + WATCHED_CALLS
+                probe = control.breaker.let_through(call)
+            straight = not probe and not control.has_code and call > episode.failed_in_call + WATCHED_CALLS
             if straight and not control.step.matters():
                 control.books.eager_calls.add()
                 return self.eager(*args, **kwargs) if began is None else self._timed(call, began, args, kwargs)
@@ -84,14 +84,14 @@ class CompiledFunction(Generic[P, R]):
         compiled, eager = tally.compiled, tally.eager
         tally.started = compiled + eager
         try:
-            if probing and episode is not None:
+            if probe and episode is not None:
                 control.probe_begins(tally, call, episode)
             result = self._compiled(*args, **kwargs)
         except BaseException:
-            self._over((compiled, eager), args, kwargs, probing=probing, raised=True)
+            self._over((compiled, eager), args, kwargs, probing=probe is not None, raised=True)
             raise
-        if tally.eager != eager or tally.compiled == compiled or tally.unsettled or probing or began is not None:
-            self._over((compiled, eager), args, kwargs, probing=probing, began=began)
+        if tally.eager != eager or tally.compiled == compiled or tally.unsettled or probe or began is not None:
+            self._over((compiled, eager), args, kwargs, probing=probe is not None, began=began)
         else:
             control.books.compiled_calls.add()
         return result
@@ -144,9 +144,8 @@ class CompiledFunction(Generic[P, R]):
     def _looks(self, args: tuple[object, ...], kwargs: dict[str, object]) -> _looks.Looks:
         return _looks.of_call((getattr(self.eager, "__self__", None), *args), kwargs)
 
-    def _is_in_call(self, thread: int | None = None, *, above: FrameType | None = None) -> bool:
-        """Whether a thread is in a call of this function, or whoever runs this frame is."""
-        frame = above if thread is None else sys._current_frames().get(thread)
+    def _is_called_by(self, frame: FrameType | None) -> bool:
+        """Whether a call of this function is among this frame and those that called it."""
         while frame is not None:
             if frame.f_code is _CALL and frame.f_locals.get("self") is self:
                 return True

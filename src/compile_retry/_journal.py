@@ -63,10 +63,17 @@ class Journal:
         self.history.add_event(event)
         publish(event, level, self.hooks)
 
-    def _note(self, kind: type[Event], tally: Tally, message: str, level: int | None, **details: Any) -> None:
-        event = partial(
-            kind, function=self.name, call=tally.call, time=self.history.clock(), message=message, **details
-        )
+    def _note(
+        self,
+        kind: type[Event],
+        tally: Tally,
+        message: str,
+        level: int | None,
+        time: float | None = None,
+        **details: Any,
+    ) -> None:
+        time = self.history.clock() if time is None else time
+        event = partial(kind, function=self.name, call=tally.call, time=time, message=message, **details)
         tally.untold.append((event, level))
 
     def attempt_started(self, tally: Tally, graph: int) -> AbstractContextManager[None]:
@@ -95,7 +102,9 @@ class Journal:
         message = f"compiled in call {tally.call}"
         self._note(Compiled, tally, message, logging.INFO if first else None, graph=graph, seconds=seconds)
 
-    def failed(self, tally: Tally, failure: CompileFailure, seconds: float) -> None:
+    def failed(self, tally: Tally, failure: CompileFailure, *, began: float, seconds: float) -> None:
+        """What failed inside Dynamo is noted when its call is over, with the time at which it failed."""
+        time = began + seconds
         if failure.attempt == 1:
             self._not_compiled_before = self._books.not_compiled
         where = in_words(failure.frame)
@@ -111,33 +120,33 @@ class Journal:
         else:
             # Without a due moment another thread's call has ended the episode in the meantime.
             message, gave_up = f"{what}; running eagerly, next attempt {due or 'when it is called'}", ""
-        self._note(
-            AttemptFailed, tally, message, None if gave_up else logging.WARNING, failure=failure, seconds=seconds
-        )
+        level = None if gave_up else logging.WARNING
+        self._note(AttemptFailed, tally, message, level, time, failure=failure, seconds=seconds)
         if gave_up:
             # Dynamo does not have yet what shows that a graph was given up.
             state = {} if self._breaker.episode is not None else {"state": CompileState.GAVE_UP}
-            self._note(GaveUp, tally, gave_up, logging.ERROR, failure=failure, **state)
+            self._note(GaveUp, tally, gave_up, logging.ERROR, time, failure=failure, **state)
         elif due is not None:
-            self._note(RetryScheduled, tally, f"next attempt {due}", None, next_retry=due)
+            self._note(RetryScheduled, tally, f"next attempt {due}", None, time, next_retry=due)
 
-    def recovered(self, tally: Tally, episode: Episode) -> None:
-        seconds = self._breaker.policy.clock() - episode.started
+    def recovered(self, tally: Tally, episode: Episode, time: float) -> None:
+        seconds = time - episode.started
         attempts = "1 failed attempt" if episode.failures == 1 else f"{episode.failures} failed attempts"
         self._note(
             Recovered,
             tally,
             f"recovered in call {tally.call}, after {attempts} and {seconds:.3g} s; running compiled code",
             logging.WARNING,
+            time,
             seconds=seconds,
             failures=episode.failures,
             attempt_seconds=episode.spent,
             eager_calls=self.eager_calls,
         )
 
-    def swept_away(self, tally: Tally) -> None:
-        message = "what had fallen back is gone, as after torch._dynamo.reset(); called again, it is compiled anew"
-        self._note(SweptAway, tally, message, logging.INFO)
+    def swept_away(self, tally: Tally, time: float) -> None:
+        message = "what had fallen back is gone, as after torch.compiler.reset(); called again, it is compiled anew"
+        self._note(SweptAway, tally, message, logging.INFO, time)
 
     @property
     def eager_calls(self) -> int:

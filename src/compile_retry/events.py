@@ -132,7 +132,7 @@ class Recovered(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class SweptAway(Event):
-    """What had fallen back is gone without having been compiled, as after ``torch._dynamo.reset()``."""
+    """What had fallen back is gone without having been compiled, as after ``torch.compiler.reset()``."""
 
     kind = "swept away"
 
