@@ -119,7 +119,7 @@ def attempt(compiler: internals.Compiler, graph_module: GraphModule, example_inp
     for fault in tuple(faults):
         fault(which)
     with internals.compiling_backward_too():
-        code = compiler(graph_module, example_inputs)
+        code = internals.innermost(compiler(graph_module, example_inputs))
     return _generated(graph_module) if getattr(code, "__self__", None) is graph_module else code
 
 

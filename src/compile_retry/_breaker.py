@@ -8,6 +8,7 @@ attempt until an attempt of its own fails, which holds everybody off again.
 from __future__ import annotations
 
 import math
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -78,11 +79,12 @@ class Episode:
 class Probe:
     """One call's leave to attempt. The call holds it, and nobody else: with the call's frame it is gone.
 
-    So it shows that the call is over also where an interrupt has kept it from saying so, or its thread has died.
+    So it shows that the call is over also where an interrupt has kept it from saying so, or its thread has died. In a
+    forked child the frames of threads that are not there stay, so it knows its process too.
     """
 
     def __init__(self) -> None:
-        self.thread = threading.get_ident()
+        self.process, self.thread = os.getpid(), threading.get_ident()
 
 
 class Breaker:
@@ -92,32 +94,32 @@ class Breaker:
         self.policy = policy
         self.episode: Episode | None = None
         self._lock = Lock()
-        self._probe: weakref.ref[Probe] | None = None
+        self.probe: weakref.ref[Probe] | None = None
 
     def let_through(self, call: int) -> Probe | None:
         """What makes this call, made during an episode, the probe; None if it may not be. `probe_ended` must follow.
 
         A call within a probe of the same thread must not ask. So if the thread that asks has a probe, an interrupt has
-        kept that from ending.
+        kept that from ending; and if another process has it, this one was forked from that.
 
         Args:
             call: The call's number.
         """
-        episode, last = self.episode, self._probe
+        episode, last = self.episode, self.probe
         if episode is None or not episode.is_due(call, self.policy.clock):
             return None
         probe, running = Probe(), last() if last is not None else None
-        if running is not None and running.thread != probe.thread:
+        if running is not None and running.process == probe.process and running.thread != probe.thread:
             return None
         with self._lock:
-            if self._probe is not last or self.episode is not episode:
+            if self.probe is not last or self.episode is not episode:
                 return None
-            self._probe = weakref.ref(probe)
+            self.probe = weakref.ref(probe)
             return probe
 
     def probe_ended(self) -> None:
         """Let others through."""
-        self._probe = None
+        self.probe = None
 
     def is_long_overdue(self, call: int) -> bool:
         """Whether whoever had a claim to the due moment has let it pass."""

@@ -60,7 +60,8 @@ class CompiledFunction(Generic[P, R]):
         self.name = name if name is not None else _name_of(fn)
         self._options = options
         self._control = Control(self.name, _location(fn), policy)
-        self._calls = Counter()
+        self._breaker, self._history = self._control.breaker, self._control.journal.history
+        self._begin = Counter().add
         self._creation = Lock()
         self._compiled: Callable[P, R] = self._create_and_call
         _live.register(self)
@@ -68,23 +69,23 @@ class CompiledFunction(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:  # the hot path is one function
         if is_dynamo_compiling():  # an outer compile traces through: be the plain function
             return self.eager(*args, **kwargs)
-        call, control = self._calls.add(), self._control
-        tally, episode = control.per_thread.tally, control.breaker.episode
-        began = (self._clock(), tally.attempts) if call >= control.journal.history.next_call else None
-        probe = None
-        if episode is not None and not (tally.probing and self._is_called_by(sys._getframe(1))):
-            tally.probing = None  # an interrupt may have left it
+        call, control, probe = self._begin(), self._control, None
+        episode, is_timed = self._breaker.episode, call >= self._history.next_call
+        if episode is not None and not (self._breaker.probe and self._is_within_probe(sys._getframe(1))):
             if call >= episode.due_call or self._clock() >= episode.due_time:
-                probe = control.breaker.let_through(call)
-            straight = not probe and not control.has_code and call > episode.failed_in_call + WATCHED_CALLS
+                probe = self._breaker.let_through(call)
+            straight = not probe and call > episode.failed_in_call + WATCHED_CALLS and not control.has_code
             if straight and not control.step.matters():
                 control.books.eager_calls.add()
-                return self.eager(*args, **kwargs) if began is None else self._timed(call, began, args, kwargs)
+                return self.eager(*args, **kwargs) if not is_timed else self._timed(call, args, kwargs)
+            control.per_thread.tally.probing = None  # an interrupt may have left it
+        tally = control.per_thread.tally
+        began = (self._clock(), tally.attempts) if is_timed else None
         tally.call = call
         compiled, eager = tally.compiled, tally.eager
         tally.started = compiled + eager
         try:
-            if probe and episode is not None:
+            if probe and episode:
                 control.probe_begins(tally, call, episode)
             result = self._compiled(*args, **kwargs)
         except BaseException:
@@ -132,9 +133,10 @@ class CompiledFunction(Generic[P, R]):
                 control.journal.took(tally, path, began)
             control.journal.tell(tally)
 
-    def _timed(self, call: int, began: Began, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+    def _timed(self, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
         """A held-off call that is timed."""
         journal, tally = self._control.journal, self._control.per_thread.tally
+        began = self._clock(), tally.attempts
         result = self.eager(*args, **kwargs)
         tally.call = call
         journal.took(tally, "eager", began)
@@ -144,12 +146,13 @@ class CompiledFunction(Generic[P, R]):
     def _looks(self, args: tuple[object, ...], kwargs: dict[str, object]) -> _looks.Looks:
         return _looks.of_call((getattr(self.eager, "__self__", None), *args), kwargs)
 
-    def _is_called_by(self, frame: FrameType | None) -> bool:
-        """Whether a call of this function is among this frame and those that called it."""
-        while frame is not None:
-            if frame.f_code is _CALL and frame.f_locals.get("self") is self:
-                return True
-            frame = frame.f_back
+    def _is_within_probe(self, frame: FrameType | None) -> bool:
+        """Whether this frame runs within a call of this function that has been let through."""
+        if self._control.per_thread.tally.probing is not None:
+            while frame is not None:
+                if frame.f_code is _CALL and frame.f_locals.get("self") is self:
+                    return True
+                frame = frame.f_back
         return False
 
     def _create_and_call(self, *args: P.args, **kwargs: P.kwargs) -> R:

@@ -61,7 +61,7 @@ class Step:
 
     def matters(self) -> bool:
         """Whether frames have to be told apart: what runs now may run again, or runs again what ran before."""
-        return bool(self._ran) or may_run_again()
+        return may_run_again() or self._ran != {}
 
     def ran_eagerly(self, *frames: Hashable, plainly: bool) -> None:
         """Note that these run eagerly now, if a backward pass may run them again.

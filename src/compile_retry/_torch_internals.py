@@ -126,7 +126,11 @@ def make_compiler(backend: object, mode: str | None, options: dict[str, Any] | N
 
 
 def innermost(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The function below ``torch.compile``. Since 2.0; Dynamo compiles that one too if it is compiled twice."""
+    """The function below ``torch.compile`` or ``torch.compiler.disable``. Since 2.0.
+
+    Dynamo itself unwraps what it compiles a second time, and what a backend returns. Behind our wrapper it could not
+    see that the latter is disabled already, and each graph would be switched off twice in each call.
+    """
     inner: Callable[..., Any] = torch._dynamo.eval_frame.innermost_fn(fn)
     return inner
 
