@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from compile_retry import _doctor
+from compile_retry import _doctor, _doctor_process
 from compile_retry.__main__ import main
 
 NAMES = [
@@ -40,6 +41,15 @@ exec sleep 600
 FAILS = """#!/bin/sh
 case "$*" in *.main.cpp*) echo "x.cpp:1: internal compiler error: told to" >&2; exit 1 ;; esac
 exec g++ "$@"
+"""
+
+# Makes libraries that do something else.
+MAKES = """#!/bin/sh
+case "$*" in *doctor.cpp*) ;; *) exec g++ "$@" ;; esac
+while [ "$1" != -o ]; do shift; done
+echo '#include <cstdlib>
+extern "C" int compile_retry_doctor(int n) { @BODY@ }' > "$2.cpp"
+exec g++ -shared -fPIC -o "$2" "$2.cpp"
 """
 
 
@@ -146,10 +156,68 @@ def test_no_compiler(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_compiler_that_fails(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it fails in a new cache directory as well, the usual one is not suspected."""
     install_compiler(place, FAILS, monkeypatch)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(place / "triton"))
     checks = examine(status=1)
     assert checks["C++ compiler"]["status"] == "ok"
     assert "internal compiler error: told to; fails in a new cache directory, too" in checks["compile"]["detail"]
     assert "poisoned" not in str(checks)
+    assert_nothing_is_left(place)
+
+
+@pytest.mark.usefixtures("scalar")
+def test_headers_cannot_be_precompiled(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without openssl."""
+    (place / "bin").mkdir()
+    programs = {file.name: file for folder in os.get_exec_path()[::-1] for file in Path(folder).glob("*")}
+    for name in programs.keys() - {"openssl"}:
+        (place / "bin" / name).symlink_to(programs[name])
+    monkeypatch.setenv("PATH", str(place / "bin"))
+    monkeypatch.setenv("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "1")
+    checks = examine(status=1)
+    assert checks["compile"]["detail"].endswith("; works without precompiled headers")
+    assert checks["compile"]["remedy"] == "install openssl, or set TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS=0"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return 7;", "what it compiles gives wrong results"),
+        ("abort();", "the process died of signal 6 (Aborted)"),
+        ("for (;;) ;", "it took too long"),
+        ("this is not C++", "error:"),
+    ],
+)
+def test_a_compiler_that_makes_bad_libraries(
+    body: str, said: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those with which the process crashes, or hangs where no signal is looked at until it is killed."""
+    install_compiler(place, MAKES.replace("@BODY@", body), monkeypatch)
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # it is not about inductor
+    checks = examine("--timeout", "20", status=1)
+    assert checks["C++ compiler"]["status"] == "failed"
+    assert said in checks["C++ compiler"]["detail"]
+
+
+def test_a_torch_that_cannot_compile(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something that Dynamo needs cannot be imported; no check is made that would only say so again."""
+    (place / "sympy.py").write_text("raise ImportError('an installation that is broken')")
+    monkeypatch.setenv("PYTHONPATH", str(place))
+    checks = examine(status=1)
+    assert "an installation that is broken" in checks["versions"]["detail"]
+    assert checks["C++ compiler"]["detail"] == "not reached: see versions"
+
+
+def test_interrupted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Ctrl-C: what it has started ends with it."""
+    install_compiler(place, HANGS, monkeypatch)
+    pid = place / "pid"
+    interrupter = threading.Thread(
+        target=lambda: (wait_until(lambda: pid.exists() and pid.read_text().strip() != ""), signal.raise_signal(2))
+    )
+    interrupter.start()
+    assert doctor().exit_code == 1
+    interrupter.join()
+    assert not is_alive(int(pid.read_text()))
     assert_nothing_is_left(place)
 
 
@@ -186,7 +254,7 @@ def wait_until(condition: Any) -> None:
     due = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < due
-        time.sleep(0.05)
+        time.sleep(0.05)  # for another process, of which nothing else can be waited for
 
 
 @pytest.mark.usefixtures("scalar")
@@ -271,6 +339,32 @@ def test_gpus(facts: dict[str, Any], status: str, detail: str) -> None:
     """Made-up findings: there was no GPU to ask."""
     check = _doctor._CHECKS["GPU"]("GPU", facts)
     assert (check.status, check.detail) == (status, detail)
+
+
+@pytest.mark.parametrize(
+    ("name", "facts", "status", "detail"),
+    [
+        ("cache directory", {"error": "ImportError: x"}, "failed", "ImportError: x"),
+        ("cache directory", {"path": "/c", "free": 2**29}, "warning", "/c, 0.5 GiB free"),
+        ("C++ compiler", {"error": "OSError: [Errno 28] No space left on device"}, "failed", "OSError: [Errno 28] No"),
+        ("C++ compiler", {"path": "g++", "error": "no omp.h"}, "failed", "g++: no omp.h"),
+        ("vector instructions", {"error": "OSError"}, "failed", "OSError"),
+        ("vector instructions", {"processor": ["a"], "found": [], "found elsewhere": ["a"]}, "failed", "none, but a"),
+        ("vector instructions", {"processor": ["a", "b"], "found": ["a"]}, "ok", "a (not b)"),
+        ("compile", {"compiled": False}, "failed", "torch.compile ran eagerly"),
+    ],
+)
+def test_findings(name: str, facts: dict[str, Any], status: str, detail: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up ones: to have a disk get full just then, or a processor lack something, is more than a test can do."""
+    findings = _doctor_process.Findings({name: facts}, None, "")
+    monkeypatch.setattr(_doctor, "ask", lambda mode, seconds: findings if mode != "elsewhere" else _nothing())
+    check = checks_of(doctor("--json").stdout)[name]
+    assert check["status"] == status
+    assert check["detail"].startswith(detail)
+
+
+def _nothing() -> _doctor_process.Findings:
+    return _doctor_process.Findings({}, "elsewhere", "it took too long")
 
 
 @pytest.mark.parametrize("arguments", [["--timeout", "soon"], ["--timeout", "0"], ["--no-such-option"]])

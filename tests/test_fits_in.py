@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import inspect
 import io
 import pickle
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import compile_retry
 from compile_retry import CompiledFunction, CompileState, RetryPolicy, compile_with_fallback, compiled_function
 from module_level import double
 from support import Compiler, first
@@ -340,6 +342,13 @@ def test_ddp(where: str) -> None:
     assert function.stats.compiled_calls >= 2
 
 
+def test_an_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the package is imported, before anything else fails for reasons that nobody understands."""
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9.1"))
+    with pytest.raises(ImportError, match=r"needs torch 2\.10 or later, this is 2\.9\.1"):
+        importlib.reload(compile_retry)
+
+
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.filterwarnings("ignore:.*barrier.*:UserWarning")
 def test_ddp_with_buckets_that_dynamo_cannot_divide() -> None:
@@ -358,3 +367,5 @@ def test_ddp_with_buckets_that_dynamo_cannot_divide() -> None:
         torch.testing.assert_close(ours.grad, theirs.grad)
     stats = compiled_function(model).stats
     assert (stats.calls, stats.compiled_calls) == (3, 0)
+    with compile_retry.set_strict(True), pytest.raises(AssertionError):
+        model(torch.randn(4, 8))

@@ -135,6 +135,14 @@ def test_modules_methods_and_given_axes() -> None:
     assert plot_timeline(trainer.step, lower) is lower  # type: ignore[arg-type]  # bound, which types do not tell
 
 
+def test_no_attempts() -> None:
+    """Calls that all ran eagerly because the user wants it so."""
+    fn = compile_with_fallback(torch.sin, backend="eager", name="step")
+    with torch.compiler.set_stance("force_eager"):
+        fn(X)
+    assert set(series(plot_timeline(fn))) >= {"eager"}
+
+
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Say what is wrong and what would help."""
     with pytest.raises(ValueError, match="nothing to show yet: f has not been called"):

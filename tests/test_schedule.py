@@ -327,3 +327,48 @@ def test_transitions_are_told_once() -> None:
     assert [event.kind for event in events] == [*failed, *failed, "attempt started", "compiled", "recovered"]
     assert [event.call for event in events] == [*[1] * 3, *[11] * 3, *[21] * 3]
     assert [e.next_retry for e in events if isinstance(e, RetryScheduled)] == [NextRetry(10, None)] * 2
+
+
+@pytest.mark.parametrize("action", ["retry_now", "reset"])
+def test_whatever_another_thread_does_at_whatever_moment(action: str) -> None:
+    """The clock is read between all decisions: what it does there another thread may do. The function recovers."""
+    for moment in range(1, 40):
+        fn, compiler = during_which_another_thread_acts(action, moment)
+        assert fn.state is CompileState.COMPILED, moment
+        assert (fn.stats.calls, fn.stats.failures, fn.stats.attempts) == (8, 2, compiler.asked)
+
+
+def during_which_another_thread_acts(action: str, moment: int) -> tuple[CompiledFunction[..., Any], Compiler]:
+    """Eight calls, a second apart, the first two attempts failing. At a reading of the clock something else happens."""
+    readings, now = 0, 0.0
+
+    def clock() -> float:
+        nonlocal readings
+        readings += 1
+        if readings == moment:
+            getattr(fn, action)()
+        return now
+
+    compiler = Compiler(first(2))
+    fn = compile_with_fallback(sine, backend=compiler, policy=RetryPolicy(wait=1, max_overhead=1, clock=clock))
+    for _ in range(8):
+        torch.testing.assert_close(fn(X), X.sin())
+        now += 1
+    return fn, compiler
+
+
+@pytest.mark.parametrize("action", ["retry_now", "reset"])
+def test_a_strategy_during_which_another_thread_acts(action: str) -> None:
+    """What it says of the episode that is over is not used: it is asked again."""
+    asked: list[int] = []
+
+    def wait(retry_state: tenacity.RetryCallState) -> float:
+        asked.append(retry_state.attempt_number)
+        if len(asked) == 2:
+            getattr(fn, action)()
+        return 2.0
+
+    fn = compile_with_fallback(sine, backend=Compiler(first(2)), policy=RetryPolicy(wait=None, wait_calls=wait))
+    assert attempts_in(fn, 8) == [1, 3, 5]
+    assert asked == [1, 2, 1 if action == "reset" else 2]
+    assert fn.state is CompileState.COMPILED

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch._inductor import codecache, cpu_vec_isa
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback
 from compile_retry._failures import suggests_damaged_cache
@@ -97,6 +99,19 @@ def test_an_unusable_cache_directory(cache: Path, monkeypatch: pytest.MonkeyPatc
     assert fn.last_failure is not None
     assert fn.last_failure.error_type in ("builtins.NotADirectoryError", "builtins.FileExistsError")
     assert os.environ["TRITON_CACHE_DIR"] == str(cache / "triton")
+
+
+def test_an_unusable_directory_that_nobody_has_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the environment names none, it does not name another one afterwards. (Torch itself puts its default in.)"""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    Path(default_cache_dir()).touch()
+    fn = compile_with_fallback(waves, policy=EVERY_CALL)
+    with torch._inductor.config.patch(cpp_cache_precompile_headers=False):
+        for _ in range(3):
+            monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+            torch.testing.assert_close(fn(torch.ones(66)), waves(torch.ones(66)))
+            assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir())
+    assert fn.state is CompileState.COMPILED
 
 
 @pytest.mark.parametrize("variable", ["a file", "unset"])

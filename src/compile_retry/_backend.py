@@ -23,10 +23,6 @@ Code: TypeAlias = Callable[..., Any]
 faults: list[Callable[[Attempt], None]] = []
 
 
-class HeldOffError(Exception):
-    """No attempt may be made now; the frame is to be run eagerly."""
-
-
 class GraphBackend:
     """The backend that ``torch.compile`` is given: wraps the user's own for one decorated function."""
 
@@ -42,14 +38,13 @@ class GraphBackend:
         # `mode` and `options`, which torch hands back to a callable backend, are in the compiler already.
         control = self._control
         tally = control.per_thread.tally
-        # Under the stances "eager_then_compile" and "aot_eager_then_compile" torch asks the backend behind the frame
-        # callback's back. Then nobody is there to give way to, nor to remember a fallback.
-        conversion = tally.conversion or Conversion(control.location, (), (), (), began=control.policy.clock())
-        if not control.may_attempt(tally, conversion.fingerprint):
-            if tally.conversion is None:
+        conversion = tally.conversion
+        if conversion is None:
+            # Under the stances "eager_then_compile" and "aot_eager_then_compile" torch asks the backend behind the
+            # frame callback's back. Then nobody has asked yet, and nobody will remember a fallback.
+            conversion = Conversion(control.location, (), (), (), began=control.policy.clock())
+            if not control.may_attempt(tally, conversion.fingerprint):
                 return _counted_eager(graph_module.forward, control.per_thread)
-            conversion.gave_way = True
-            raise HeldOffError(control.name)
         if control.breaker.episode is not None or control.interrupted:
             heal()
             control.interrupted = False

@@ -48,8 +48,6 @@ def _versions() -> Facts:
     from . import _torch_inductor as inductor
 
     inductor.check_supported()
-    import torch._inductor.compile_fx
-
     own = metadata.version("compile-retry")
     return {"python": platform.python_version(), "torch": str(torch.__version__), "compile_retry": own}
 
@@ -85,7 +83,8 @@ def _compiler() -> Facts:
     command = cxx_compiler()
     said = _run(command, "--version")
     facts = {"path": shutil.which(command) or command, "version": (said.stdout or said.stderr).partition("\n")[0]}
-    if sys.platform in ("win32", "darwin"):  # other flags, and OpenMP in places of inductor's choice: the compile tells
+    # There are other flags there, and OpenMP is in places of inductor's choice: the compile tells.
+    if sys.platform in ("win32", "darwin"):  # pragma: no cover  # of other systems
         return facts
     with _workspace(tempfile.gettempdir()) as directory:
         source, library = Path(directory, "doctor.cpp"), Path(directory, "doctor.so")
@@ -108,13 +107,13 @@ def _vector_instructions() -> Facts:
     """Where inductor finds fewer than there are, ask once more where no damaged file can answer."""
     from . import _torch_inductor as inductor
 
-    processor, found = inductor.vector_instructions()
-    facts = {"processor": sorted(processor), "found": found}
-    if processor <= set(" ".join(found).split()):
+    sets = inductor.instruction_sets()
+    facts = {"processor": sets.flags, "found": sets.usable}
+    if set(sets.flags) <= set(" ".join(sets.usable).split()):
         return facts
     with _workspace(tempfile.gettempdir()) as directory, inductor.caching_in(directory):
         inductor.forget_failures()
-        facts["found elsewhere"] = inductor.vector_instructions()[1]
+        facts["found elsewhere"] = inductor.instruction_sets().usable
     inductor.forget_failures()
     return facts
 
@@ -166,6 +165,10 @@ def _gpu() -> Facts:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return {"device": None, "built for": torch.version.cuda or torch.version.hip}
+    return _of_gpu(accelerator)
+
+
+def _of_gpu(accelerator: torch.device) -> Facts:  # pragma: no cover  # not run on a GPU yet
     facts: Facts = {"device": accelerator.type}
     if accelerator.type in ("cuda", "xpu"):
         facts |= {"name": torch.get_device_module(accelerator).get_device_name(), **_triton()}
@@ -177,7 +180,7 @@ def _gpu() -> Facts:
         return {**facts, "error": _describe(exc)}
 
 
-def _triton() -> Facts:
+def _triton() -> Facts:  # pragma: no cover  # not run on a GPU yet
     from ._torch_inductor import triton_works
 
     try:
@@ -241,13 +244,12 @@ def _workspace(parent: str) -> Iterator[str]:
 
 def _leave_with_the_parent(parent: int) -> None:
     """Wait for the other end of the pipe to be closed, by whatever way the parent has gone."""
-    while os.read(parent, 1):
-        pass
+    os.read(parent, 1)
     if sys.platform == "win32":
         os._exit(1)
     os.killpg(0, signal.SIGTERM)  # compilers remove their temporary files, and the main thread leaves its blocks
-    time.sleep(2)
-    os.killpg(0, signal.SIGKILL)
+    time.sleep(2)  # for that
+    os.killpg(0, signal.SIGKILL)  # pragma: no cover  # nothing is left to tell of it
 
 
 def _own_streams() -> tuple[int, int]:
@@ -279,5 +281,5 @@ def main(mode: str) -> None:
             return
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # pragma: no branch  # it is not imported
     main(sys.argv[1])

@@ -70,8 +70,8 @@ class FrameConverter:
     def _conversion(self, frame: Frame, tally: Tally) -> Conversion:
         code = frame.f_code
         retrying, tally.retrying = tally.retrying, None
-        if retrying is not None and retrying.code is not code:  # asked for a frame that other code fitted after all
-            retrying = None
+        # It may have been asked for another frame, which other code fitted after all.
+        retrying = retrying if retrying is not None and retrying.code is code else None
         location = self._control.location if internals.is_inline_wrapper(code) else _location(code)
         exact = _looks.of_frame(code, frame.f_locals)
         coarse = _looks.of_frame(code, frame.f_locals, shapes=False)

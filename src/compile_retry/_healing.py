@@ -75,12 +75,12 @@ def find_vector_instructions() -> None:
         return
     inductor.forget_failures()
     _asked.enough = _lacks_some()
-    if not _asked.enough or inductor.instruction_sets().usable:
+    if not _asked.enough or _instruction_sets().usable:
         return
     with _moving, tempfile.TemporaryDirectory(prefix="compile_retry_") as directory, inductor.caching_in(directory):
         inductor.forget_failures()
         _asked.enough = _lacks_some()
-    if inductor.instruction_sets().usable:
+    if _instruction_sets().usable:
         log.warning(
             "damaged files in %s keep inductor from finding vector instructions; delete it once no process uses it",
             inductor.cache_directory(),
@@ -88,8 +88,15 @@ def find_vector_instructions() -> None:
 
 
 def _lacks_some() -> bool:
-    found = inductor.instruction_sets()
-    return found.usable < found.there
+    found = _instruction_sets()
+    return len(found.usable) < len(found.there)
+
+
+def _instruction_sets() -> inductor.InstructionSets:
+    try:
+        return inductor.instruction_sets()
+    except Exception:  # the compile that follows meets it again, and it is that one's failure
+        return inductor.InstructionSets([], [], [])
 
 
 @contextmanager

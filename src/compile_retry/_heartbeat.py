@@ -42,8 +42,7 @@ class _Watch:
 
     def remove(self, running: _Running) -> None:
         with self._lock:
-            if running in self._running:
-                self._running.remove(running)
+            self._running = [other for other in self._running if other is not running]
             self._wake.set()
 
     def _run(self) -> None:

@@ -27,7 +27,7 @@ class Lock:
         """Forget threads that the child does not have."""
         if self._lock.acquire(blocking=False):
             self._lock.release()
-        else:
+        else:  # pragma: no cover  # in a forked child, where coverage cannot see it: tests/test_processes.py
             self._lock = threading.RLock()
 
 

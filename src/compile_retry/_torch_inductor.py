@@ -82,26 +82,30 @@ def _reset_instruction_sets() -> None:
 
 @dataclass(frozen=True)
 class InstructionSets:
-    """Vector instructions: how many sets of them inductor knows and this processor has, and how many it may use."""
+    """Vector instructions.
 
-    there: int
-    usable: int
+    Attributes:
+        flags: By what the processor names those it has.
+        there: The sets of them that inductor knows and this processor has, best first.
+        usable: Those that inductor would use, best first.
+    """
+
+    flags: list[str]
+    there: list[str]
+    usable: list[str]
 
 
 def instruction_sets() -> InstructionSets:
     """Ask the compiler for vector instructions, or what it has answered before.
 
-    A probe that fails, or whose file is damaged on disk, says that there are none without an error. Asked of x86 only;
-    since 2.6.
+    A probe that fails, or whose file is damaged on disk, says that there are none without an error. What the processor
+    has is known of x86 only; since 2.6.
     """
     from torch._inductor import cpu_vec_isa
 
-    try:
-        has = cpu_vec_isa.x86_isa_checker()
-        there = [isa for isa in cpu_vec_isa.supported_vec_isa_list if all(flag in has for flag in str(isa).split())]
-        return InstructionSets(len(there), len(cpu_vec_isa.valid_vec_isa_list()) if has else 0)
-    except Exception:  # the compile that follows meets it again, and it is that one's failure
-        return InstructionSets(0, 0)
+    flags = cpu_vec_isa.x86_isa_checker()
+    there = [str(isa) for isa in cpu_vec_isa.supported_vec_isa_list if all(flag in flags for flag in str(isa).split())]
+    return InstructionSets(sorted(flags), there, [str(isa) for isa in cpu_vec_isa.valid_vec_isa_list()])
 
 
 def replace_dead_workers(*, all_graph_compilers: bool = False) -> None:
@@ -205,8 +209,12 @@ def cxx(command: str) -> Iterator[None]:
 
 
 def check_supported() -> None:
-    """Raise where this Python cannot run Dynamo at all. Since 2.1; for `compile_retry doctor`, as is all below."""
+    """Raise where this Python cannot run Dynamo at all, or inductor cannot be imported.
+
+    Since 2.1, and 2.0; for `compile_retry doctor`, as is all below.
+    """
     from torch._dynamo import eval_frame
+    from torch._inductor import compile_fx  # noqa: F401  # not by the first compile, whose time is taken
 
     getattr(eval_frame, "check_if_dynamo_supported", lambda: None)()
 
@@ -216,13 +224,6 @@ def cxx_compiler() -> str:
     from torch._inductor import cpp_builder
 
     return str(cpp_builder.get_cpp_compiler())
-
-
-def vector_instructions() -> tuple[set[str], list[str]]:
-    """What vector instructions there are (asked of x86 only), and what inductor finds usable, best first. Since 2.6."""
-    from torch._inductor import cpu_vec_isa
-
-    return set(cpu_vec_isa.x86_isa_checker()), [str(isa) for isa in cpu_vec_isa.valid_vec_isa_list()]
 
 
 def count_compiles() -> tuple[int, int]:
@@ -236,7 +237,7 @@ def count_compiles() -> tuple[int, int]:
     return counters["stats"]["unique_graphs"], hits
 
 
-def triton_works() -> bool:
+def triton_works() -> bool:  # pragma: no cover  # not run on a GPU yet
     """Whether inductor finds Triton and a device that it can compile for. Since 2.1."""
     from torch.utils._triton import has_triton
 

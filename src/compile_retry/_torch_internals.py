@@ -293,7 +293,7 @@ def compile_lock() -> AbstractContextManager[object]:
     return lock
 
 
-def _free_compile_lock() -> None:
+def _free_compile_lock() -> None:  # pragma: no cover  # in forked children only: tests/test_processes.py
     """In a forked child, take that lock from a thread that was compiling: it is not there, and nobody could compile."""
     lock = compile_lock()
     if isinstance(lock, type(threading.RLock())):
@@ -332,7 +332,7 @@ class CachedFrame:
     def __init__(self, code: CodeType, fingerprint: tuple[object, ...], guarded_code: Any) -> None:
         self.code = code
         self.fingerprint = fingerprint
-        self._manager = weakref.ref(guarded_code.guard_manager)
+        self._manager: Callable[[], Any] = weakref.ref(guarded_code.guard_manager)
 
     @property
     def alive(self) -> bool:
@@ -355,17 +355,14 @@ class CachedFrame:
     def use_only_if(self, wanted: Callable[[dict[str, object]], bool]) -> None:
         """Have Dynamo ask this about the variables of a frame that the entry fits. If not, it passes the entry over.
 
-        Asked last, after all other guards. Dynamo itself uses this kind of guard for relations between shapes.
+        Asked last, after all other guards. Dynamo itself uses this kind of guard for relations between shapes. For
+        entries that have just been made.
         """
-        manager = self._manager()
-        if manager is not None:
-            _add_last_guard(manager.root, wanted)
+        _add_last_guard(self._manager().root, wanted)
 
     def leave_uncounted(self) -> None:
-        """Keep it from using up the frame's `recompile_limit`."""
-        manager = self._manager()
-        if manager is not None:
-            manager.id_matched_objs = _UNCOUNTED
+        """Keep it from using up the frame's `recompile_limit`. For entries that have just been made."""
+        self._manager().id_matched_objs = _UNCOUNTED
 
     def drop(self) -> None:
         """Make Dynamo forget this entry, and this entry only."""
@@ -416,7 +413,7 @@ def _donate_only_what_is_compiled_lazily() -> None:
     in front of what chooses. For compiles that are not ours it changes nothing; without it that kind of call raises.
     """
     choose = getattr(graph_compile, "collect_bw_donated_buffer_idxs", None)
-    if choose is not None:
+    if choose is not None:  # pragma: no branch  # it is there in the torch that the tests run on
 
         @functools.wraps(choose)
         def choose_unless_ours(*args: Any, **kwargs: Any) -> Any:
