@@ -211,9 +211,12 @@ def test_interrupted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By Ctrl-C: what it has started ends with it."""
     install_compiler(place, HANGS, monkeypatch)
     pid = place / "pid"
-    interrupter = threading.Thread(
-        target=lambda: (wait_until(lambda: pid.exists() and pid.read_text().strip() != ""), signal.raise_signal(2))
-    )
+
+    def interrupt() -> None:
+        wait_until(lambda: pid.exists() and pid.read_text().strip() != "")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    interrupter = threading.Thread(target=interrupt)
     interrupter.start()
     assert doctor().exit_code == 1
     interrupter.join()
