@@ -34,3 +34,23 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield
+
+
+# How coverage tells a process that starts to measure itself.
+_MEASURED = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_PROCESS")}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _unmeasured() -> Iterator[None]:
+    """Processes that tests start are not measured: that is slow, and coverage's tracer keeps objects."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in _MEASURED:
+            patch.delenv(name)
+        yield
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Except those in which code runs that runs nowhere else."""
+    for name, value in _MEASURED.items():
+        monkeypatch.setenv(name, value)

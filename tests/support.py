@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch.fx import GraphModule
 
@@ -107,12 +104,3 @@ def wait_until_in(thread: threading.Thread, function: str) -> None:
                 return
             frame = frame.f_back
     raise AssertionError(f"{thread.name} never came to {function}()")
-
-
-@contextmanager
-def unmeasured() -> Iterator[None]:
-    """Processes that start meanwhile are not measured: coverage keeps objects, and a lock that forks may find taken."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("COVERAGE_PROCESS")]:
-            patch.delenv(name)
-        yield

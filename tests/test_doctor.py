@@ -53,6 +53,9 @@ exec g++ -shared -fPIC -o "$2" "$2.cpp"
 """
 
 
+pytestmark = pytest.mark.usefixtures("measured")
+
+
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory of its own for temporary files, in which nothing may be left, and an unused cache directory."""
@@ -178,6 +181,7 @@ def test_headers_cannot_be_precompiled(place: Path, monkeypatch: pytest.MonkeyPa
     assert checks["compile"]["remedy"] == "install openssl, or set TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS=0"
 
 
+@pytest.mark.usefixtures("scalar")
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -193,7 +197,7 @@ def test_a_compiler_that_makes_bad_libraries(
     """Also those with which the process crashes, or hangs where no signal is looked at until it is killed."""
     install_compiler(place, MAKES.replace("@BODY@", body), monkeypatch)
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # it is not about inductor
-    checks = examine("--timeout", "20", status=1)
+    checks = examine("--timeout", "12", status=1)
     assert checks["C++ compiler"]["status"] == "failed"
     assert said in checks["C++ compiler"]["detail"]
 

@@ -13,7 +13,7 @@ import torch
 
 import soak
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback
-from support import unmeasured, wait_until_in
+from support import wait_until_in
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -29,9 +29,7 @@ def _no_log_records() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def process() -> Iterator[Pool]:
     """Another process, in which no other test has left anything that grows."""
-    with unmeasured():
-        pool = multiprocessing.get_context("spawn").Pool(1, initializer=logging.disable)
-    with pool:
+    with multiprocessing.get_context("spawn").Pool(1, initializer=logging.disable) as pool:
         yield pool
 
 

@@ -114,6 +114,7 @@ def test_an_unusable_directory_that_nobody_has_chosen(tmp_path: Path, monkeypatc
     assert fn.state is CompileState.COMPILED
 
 
+@pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize("variable", ["a file", "unset"])
 def test_importing_dynamo_without_a_cache_directory(tmp_path: Path, variable: str) -> None:
     """Works, and changes nothing; with stock torch it could never be imported again in that process."""
@@ -135,6 +136,7 @@ assert fn.state is CompileState.COMPILED, fn.last_failure
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
 
 
+@pytest.mark.usefixtures("measured")
 def test_dynamo_cannot_be_imported_for_want_of_room(tmp_path: Path) -> None:
     """Where no directory at all can be made nothing is imported by halves; it recovers when there is room."""
     code = """
