@@ -4,12 +4,14 @@ PYTHON ?= python3
 VENV_PYTHON := .venv/bin/python
 
 # Named after the place for the same reason: a moved checkout installs itself again.
-INSTALLED := .venv/installed-in-$(shell pwd | cksum | cut -d ' ' -f 1)
+PLACE := $(shell pwd | cksum | cut -d ' ' -f 1)
+INSTALLED := .venv/installed-in-$(PLACE)
+RECIPES_INSTALLED := .venv-recipes/installed-in-$(PLACE)
 
 # From a fresh environment each time: what Sphinx has cached is not warned of again.
 SPHINX := $(VENV_PYTHON) -m sphinx --fresh-env --quiet --fail-on-warning --keep-going
 
-.PHONY: help test bench faults demo lint types docs snippets wheel ci clean
+.PHONY: help test bench faults demo recipes lint types docs snippets wheel ci clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -30,6 +32,11 @@ faults: $(INSTALLED) ## make every fault for real and write docs/reliability-tab
 
 demo: $(INSTALLED) ## train a network while its compiler breaks and is repaired (ARGS=--smoke: quickly)
 	$(VENV_PYTHON) examples/demo.py $(ARGS)
+
+# In an environment of their own: the frameworks bring a hundred packages, which `make test` does not need.
+recipes: $(RECIPES_INSTALLED) ## run examples/recipes, each with its framework (two minutes)
+	@for recipe in examples/recipes/*.py; do \
+	    printf '\n--- %s\n' "$$recipe"; .venv-recipes/bin/python "$$recipe" || exit 1; done
 
 lint: $(INSTALLED) ## check style and format
 	$(VENV_PYTHON) -m ruff check
@@ -52,7 +59,7 @@ wheel: $(INSTALLED) ## build dist/*.whl
 ci: ## run every check
 	.ci/run
 
-clean: ## remove what the other targets made, except .venv
+clean: ## remove what the other targets made, except .venv and .venv-recipes
 	rm -rf build dist docs/_build .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
 # Also made anew: an environment that was left half-made, or whose Python is gone.
@@ -60,4 +67,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into .venv (from nothing: a minute or two)"
 	@$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(VENV_PYTHON) -m pip install -qq --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(RECIPES_INSTALLED): pyproject.toml constraints.txt
+	@echo "installing into .venv-recipes (from nothing: a minute)"
+	@.venv-recipes/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-recipes
+	@.venv-recipes/bin/python -m pip install -qq --constraint constraints.txt --editable '.[recipes]'
 	@touch $@
