@@ -152,7 +152,7 @@ class Training:
                 seconds, loss = self.step()
                 kind = _kind_of_step(before, train_step.stats)
                 self.seconds[kind].append(seconds)
-                speed = "" if math.isnan(rate := self.rate(kind)) else f" {rate:.0f} steps/s"
+                speed = "" if math.isnan(rate := _rate(self.seconds[kind])) else f" {rate:.0f} steps/s"
                 bar.set_postfix_str(f"loss {loss:.3f}, {kind}{speed}", refresh=False)
         self.took = time.perf_counter() - began
 
@@ -170,10 +170,6 @@ class Training:
     def heat(self) -> float:
         """A few steps more, against the clock. Returns steps per second."""
         return _rate([self.step()[0] for _ in range(WARM_UP + 15)])
-
-    def rate(self, kind: StepKind) -> float:
-        """Steps per second, of the steps of one kind."""
-        return _rate(self.seconds[kind])
 
     @torch.no_grad()
     def accuracy(self) -> float:
@@ -198,6 +194,7 @@ def _kind_of_step(before: CompileStats, after: CompileStats) -> StepKind:
 
 
 def _rate(seconds: list[float]) -> float:
+    """Steps per second."""
     return 1 / statistics.median(seconds[WARM_UP:]) if len(seconds) > WARM_UP else math.nan
 
 
@@ -400,7 +397,7 @@ def tell_books(training: Training, stats: CompileStats, accuracy: float) -> None
     say("\n>>> the stopwatch\n")
     for kind in ("eager", "compiled"):
         if seconds := training.seconds[kind]:
-            say(f"    {len(seconds):>4} steps {kind}, {training.rate(kind):.1f} steps/s")
+            say(f"    {len(seconds):>4} steps {kind}, {_rate(seconds):.1f} steps/s")
     attempts = training.seconds["attempt"]
     say(f"    {len(attempts):>4} steps in which the compiler was run, {sum(attempts):.1f} s together")
     say(f"\n    test accuracy {accuracy:.1%}")

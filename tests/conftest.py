@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import hypothesis
 import pytest
+import structlog
 import torch
 
 import compile_retry
+from compile_retry import instrumentation
 
 # By default each run draws the same examples, and shows a failure as it is: to find a shorter one takes longer than a
 # test may. HYPOTHESIS_PROFILE=long draws others, many more, and shortens them.
@@ -54,3 +56,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Except those in which code runs that runs nowhere else."""
     for name, value in _MEASURED.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def integrations() -> Iterator[None]:
+    """Everything is on, and structlog as if nobody had configured it, which `capture_logs` does."""
+    yield
+    instrumentation.enable()
+    structlog.reset_defaults()

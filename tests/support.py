@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+import logging
+import os
+import random
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._functorch.config
+import torch._inductor.config
 from torch.fx import GraphModule
 
 
@@ -104,3 +110,26 @@ def wait_until_in(thread: threading.Thread, function: str) -> None:
                 return
             frame = frame.f_back
     raise AssertionError(f"{thread.name} never came to {function}()")
+
+
+def process_state() -> list[Any]:
+    """What a call must not change in the process. Not in it is torch's generator: a training step may draw."""
+    return [
+        dict(torch._dynamo.config.get_config_copy()),
+        dict(torch._functorch.config.get_config_copy()),
+        dict(torch._inductor.config.get_config_copy()),
+        dict(os.environ),
+        random.getstate(),
+        torch._dynamo.eval_frame._stance,
+        torch.is_grad_enabled(),
+    ]
+
+
+@contextmanager
+def no_log_records() -> Iterator[None]:
+    """Pytest would keep every one, and torch writes a hundred in each attempt, into a logger that knows no level."""
+    logging.disable()
+    logging.getLogger("torch.__trace").disabled = True
+    yield
+    logging.getLogger("torch.__trace").disabled = False
+    logging.disable(logging.NOTSET)

@@ -161,7 +161,7 @@ started, slow = Path(sys.argv[1], "started"), Path(sys.argv[1], "slow")
 
 def press():
     while not started.exists():
-        time.sleep(0.01)
+        time.sleep(0.01)  # for the compiler, another process: this file is all that tells of it
     os.kill(os.getpid(), signal.SIGINT)
     slow.unlink()
 

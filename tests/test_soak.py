@@ -13,17 +13,13 @@ import torch
 
 import soak
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback
-from support import wait_until_in
+from support import no_log_records, wait_until_in
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_log_records() -> Iterator[None]:
-    """Pytest would keep every one, and torch writes a hundred in each attempt, into a logger that knows no level."""
-    logging.disable()
-    logging.getLogger("torch.__trace").disabled = True
-    yield
-    logging.getLogger("torch.__trace").disabled = False
-    logging.disable(logging.NOTSET)
+    with no_log_records():
+        yield
 
 
 @pytest.fixture(scope="module")

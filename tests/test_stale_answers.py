@@ -269,6 +269,7 @@ class Pool:
 
 
 def dead_process() -> subprocess.Popen[bytes]:
+    """A real one, killed as for want of memory: torch's pool holds such an object, and we ask it how it ended."""
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     process.send_signal(signal.SIGKILL)
     process.wait(60)

@@ -26,6 +26,7 @@ from compile_retry import CompiledFunction, CompileState, CompileStats, compile_
 from compile_retry.events import Event
 from compile_retry.testing import FakeClock, record_events
 from reference_model import SCHEDULES, Config, Model
+from support import process_state
 from training_bench import (
     GRAPHS,
     PERMANENT,
@@ -41,7 +42,6 @@ from training_bench import (
     flat,
     in_thread_or_not,
     perform,
-    process_state,
 )
 
 NAME = "step"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -55,6 +53,13 @@ def _between(log: list[str]) -> None:
 between = torch.compiler.disable(_between)
 
 
+def last_graph(net: Any, h: torch.Tensor) -> torch.Tensor:
+    """The end of each of the two steps below, traced as a part of it."""
+    net.count.mul_(1.5)
+    y: torch.Tensor = h.cos().sum() * (2 if net.training else 3) + net.count.sum()
+    return y
+
+
 def flat(net: Any, x: torch.Tensor, log: list[str], tag: str) -> torch.Tensor:
     """Two graphs."""
     log.append("first")
@@ -66,9 +71,7 @@ def flat(net: Any, x: torch.Tensor, log: list[str], tag: str) -> torch.Tensor:
     log.append("second")
     if tag == "raise second":
         raise Trouble(tag, 7)
-    net.count.mul_(1.5)
-    y: torch.Tensor = h.cos().sum() * (2 if net.training else 3) + net.count.sum()
-    return y
+    return last_graph(net, h)
 
 
 def inner(h: torch.Tensor, log: list[str]) -> torch.Tensor:
@@ -89,9 +92,7 @@ def deep(net: Any, x: torch.Tensor, log: list[str], tag: str) -> torch.Tensor:
     log.append("second")
     if tag == "raise second":
         raise Trouble(tag, 7)
-    net.count.mul_(1.5)
-    y: torch.Tensor = h.cos().sum() * (2 if net.training else 3) + net.count.sum()
-    return y
+    return last_graph(net, h)
 
 
 class FlatNet(Net):
@@ -240,18 +241,6 @@ class Subject:
             return Subject(self.body, compiled_function(net), net, net, twin, model)
         fn = copy.deepcopy(self.fn)
         return Subject(self.body, fn, partial(fn, net), net, twin, model)
-
-
-def process_state() -> list[Any]:
-    return [
-        dict(torch._dynamo.config.get_config_copy()),
-        dict(torch._functorch.config.get_config_copy()),
-        dict(torch._inductor.config.get_config_copy()),
-        dict(os.environ),
-        random.getstate(),
-        torch._dynamo.eval_frame._stance,
-        torch.is_grad_enabled(),
-    ]
 
 
 def perform(

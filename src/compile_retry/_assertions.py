@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import MethodType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ._decorator import compiled_function
+from ._decorator import function_of
 from ._function import CompiledFunction
 from ._journal import in_words
 from ._stats import CompileState
@@ -52,7 +52,7 @@ def assert_compiled(fn: CompiledFunction[..., Any] | torch.nn.Module | Callable[
         >>> assert_compiled(double)
     """
     __tracebackhide__ = True
-    function = _function_of(fn)
+    function = function_of(fn)
     state = function.state
     if state is not CompileState.COMPILED:
         raise AssertionError(_describe(function, _STATES[state]))
@@ -87,17 +87,7 @@ def assert_max_attempts(
         raise TypeError(f"n must be an integer, not {n!r}")
     if n < 0:
         raise ValueError(f"n must not be negative, not {n!r}")
-    return _MaxAttempts(n, register_hook if fn is None else _function_of(fn).register_hook)
-
-
-def _function_of(fn: object) -> CompiledFunction[..., Any]:
-    if isinstance(fn, torch.nn.Module):
-        return compiled_function(fn)
-    if isinstance(fn, MethodType):
-        fn = fn.__func__
-    if not isinstance(fn, CompiledFunction):
-        raise TypeError(f"fn must be a function or module from compile_with_fallback(), not {fn!r}")
-    return fn
+    return _MaxAttempts(n, register_hook if fn is None else function_of(fn).register_hook)
 
 
 # What assert_compiled() says

@@ -138,6 +138,16 @@ def compiled_function(module: torch.nn.Module) -> CompiledFunction[..., Any]:
     return function
 
 
+def function_of(fn: object) -> CompiledFunction[..., Any]:
+    """The :class:`CompiledFunction` that somebody means who passes it, a bound method of it, or its module."""
+    if isinstance(fn, torch.nn.Module):
+        return compiled_function(fn)
+    function = fn.__func__ if isinstance(fn, MethodType) else fn
+    if not isinstance(function, CompiledFunction):
+        raise TypeError(f"fn must be a function or module from compile_with_fallback(), not {fn!r}")
+    return function
+
+
 def _plain(fn: Any) -> Any:
     """The function below what has been decorated or compiled already: compiling twice is compiling anew."""
     if isinstance(fn, MethodType) and isinstance(fn.__func__, CompiledFunction):

@@ -39,5 +39,5 @@ def _after_fork() -> None:
         lock.after_fork()
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+if hasattr(os, "register_at_fork"):  # pragma: no branch  # not on Windows, which does not fork
     os.register_at_fork(after_in_child=_after_fork)

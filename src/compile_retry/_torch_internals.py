@@ -303,7 +303,7 @@ def _free_compile_lock() -> None:  # pragma: no cover  # in forked children only
             torch._dynamo.convert_frame.compile_lock = threading.RLock()
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+if hasattr(os, "register_at_fork"):  # pragma: no branch  # not on Windows, which does not fork
     os.register_at_fork(after_in_child=_free_compile_lock)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ._decorator import compiled_function
+from ._decorator import function_of
 from ._function import CompiledFunction
 from ._history import CallPath, Sample
 from .events import AttemptFailed, Compiled, Event, GaveUp, Recovered
@@ -60,7 +59,7 @@ def plot_timeline(fn: CompiledFunction[..., Any] | torch.nn.Module, ax: Axes | N
         TypeError: `fn` was not decorated with :func:`~compile_retry.compile_with_fallback`.
         ValueError: Nothing has been recorded yet.
     """
-    function = _function(fn)
+    function = function_of(fn)
     history = function._control.journal.history
     samples, events = history.samples, tuple(history.events)
     if not samples:
@@ -75,15 +74,6 @@ def plot_timeline(fn: CompiledFunction[..., Any] | torch.nn.Module, ax: Axes | N
         _draw_marks(ax, kind, [event.time - start for event in events if isinstance(event, kind)])
     _label(ax, function.name, [sample.seconds for sample in samples])
     return ax
-
-
-def _function(fn: object) -> CompiledFunction[..., Any]:
-    if isinstance(fn, torch.nn.Module):
-        return compiled_function(fn)
-    function = fn.__func__ if isinstance(fn, MethodType) else fn
-    if not isinstance(function, CompiledFunction):
-        raise TypeError(f"fn must be decorated with compile_with_fallback(); {fn!r} is not")
-    return function
 
 
 def _new_axes() -> Axes:

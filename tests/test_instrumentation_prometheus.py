@@ -1,0 +1,152 @@
+"""The integration with Prometheus: what a server sees that scrapes the process."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import urllib.request
+import weakref
+from collections.abc import Iterator
+
+import prometheus_client
+import prometheus_client.parser
+import pytest
+
+from compile_retry import CompileState, RetryPolicy, compile_with_fallback, instrumentation
+from compile_retry.testing import FakeClock
+from episodes import X, episode, sine
+from support import Compiler, full_disk
+
+pytestmark = pytest.mark.usefixtures("integrations")
+
+
+class Scrapes:
+    """A Prometheus server's view."""
+
+    def __init__(self, port: int) -> None:
+        self._url = f"http://127.0.0.1:{port}/metrics"
+
+    def __call__(self) -> dict[tuple[str, ...], float]:
+        """Values by name and label values, of this library only."""
+        with urllib.request.urlopen(self._url, timeout=60) as response:
+            text = response.read().decode()
+        samples: dict[tuple[str, ...], float] = {}
+        for family in prometheus_client.parser.text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name.startswith("compile_retry"):
+                    labels = dict(sample.labels)
+                    key = (sample.name.removeprefix("compile_retry_"), labels.pop("function"), *labels.values())
+                    assert key not in samples
+                    samples[key] = sample.value
+        return samples
+
+
+@pytest.fixture
+def scrape() -> Iterator[Scrapes]:
+    server, thread = prometheus_client.start_http_server(0, "127.0.0.1")
+    yield Scrapes(server.server_port)
+    server.shutdown()
+    server.server_close()
+    thread.join(60)
+
+
+def test_prometheus(scrape: Scrapes) -> None:
+    """The books, the state, and failures by their cause."""
+    fn = episode("prometheus")
+    seen = {key: value for key, value in scrape().items() if key[1] == "prometheus"}
+    assert seen.pop(("attempt_seconds_total", "prometheus")) == pytest.approx(fn.stats.compile_seconds)
+    assert seen == {
+        ("calls_total", "prometheus", "compiled"): 1,
+        ("calls_total", "prometheus", "mixed"): 0,
+        ("calls_total", "prometheus", "eager"): 4,
+        ("attempts_total", "prometheus"): 3,
+        ("failures_total", "prometheus", "builtins.OSError"): 2,
+        ("recoveries_total", "prometheus"): 1,
+        ("state", "prometheus", "pending"): 0,
+        ("state", "prometheus", "compiled"): 1,
+        ("state", "prometheus", "fallback"): 0,
+        ("state", "prometheus", "gave up"): 0,
+    }
+    fn(X)  # no event, and still in the next scrape
+    assert scrape()["calls_total", "prometheus", "compiled"] == 2
+
+
+def test_prometheus_and_what_is_due(scrape: Scrapes) -> None:
+    """Read at scrape time."""
+    clock = FakeClock()
+    policy = RetryPolicy(wait=60, wait_calls=9, clock=clock)
+    fn = compile_with_fallback(sine, backend=Compiler(lambda inputs: full_disk()), policy=policy, name="due")
+    fn(X), fn(X)
+    clock.advance(20)
+    seen = scrape()
+    assert (seen["next_attempt_calls", "due"], seen["next_attempt_seconds", "due"]) == (8, 40)
+    assert seen["state", "due", "fallback"] == 1
+
+
+def test_prometheus_and_functions_of_one_name(scrape: Scrapes) -> None:
+    """Share their samples; when one goes, no counter falls."""
+    one, other = episode("twin"), episode("twin")
+    compile_with_fallback(sine, name="twin")
+    seen = scrape()
+    assert (seen["attempts_total", "twin"], seen["failures_total", "twin", "builtins.OSError"]) == (6, 4)
+    assert (seen["state", "twin", "compiled"], seen["calls_total", "twin", "eager"]) == (2, 8)
+    other(X)
+    gone = weakref.ref(other)
+    del other
+    gc.collect()
+    assert gone() is None
+    for _ in range(2):
+        seen = scrape()
+        assert (seen["attempts_total", "twin"], seen["calls_total", "twin", "compiled"]) == (6, 3)
+        assert seen["state", "twin", "compiled"] == 1
+    one(X)
+    assert scrape()["calls_total", "twin", "compiled"] == 4
+
+
+def test_prometheus_and_functions_that_are_gone(scrape: Scrapes) -> None:
+    """Before a scrape has seen them: what was attempted counts."""
+    episode("gone")
+    gc.collect()
+    seen = scrape()
+    assert (seen["attempts_total", "gone"], seen["failures_total", "gone", "builtins.OSError"]) == (3, 2)
+    assert sum(seen["state", "gone", state.value] for state in CompileState) == 0
+
+
+def test_prometheus_is_off(scrape: Scrapes) -> None:
+    """Nothing is left in the registry, and it comes back with the next event."""
+    episode("off")
+    instrumentation.disable()
+    assert scrape() == {}
+    instrumentation.enable("prometheus")
+    episode("off")
+    assert scrape()["attempts_total", "off"] == 6
+
+
+def test_prometheus_registry_that_was_cleared(scrape: Scrapes) -> None:
+    """Somebody has taken the collector out: nothing to take back."""
+    episode("cleared")
+    for collector in {*prometheus_client.REGISTRY._collector_to_names}:
+        if "compile_retry" in type(collector).__module__:
+            prometheus_client.REGISTRY.unregister(collector)
+    instrumentation.disable("prometheus")
+    assert "prometheus" not in instrumentation.active()
+
+
+def test_prometheus_while_functions_come_and_go(scrape: Scrapes) -> None:
+    """A scrape is never spoilt by what other threads do."""
+    instrumentation.enable()
+    episode("busy")
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.is_set():
+            compile_with_fallback(sine, backend="eager", name="busy")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        attempts = [scrape()["attempts_total", "busy"] for _ in range(20)]
+    finally:
+        over.set()
+        thread.join(60)
+    assert attempts == [3] * 20
