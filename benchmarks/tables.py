@@ -40,7 +40,9 @@ class Table(NamedTuple):
 BARE, EAGER = "bare `torch.compile`", "eager"
 TABLES = {
     "compiled": Table("A compiled call", BARE, ("difference", "ratio")),
+    "floor, compiled": Table("What the parts of a compiled call cost", BARE, ("difference",)),
     "held off": Table("A call while the compiler is broken", EAGER, ("difference", "ratio")),
+    "floor, held off": Table("What the parts of a held-off call cost", EAGER, ("difference",)),
     "scale": Table("Many graphs, many parameters: a compiled call", BARE, ("difference", "ratio")),
     "memory": Table("Memory kept after the first calls, Python objects only", unit="kB"),
     "attempt": Table("An attempt, in a fresh process with an empty cache", BARE, ("ratio",)),

@@ -186,6 +186,7 @@ def test_headers_cannot_be_precompiled(place: Path, monkeypatch: pytest.MonkeyPa
     ("body", "said"),
     [
         ("return 7;", "what it compiles gives wrong results"),
+        ("exit(3);", "the process ended with status 3"),
         ("abort();", "the process died of signal 6 (Aborted)"),
         ("for (;;) ;", "it took too long"),
         ("this is not C++", "error:"),
@@ -358,6 +359,7 @@ def test_gpus(facts: dict[str, Any], status: str, detail: str) -> None:
         ("vector instructions", {"error": "OSError"}, "failed", "OSError"),
         ("vector instructions", {"processor": ["a"], "found": [], "found elsewhere": ["a"]}, "failed", "none, but a"),
         ("vector instructions", {"processor": ["a", "b"], "found": ["a"]}, "ok", "a (not b)"),
+        ("compile", {"error": "OSError: lost"}, "failed", "OSError: lost"),
         ("compile", {"compiled": False}, "failed", "torch.compile ran eagerly"),
     ],
 )

@@ -19,7 +19,7 @@ from compile_retry import _live, compile_with_fallback, compiled_function, instr
 from episodes import ALL, X, episode, run, sine
 from support import wait_until_in
 
-pytestmark = pytest.mark.usefixtures("integrations")
+pytestmark = pytest.mark.usefixtures("integrations", "measured")
 
 
 def test_packages_are_imported_with_the_first_event() -> None:

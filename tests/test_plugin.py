@@ -18,6 +18,7 @@ from compile_retry.testing import FakeClock, Faults, assert_compiled, assert_max
 from support import Compiler, first
 
 pytest_plugins = ["pytester"]
+pytestmark = pytest.mark.usefixtures("measured")  # pytest imports plugins before it measures anything
 
 X = torch.ones(3)
 EVERY_SECOND_CALL = RetryPolicy(wait=None, wait_calls=2)

@@ -53,15 +53,8 @@ def _between(log: list[str]) -> None:
 between = torch.compiler.disable(_between)
 
 
-def last_graph(net: Any, h: torch.Tensor) -> torch.Tensor:
-    """The end of each of the two steps below, traced as a part of it."""
-    net.count.mul_(1.5)
-    y: torch.Tensor = h.cos().sum() * (2 if net.training else 3) + net.count.sum()
-    return y
-
-
 def flat(net: Any, x: torch.Tensor, log: list[str], tag: str) -> torch.Tensor:
-    """Two graphs."""
+    """Two graphs. What `deep` has too is not put into a function: where its caller ran eagerly, that is a frame too."""
     log.append("first")
     if tag == "raise first":
         raise Trouble(tag, 7)
@@ -71,7 +64,9 @@ def flat(net: Any, x: torch.Tensor, log: list[str], tag: str) -> torch.Tensor:
     log.append("second")
     if tag == "raise second":
         raise Trouble(tag, 7)
-    return last_graph(net, h)
+    net.count.mul_(1.5)
+    y: torch.Tensor = h.cos().sum() * (2 if net.training else 3) + net.count.sum()
+    return y
 
 
 def inner(h: torch.Tensor, log: list[str]) -> torch.Tensor:
@@ -92,7 +87,9 @@ def deep(net: Any, x: torch.Tensor, log: list[str], tag: str) -> torch.Tensor:
     log.append("second")
     if tag == "raise second":
         raise Trouble(tag, 7)
-    return last_graph(net, h)
+    net.count.mul_(1.5)
+    y: torch.Tensor = h.cos().sum() * (2 if net.training else 3) + net.count.sum()
+    return y
 
 
 class FlatNet(Net):

@@ -23,6 +23,10 @@ Code: TypeAlias = Callable[..., Any]
 faults: list[Callable[[Attempt], None]] = []
 
 
+class HeldOffError(Exception):
+    """No attempt may be made now; the frame is to be run eagerly."""
+
+
 class GraphBackend:
     """The backend that ``torch.compile`` is given: wraps the user's own for one decorated function."""
 
@@ -38,13 +42,14 @@ class GraphBackend:
         # `mode` and `options`, which torch hands back to a callable backend, are in the compiler already.
         control = self._control
         tally = control.per_thread.tally
-        conversion = tally.conversion
-        if conversion is None:
-            # Under the stances "eager_then_compile" and "aot_eager_then_compile" torch asks the backend behind the
-            # frame callback's back. Then nobody has asked yet, and nobody will remember a fallback.
-            conversion = Conversion(control.location, (), (), (), began=control.policy.clock())
-            if not control.may_attempt(tally, conversion.fingerprint):
+        # Under the stances "eager_then_compile" and "aot_eager_then_compile" torch asks the backend behind the frame
+        # callback's back. Then nobody is there to give way to, nor to remember a fallback.
+        conversion = tally.conversion or Conversion(control.location, (), (), (), began=control.policy.clock())
+        if not control.may_attempt(tally, conversion.fingerprint):
+            if tally.conversion is None:
                 return _counted_eager(graph_module.forward, control.per_thread)
+            conversion.gave_way = True  # Dynamo began this frame anew after an attempt for it had failed
+            raise HeldOffError(control.name)
         if control.breaker.episode is not None or control.interrupted:
             heal()
             control.interrupted = False
@@ -115,17 +120,10 @@ def attempt(compiler: internals.Compiler, graph_module: GraphModule, example_inp
         fault(which)
     with internals.compiling_backward_too():
         code = internals.innermost(compiler(graph_module, example_inputs))
-    return _generated(graph_module) if getattr(code, "__self__", None) is graph_module else code
-
-
-def _generated(graph_module: GraphModule) -> Code:
-    """The graph's own code, for a backend that runs the graph as it is.
-
-    Until that code has been generated, ``forward`` takes a detour. Torch looks for that in what a backend returns and
-    cannot find it behind our wrapper.
-    """
-    graph_module.code  # noqa: B018  # generates it
-    return graph_module.forward
+    # Generates the graph's own code, for a backend that runs the graph as it is. Otherwise it would be generated when
+    # it is first run, maybe by two threads at once; and a `forward` taken before that takes a detour for good.
+    graph_module.code  # noqa: B018
+    return graph_module.forward if getattr(code, "__self__", None) is graph_module else code
 
 
 class KeptGraph:

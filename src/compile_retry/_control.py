@@ -199,7 +199,7 @@ class Control:
             fallback.looks, fallback.new = looks, False
         if program_raised:
             for doubt in reversed(doubts):
-                if doubt.fallback is not None:
+                if doubt.fallback is not None:  # pragma: no branch  # otherwise another thread has compiled it
                     self.fallbacks.remove(None, doubt.fallback.fingerprint)
                     if doubt.conversion.retrying is not None:  # it waits as before
                         waits = Fallback(doubt.conversion.fingerprint, doubt.conversion.retrying, looks, new=False)

@@ -148,7 +148,7 @@ def _compile_and_compare(scale: float, device: str) -> Facts:
     # With `fullgraph` a failure raises even under `suppress_errors`.
     result = _loss_and_gradient(torch.compile(step, fullgraph=True), device)
     seconds = time.monotonic() - begin
-    torch.testing.assert_close(result, _loss_and_gradient(step, device))
+    torch.testing.assert_close(result, _loss_and_gradient(step, device), rtol=1e-3, atol=1e-3)  # sums, in other orders
     now_captured, now_hits = count_compiles()
     return {"seconds": seconds, "compiled": now_captured > captured, "from cache": now_hits > hits}
 
@@ -165,7 +165,7 @@ def _gpu() -> Facts:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return {"device": None, "built for": torch.version.cuda or torch.version.hip}
-    return _of_gpu(accelerator)
+    return _of_gpu(accelerator)  # pragma: no cover  # not run on a GPU yet
 
 
 def _of_gpu(accelerator: torch.device) -> Facts:  # pragma: no cover  # not run on a GPU yet

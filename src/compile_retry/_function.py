@@ -8,7 +8,7 @@ import inspect
 import pickle
 import sys
 from collections.abc import Callable
-from types import FrameType, MethodType
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 import torch
@@ -71,7 +71,7 @@ class CompiledFunction(Generic[P, R]):
             return self.eager(*args, **kwargs)
         call, control, probe = self._begin(), self._control, None
         episode, is_timed = self._breaker.episode, call >= self._history.next_call
-        if episode is not None and not (self._breaker.probe and self._is_within_probe(sys._getframe(1))):
+        if episode is not None and not (self._breaker.probe and self._is_within_probe()):
             if call >= episode.due_call or self._clock() >= episode.due_time:
                 probe = self._breaker.let_through(call)
             straight = not probe and call > episode.failed_in_call + WATCHED_CALLS and not control.has_code
@@ -146,13 +146,13 @@ class CompiledFunction(Generic[P, R]):
     def _looks(self, args: tuple[object, ...], kwargs: dict[str, object]) -> _looks.Looks:
         return _looks.of_call((getattr(self.eager, "__self__", None), *args), kwargs)
 
-    def _is_within_probe(self, frame: FrameType | None) -> bool:
-        """Whether this frame runs within a call of this function that has been let through."""
-        if self._control.per_thread.tally.probing is not None:
-            while frame is not None:
-                if frame.f_code is _CALL and frame.f_locals.get("self") is self:
-                    return True
-                frame = frame.f_back
+    def _is_within_probe(self) -> bool:
+        """Whether the call that asks runs within a call of this function that has been let through."""
+        frame = sys._getframe(1).f_back if self._control.per_thread.tally.probing else None
+        while frame is not None:
+            if frame.f_code is _CALL and frame.f_locals.get("self") is self:
+                return True
+            frame = frame.f_back
         return False
 
     def _create_and_call(self, *args: P.args, **kwargs: P.kwargs) -> R:

@@ -112,5 +112,5 @@ def _another_directory() -> Iterator[str]:
 
 
 def _remove(directory: str, owner: int) -> None:
-    if os.getpid() == owner:  # not in a fork, which still uses it
+    if os.getpid() == owner:  # pragma: no branch  # not in a fork, which still uses it
         shutil.rmtree(directory, ignore_errors=True)

@@ -23,18 +23,18 @@ class Lock:
     ) -> None:
         self._lock.release()
 
-    def after_fork(self) -> None:
+    def after_fork(self) -> None:  # pragma: no cover  # in forked children only: tests/test_processes.py
         """Forget threads that the child does not have."""
         if self._lock.acquire(blocking=False):
             self._lock.release()
-        else:  # pragma: no cover  # in a forked child, where coverage cannot see it: tests/test_processes.py
+        else:
             self._lock = threading.RLock()
 
 
 _all: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
-def _after_fork() -> None:
+def _after_fork() -> None:  # pragma: no cover  # the same
     for lock in tuple(_all):
         lock.after_fork()
 

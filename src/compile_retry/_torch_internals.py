@@ -367,7 +367,7 @@ class CachedFrame:
     def drop(self) -> None:
         """Make Dynamo forget this entry, and this entry only."""
         manager = self._manager()
-        if manager is not None and manager.extra_state is not None:
+        if manager is not None and manager.extra_state is not None:  # pragma: no branch  # a reset may be faster
             dead = DeletedGuardManagerWrapper("compile_retry compiled this frame again")
             dead.id_matched_objs = _UNCOUNTED
             _dropped.append(manager)

@@ -1,0 +1,165 @@
+"""What the parts of a call cost: wrappers that do a little more each, up to what the library does at least.
+
+None of them is the library, and none would be right. They show below which floor no wrapper can come that calls a
+function like an object, counts its calls under threads and knows whether they ran compiled code.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from bench_calls import LAPS, elementwise, fresh, measure, small
+from compile_retry._torch_eager import may_run_again
+from subjects import BARE, EAGER, OURS, Step
+
+
+class Tally(threading.local):
+    graphs = 0
+
+
+class PassesOn:
+    """Called like a function, and passes on what it is given."""
+
+    def __init__(self, step: Step, **options: Any) -> None:
+        self.step = self.prepared(step, **options)
+        self.begin, self.end = itertools.count().__next__, itertools.count().__next__
+        self.clock, self.due = time.monotonic, float("inf")
+
+    def prepared(self, step: Step, **options: Any) -> Step:
+        return torch.compile(step, **options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.step(*args, **kwargs)
+
+
+class AsksDynamo(PassesOn):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return None
+        return self.step(*args, **kwargs)
+
+
+class Counts(PassesOn):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return None
+        self.begin()
+        result = self.step(*args, **kwargs)
+        self.end()
+        return result
+
+
+class CountsGraphs(PassesOn):
+    """Whether a call ran compiled code is known by what each graph notes for its thread."""
+
+    def prepared(self, step: Step, **options: Any) -> Step:
+        from torch._inductor.compile_fx import compile_fx
+
+        self.tally = tally = Tally()
+
+        def backend(graph_module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+            code: Any = compile_fx(graph_module, inputs)
+            code = torch._dynamo.eval_frame.innermost_fn(code)
+
+            def run(*args: Any) -> Any:
+                tally.graphs += 1
+                return code(*args)
+
+            return run
+
+        return torch.compile(step, backend=backend, **options)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return None
+        self.begin()
+        graphs = self.tally.graphs
+        result = self.step(*args, **kwargs)
+        if self.tally.graphs != graphs:
+            self.end()
+        return result
+
+
+class Eager(PassesOn):
+    def prepared(self, step: Step, **options: Any) -> Step:
+        return step
+
+
+class EagerCounts(Counts, Eager):
+    pass
+
+
+class EagerAsksTheClock(Eager):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return None
+        self.begin()
+        if self.clock() >= self.due:
+            return None
+        self.end()
+        return self.step(*args, **kwargs)
+
+
+class EagerAsksAutograd(Eager):
+    """Whether activation checkpointing may run the same again, which then has to run eagerly as well."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return None
+        self.begin()
+        if self.clock() >= self.due or may_run_again():
+            return None
+        self.end()
+        return self.step(*args, **kwargs)
+
+
+RUNGS: dict[str, dict[str, Callable[..., Step]]] = {
+    "compiled": {
+        BARE.name: BARE.make,
+        "passes arguments on": PassesOn,
+        "and asks whether Dynamo traces": AsksDynamo,
+        "and counts calls": Counts,
+        "and counts graphs for each thread": CountsGraphs,
+        OURS.name: OURS.make,
+    },
+    "held off": {
+        EAGER.name: EAGER.make,
+        "passes arguments on": Eager,
+        "and counts calls": EagerCounts,
+        "and asks the clock": EagerAsksTheClock,
+        "and asks autograd": EagerAsksAutograd,
+        OURS.name: OURS.make,
+    },
+}
+
+
+@functools.cache
+def prepared(table: str, rung: str) -> Step:
+    from bench_calls import prepared as subject
+    from bench_calls import small as work
+
+    if rung == OURS.name:
+        return subject(OURS, "15 µs function", is_broken=table == "held off")[0]
+    step = RUNGS[table][rung](fresh(elementwise))
+    for _ in range(3):
+        step(*work().arguments)
+    return step
+
+
+@pytest.mark.parametrize(("table", "rung"), [(table, rung) for table, rungs in RUNGS.items() for rung in rungs])
+@pytest.mark.parametrize("lap", LAPS)
+def test_the_floor(benchmark: BenchmarkFixture, table: str, rung: str, lap: int) -> None:
+    measure(
+        benchmark, prepared(table, rung), small(), table=f"floor, {table}", row="15 µs function", column=rung, lap=lap
+    )
