@@ -12,6 +12,7 @@ Each rank has its own books: rank 0 gathers them, to log them all.
 from __future__ import annotations
 
 import tempfile
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def work(rank: int, folder: str) -> None:
     if rank == 0:
         judge(books)
     dist.destroy_process_group()
+    # After DDP, gloo's threads outlive the group, and abort Python's shutdown if they are still busy (PyTorch 2.13).
+    time.sleep(1)
 
 
 def train(rank: int) -> nn.Module:
