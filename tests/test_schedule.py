@@ -372,3 +372,21 @@ def test_a_strategy_during_which_another_thread_acts(action: str) -> None:
     assert attempts_in(fn, 8) == [1, 3, 5]
     assert asked == [1, 2, 1 if action == "reset" else 2]
     assert fn.state is CompileState.COMPILED
+
+
+def test_an_attempt_fails_while_another_frame_is_traced() -> None:
+    """Dynamo calls a function of the program's for a constant, which calls the step with another shape: held off."""
+    compiler = Compiler(rows(5))
+
+    def call_another_shape() -> float:
+        fn(torch.ones(5))
+        return 2.0
+
+    factor = torch._dynamo.assume_constant_result(call_another_shape)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return x.sin() * (factor() if x.shape[0] == 3 else 1.0)
+
+    fn = compile_with_fallback(step, backend=compiler, dynamic=False, policy=RetryPolicy(wait=None, wait_calls=20))
+    torch.testing.assert_close(fn(X), X.sin() * 2)
+    assert (compiler.asked, fn.stats.failures, fn.state) == (1, 1, CompileState.FALLBACK)

@@ -48,7 +48,7 @@ class GraphBackend:
         if not control.may_attempt(tally, conversion.fingerprint):
             if tally.conversion is None:
                 return _counted_eager(graph_module.forward, control.per_thread)
-            conversion.gave_way = True  # Dynamo began this frame anew after an attempt for it had failed
+            conversion.gave_way = True  # an attempt has failed since, in a call that was made while Dynamo traced
             raise HeldOffError(control.name)
         if control.breaker.episode is not None or control.interrupted:
             heal()
