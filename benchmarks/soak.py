@@ -286,7 +286,7 @@ def _round(soak: Soak, rng: random.Random, wait_calls: int = 40) -> None:
         for thread in threads:
             thread.start()
         for _ in range(18):
-            time.sleep(0.1)
+            time.sleep(0.1)  # faults come and go in time: the threads work meanwhile
             faults.come_and_go(rng)
         faults.stop()
         done.set()

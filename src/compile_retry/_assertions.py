@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ._decorator import function_of
+from ._failures import in_words
 from ._function import CompiledFunction
-from ._journal import in_words
 from ._stats import CompileState
 from .events import AttemptFailed, AttemptStarted, Compiled, Event, Hook, RetryScheduled, register_hook
 

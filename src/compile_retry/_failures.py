@@ -113,6 +113,18 @@ class CompileFailure:
         return f"{self.error_type.removeprefix('builtins.')}: {first_line}".removesuffix(": ")
 
 
+def in_words(location: tuple[str, str, int]) -> str:
+    """Function, file and line, for people."""
+    function, file, line = location
+    return f"{function} ({file}:{line})"
+
+
+def summary(failure: CompileFailure) -> str:
+    """What failed, when and where: one line."""
+    when = f"attempt {failure.attempt} failed in call {failure.call}"
+    return f"{when}: {failure}, compiling {in_words(failure.frame)}"
+
+
 def causes(exc: BaseException) -> Iterator[BaseException]:
     """The exception and, below it, each one that it wraps or was raised from, outermost first."""
     seen: set[int] = set()

@@ -10,7 +10,7 @@ from typing import Any
 
 from ._breaker import Breaker, Episode
 from ._call import Location, Tally
-from ._failures import CompileFailure
+from ._failures import CompileFailure, in_words, summary
 from ._heartbeat import heartbeat
 from ._history import Began, CallPath, History, Sample
 from ._locks import Lock
@@ -107,8 +107,7 @@ class Journal:
         time = began + seconds
         if failure.attempt == 1:
             self._not_compiled_before = self._books.not_compiled
-        where = in_words(failure.frame)
-        what = f"attempt {failure.attempt} failed in call {failure.call}: {failure}, compiling {where}"
+        what, where = summary(failure), in_words(failure.frame)
         due = self._breaker.next_retry(failure.call)
         if is_strict():
             message, gave_up = f"{what}; strict mode raises", ""
@@ -203,8 +202,3 @@ class Journal:
             seconds_lost=lost,
             next_retry=next_retry,
         )
-
-
-def in_words(location: Location) -> str:
-    function, file, line = location
-    return f"{function} ({file}:{line})"

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ._breaker import NextRetry
-from ._failures import CompileFailure
+from ._failures import CompileFailure, summary
 from ._live import functions
 from ._stats import CompileState, CompileStats
 
@@ -116,7 +116,7 @@ class Report:
         for row in rows:
             yield "  ".join(map(_aligned, _HEADINGS, row, widths)).rstrip()
         for name, failure in self._failures():
-            yield f"{name}: {_in_words(failure)}"
+            yield f"{name}: {summary(failure)}"
 
     def _failures(self) -> Iterator[tuple[str, CompileFailure]]:
         for function in self.functions:
@@ -131,7 +131,7 @@ class Report:
             return
         yield self._rich_table(frozenset() if options.max_width >= _WIDE else _WIDE_COLUMNS)
         for name, failure in self._failures():
-            yield Text.assemble((name, "bold"), ": ", _in_words(failure))
+            yield Text.assemble((name, "bold"), ": ", summary(failure))
 
     def _rich_table(self, left_out: frozenset[str]) -> Table:
         from rich import box
@@ -178,11 +178,6 @@ def report() -> Report:
     )
 
 
-def _in_words(failure: CompileFailure) -> str:
-    function, file, line = failure.frame
-    return f"attempt {failure.attempt} failed in call {failure.call}: {failure}, compiling {function} ({file}:{line})"
-
-
 def _aligned(heading: str, cell: str, width: int) -> str:
     return cell.ljust(width) if heading in _TEXT_COLUMNS else cell.rjust(width)
 
@@ -200,5 +195,5 @@ def _html_row(function: FunctionReport) -> str:
 
 
 def _html_failure(name: str, failure: CompileFailure) -> str:
-    summary, traceback = html.escape(f"{name}: {_in_words(failure)}"), html.escape(failure.traceback)
-    return f"<details><summary>{summary}</summary><pre>{traceback}</pre></details>"
+    line, traceback = html.escape(f"{name}: {summary(failure)}"), html.escape(failure.traceback)
+    return f"<details><summary>{line}</summary><pre>{traceback}</pre></details>"
