@@ -27,7 +27,7 @@ from ._policy import RetryPolicy
 from ._stats import CompileState, CompileStats, Counter
 from ._steps import UNSEEN
 from ._strict import is_strict
-from ._torch_eager import set_compiled_call
+from ._torch_eager import may_run_again, set_compiled_call
 from .events import Hook
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class CompiledFunction(Generic[P, R]):
             if call >= episode.due_call or self._clock() >= episode.due_time:
                 probe = self._breaker.let_through(call)
             straight = not probe and call > episode.failed_in_call + WATCHED_CALLS and not control.has_code
-            if straight and not control.step.matters():
+            if straight and not (may_run_again() or control.step.ran):  # `step.matters()`, written out
                 control.books.eager_calls.add()
                 return self.eager(*args, **kwargs) if not is_timed else self._timed(call, args, kwargs)
             control.per_thread.tally.probing = None  # an interrupt may have left it

@@ -51,8 +51,8 @@ class Step:
     """
 
     def __init__(self) -> None:
-        # Replaced as a whole, never changed, so it can be read without a lock.
-        self._ran: dict[threading.Thread, dict[Hashable, _EagerRun]] = {}
+        # Empty if nothing has run that may run again. Replaced as a whole, never changed: it is read without a lock.
+        self.ran: dict[threading.Thread, dict[Hashable, _EagerRun]] = {}
 
     @staticmethod
     def is_watched() -> bool:
@@ -61,7 +61,7 @@ class Step:
 
     def matters(self) -> bool:
         """Whether frames have to be told apart: what runs now may run again, or runs again what ran before."""
-        return may_run_again() or self._ran != {}
+        return may_run_again() or bool(self.ran)
 
     def ran_eagerly(self, *frames: Hashable, plainly: bool) -> None:
         """Note that these run eagerly now, if a backward pass may run them again.
@@ -78,13 +78,13 @@ class Step:
                 for frame in frames:
                     run = mine.get(frame, _EagerRun(plainly, frozenset()))
                     mine[frame] = _EagerRun(run.plainly, run.still_until | {until})
-                self._ran = {**ran, this: mine}
+                self.ran = {**ran, this: mine}
                 _unfinished.add(self)
                 _watch_optimizers()
 
     def has_begun(self) -> bool:
         """Whether a step is under way in which something has run eagerly that may run again."""
-        return bool(self._ran) and bool(self._living())
+        return bool(self.ran) and bool(self._living())
 
     def must_stay_eager(self, frame: Hashable) -> bool:
         """Whether compiling this now could make a backward pass run it, or another frame, differently."""
@@ -105,14 +105,14 @@ class Step:
     def end(self) -> bool:
         """End this thread's step. Returns whether no other thread is in one."""
         this = threading.current_thread()
-        self._ran = {thread: ran for thread, ran in self._living().items() if thread is not this}
-        return not self._ran
+        self.ran = {thread: ran for thread, ran in self._living().items() if thread is not this}
+        return not self.ran
 
     def _runs(self, frame: Hashable) -> Iterator[_EagerRun]:
         return (ran[frame] for ran in self._living().values() if frame in ran)
 
     def _living(self) -> dict[threading.Thread, dict[Hashable, _EagerRun]]:
-        return {thread: ran for thread, ran in self._ran.items() if thread.is_alive()}
+        return {thread: ran for thread, ran in self.ran.items() if thread.is_alive()}
 
 
 _lock = Lock()
