@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-# Keep memory that is freed. Otherwise glibc gives large blocks back to the system after each use, or not, as the history
-# of the process has it: a CNN's step took 180 ms in one process and 240 ms in the next.
+# Keep memory that is freed. Otherwise glibc gives large blocks back to the system after each use, or not, depending on
+# the history of the process: forty steps of a CNN took 180 ms in one process and 240 ms in the next.
 KEEPS_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TOP_PAD_": "300000000",
