@@ -60,6 +60,7 @@ class Episode:
     failed_at: float
     waited: float
     failed_in_call: int
+    watched_until: int  # the call after which calls go straight to the eager function, if nothing is compiled
     due_call: float
     due_time: float
     stopped: bool
@@ -147,7 +148,10 @@ class Breaker:
             waited = last.waited + now - last.failed_at if last else 0.0
             cost = now - began
             spent = last.spent + cost if last else cost
-            episode = Episode(attempt, started, now, waited, call, math.inf, math.inf, stopped=True, spent=spent)
+            watched_until = call + WATCHED_CALLS
+            episode = Episode(
+                attempt, started, now, waited, call, watched_until, math.inf, math.inf, stopped=True, spent=spent
+            )
             try:  # without the lock: these are the user's strategies
                 decision = decide(
                     self.policy, exc, attempt=attempt, started=started, now=now, waited=waited, spent=spent, cost=cost

@@ -81,10 +81,7 @@ class Doubt:
 
 
 class Tally:
-    """What one thread's calls of the function have run, and what its current call may do.
-
-    The counts only grow; a call compares them before and after.
-    """
+    """What one thread's current call of the function has run, and what it may do."""
 
     __slots__ = (
         "attempts",
@@ -99,17 +96,15 @@ class Tally:
         "probing",
         "retrying",
         "skipped",
-        "started",
         "unsettled",
         "untold",
     )
 
     def __init__(self) -> None:
-        self.compiled = 0
-        self.eager = 0
-        self.attempts = 0
-        self.call = 0
-        self.started = 0  # both counts at the beginning of the call
+        self.call = 0  # its number; 0 if there is none
+        self.compiled = 0  # graphs that ran compiled
+        self.eager = 0  # graphs and frames that ran eagerly
+        self.attempts = 0  # of all this thread's calls
         self.probing: Episode | None = None  # let through during this one
         # In a probe: who has a claim to an attempt, and whether nobody else may make one.
         self.claims: frozenset[Hashable] = frozenset()
@@ -127,7 +122,7 @@ class Tally:
     @property
     def graphs_before(self) -> int:
         """How many graphs this call has run so far."""
-        return self.compiled + self.eager - self.started
+        return self.compiled + self.eager
 
 
 class PerThread(threading.local):

@@ -74,15 +74,15 @@ class Control:
 
     def may_attempt(self, tally: Tally, who: Fingerprint) -> bool:
         """Whether this thread's call may run the compiler now for this frame."""
-        if self.breaker.episode is None:
+        episode = self.breaker.episode
+        if episode is None or (tally.probing is episode and not tally.exclusive):
             return True
-        if tally.probing:
-            return who in tally.claims or not tally.exclusive
         return who in tally.claims
 
     def is_open(self, tally: Tally) -> bool:
         """Whether this thread's call may run the compiler now for any frame at all."""
-        return self.breaker.episode is None or tally.probing is not None or bool(tally.claims)
+        episode = self.breaker.episode
+        return episode is None or tally.probing is episode or bool(tally.claims)
 
     def probe_begins(self, tally: Tally, call: int, episode: Episode) -> None:
         """This thread's call has been let through during an episode."""
@@ -141,7 +141,7 @@ class Control:
     def succeeded(self, conversion: Conversion, tally: Tally) -> None:
         """The compiler produced code."""
         self.suspects_cache = False
-        self.books.attempts.add()
+        next(self.books.attempts)
         self.made_progress()
         first, self.has_code = not self.has_code, True
         self.journal.compiled(tally, conversion.graph, self._seconds(conversion), first=first)
@@ -238,7 +238,7 @@ class Control:
         self.fallbacks.forget(waiting=True)
         self.turns.forget()
         if self._progress or looks is not None:
-            self.books.recoveries.add()
+            next(self.books.recoveries)
             self.journal.recovered(tally, probed, now)
         else:
             self.journal.swept_away(tally, now)
@@ -289,8 +289,8 @@ class Control:
         )
 
     def _book(self, failure: CompileFailure, conversion: Conversion, seconds: float, tally: Tally) -> None:
-        self.books.attempts.add()
-        self.books.failures.add()
+        next(self.books.attempts)
+        next(self.books.failures)
         self.last_failure = failure
         self.journal.failed(tally, failure, began=conversion.began, seconds=seconds)
 

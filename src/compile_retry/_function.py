@@ -16,7 +16,7 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.utils.hooks import RemovableHandle
 
 from . import _live, _looks
-from ._breaker import WATCHED_CALLS, NextRetry
+from ._breaker import NextRetry
 from ._call import Conversion, Location
 from ._control import Control
 from ._failures import CompileFailure, is_fatal
@@ -61,7 +61,7 @@ class CompiledFunction(Generic[P, R]):
         self._options = options
         self._control = Control(self.name, _location(fn), policy)
         self._breaker, self._history = self._control.breaker, self._control.journal.history
-        self._begin = Counter().add
+        self._calls = Counter()
         self._creation = Lock()
         self._compiled: Callable[P, R] = self._create_and_call
         _live.register(self)
@@ -69,37 +69,42 @@ class CompiledFunction(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:  # the hot path is one function
         if is_dynamo_compiling():  # an outer compile traces through: be the plain function
             return self.eager(*args, **kwargs)
-        call, control, probe = self._begin(), self._control, None
+        call, control, probe = next(self._calls), self._control, None
         episode, is_timed = self._breaker.episode, call >= self._history.next_call
-        if episode is not None and not (self._breaker.probe and self._is_within_probe()):
+        if episode is not None:
+            within = False
             if call >= episode.due_call or self._clock() >= episode.due_time:
-                probe = self._breaker.let_through(call)
-            straight = not probe and call > episode.failed_in_call + WATCHED_CALLS and not control.has_code
+                within = self._is_within_probe()
+                probe = None if within else self._breaker.let_through(call)
+            straight = not (probe or within or control.has_code) and call > episode.watched_until
             if straight and not (may_run_again() or control.step.ran):  # `step.matters()`, written out
-                control.books.eager_calls.add()
+                next(control.books.eager_calls)
                 return self.eager(*args, **kwargs) if not is_timed else self._timed(call, args, kwargs)
-            control.per_thread.tally.probing = None  # an interrupt may have left it
         tally = control.per_thread.tally
         began = (self._clock(), tally.attempts) if is_timed else None
-        tally.call = call
-        compiled, eager = tally.compiled, tally.eager
-        tally.started = compiled + eager
+        outer, compiled, eager = tally.call, tally.compiled, tally.eager
+        tally.call, tally.compiled, tally.eager = call, 0, 0
         try:
             if probe and episode:
                 control.probe_begins(tally, call, episode)
             result = self._compiled(*args, **kwargs)
         except BaseException:
-            self._over((compiled, eager), args, kwargs, probing=probe is not None, raised=True)
+            self._over(args, kwargs, probing=probe is not None, raised=True)
             raise
-        if tally.eager != eager or tally.compiled == compiled or tally.unsettled or probe or began is not None:
-            self._over((compiled, eager), args, kwargs, probing=probe is not None, began=began)
         else:
-            control.books.compiled_calls.add()
+            if tally.compiled and not (tally.eager or tally.unsettled or probe or is_timed):
+                next(control.books.compiled_calls)
+            else:
+                self._over(args, kwargs, probing=probe is not None, began=began)
+        finally:
+            tally.call = outer
+            if outer:  # a call within a call: what it has run, the other has run too
+                tally.compiled += compiled
+                tally.eager += eager
         return result
 
     def _over(
         self,
-        before: tuple[int, int],
         args: tuple[object, ...],
         kwargs: dict[str, object],
         *,
@@ -110,7 +115,6 @@ class CompiledFunction(Generic[P, R]):
         """Book a call, and settle what it has left open.
 
         Args:
-            before: How many compiled and how many eager graphs this thread had run before it.
             args: What it was called with.
             kwargs: The same.
             probing: Whether it was let through during an episode.
@@ -119,14 +123,13 @@ class CompiledFunction(Generic[P, R]):
         """
         control, clean = self._control, False
         tally = control.per_thread.tally
-        compiled, eager = tally.compiled != before[0], tally.eager != before[1]
-        path: CallPath = "eager" if not compiled else "mixed" if eager else "compiled"
+        path: CallPath = "eager" if not tally.compiled else "mixed" if tally.eager else "compiled"
         try:
             if tally.unsettled:
                 control.settle(tally, self._looks(args, kwargs), program_raised=raised)
             clean = path == "compiled" and not raised
         finally:
-            control.books.by_path[path].add()
+            next(control.books.by_path[path])
             if probing:
                 control.probe_ended(tally, self._looks(args, kwargs) if clean else None)
             if began is not None:
@@ -138,9 +141,12 @@ class CompiledFunction(Generic[P, R]):
         journal, tally = self._control.journal, self._control.per_thread.tally
         began = self._clock(), tally.attempts
         result = self.eager(*args, **kwargs)
-        tally.call = call
-        journal.took(tally, "eager", began)
-        journal.tell(tally)
+        outer, tally.call = tally.call, call
+        try:
+            journal.took(tally, "eager", began)
+            journal.tell(tally)
+        finally:
+            tally.call = outer
         return result
 
     def _looks(self, args: tuple[object, ...], kwargs: dict[str, object]) -> _looks.Looks:
@@ -148,11 +154,13 @@ class CompiledFunction(Generic[P, R]):
 
     def _is_within_probe(self) -> bool:
         """Whether the call that asks runs within a call of this function that has been let through."""
-        frame = sys._getframe(1).f_back if self._control.per_thread.tally.probing else None
+        tally = self._control.per_thread.tally
+        frame = sys._getframe(1).f_back if tally.probing else None
         while frame is not None:
             if frame.f_code is _CALL and frame.f_locals.get("self") is self:
                 return True
             frame = frame.f_back
+        tally.probing = None  # an interrupt may have left it
         return False
 
     def _create_and_call(self, *args: P.args, **kwargs: P.kwargs) -> R:
