@@ -33,7 +33,7 @@ class PassesOn:
 
     def __init__(self, step: Step, **options: Any) -> None:
         self.step = self.prepared(step, **options)
-        self.begin, self.end = itertools.count().__next__, itertools.count().__next__
+        self.begun, self.ended = itertools.count(), itertools.count()
         self.clock, self.due = time.monotonic, float("inf")
 
     def prepared(self, step: Step, **options: Any) -> Step:
@@ -54,9 +54,9 @@ class Counts(PassesOn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             return None
-        self.begin()
+        next(self.begun)
         result = self.step(*args, **kwargs)
-        self.end()
+        next(self.ended)
         return result
 
 
@@ -83,11 +83,11 @@ class CountsGraphs(PassesOn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             return None
-        self.begin()
+        next(self.begun)
         graphs = self.tally.graphs
         result = self.step(*args, **kwargs)
         if self.tally.graphs != graphs:
-            self.end()
+            next(self.ended)
         return result
 
 
@@ -104,10 +104,10 @@ class EagerAsksTheClock(Eager):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             return None
-        self.begin()
+        next(self.begun)
         if self.clock() >= self.due:
             return None
-        self.end()
+        next(self.ended)
         return self.step(*args, **kwargs)
 
 
@@ -117,10 +117,10 @@ class EagerAsksAutograd(Eager):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             return None
-        self.begin()
+        next(self.begun)
         if self.clock() >= self.due or may_run_again():
             return None
-        self.end()
+        next(self.ended)
         return self.step(*args, **kwargs)
 
 
