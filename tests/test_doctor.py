@@ -95,7 +95,9 @@ def examine(*arguments: str, status: int) -> dict[str, dict[str, Any]]:
 
 
 def assert_nothing_is_left(place: Path) -> None:
-    assert list((place / "tmp").iterdir()) == []
+    # Precompiled headers are torch's to keep; 2.10 cannot be told by the environment to do without.
+    headers = {path.parent for path in (place / "tmp").glob("*/precompiled_headers")}
+    assert {*(place / "tmp").iterdir()} == headers
     assert list((place / "cache").glob("compile_retry_doctor_*")) == []
 
 
