@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from compile_retry import CompileState, CompileStats, RetryPolicy, compile_with_fallback
+from compile_retry.events import AttemptStarted
 from compile_retry.testing import FakeClock, record_events
 from support import Compiler, first, full_disk, wait_until_in
 
@@ -223,6 +224,32 @@ def test_recursion() -> None:
         torch.testing.assert_close(fn(X, 2), X.sin().sin().sin())
     assert fn.stats.calls == 18
     assert fn.state is CompileState.COMPILED
+
+
+def test_a_call_within_a_call() -> None:
+    """What it runs its caller has run too; and what its caller does after it goes by the caller's number."""
+
+    def step(x: torch.Tensor, depth: int) -> torch.Tensor:
+        x = x + 1
+        if depth:
+            x = again(x, depth - 1)
+        return x.sin()
+
+    def call(x: torch.Tensor, depth: int) -> torch.Tensor:
+        return fn(x, depth)
+
+    compiler = Compiler(lambda inputs: full_disk() if compiler.asked == 3 else None)
+    fn = compile_with_fallback(step, backend=compiler, policy=RetryPolicy(wait=None, wait_calls=3))
+    again = torch.compiler.disable(call)
+    with record_events(kinds={"attempt started"}) as events:
+        torch.testing.assert_close(fn(X, 1), (X + 2).sin().sin())
+    started = [(event.call, event.graph) for event in events if isinstance(event, AttemptStarted)]
+    assert started == [(1, 1), (2, 1), (1, 3)]
+    assert fn.last_failure is not None
+    assert fn.last_failure.call == 1
+    assert (fn.stats.compiled_calls, fn.stats.mixed_calls) == (1, 1)
+    assert fn.next_retry is not None
+    assert fn.next_retry.calls == 2
 
 
 @pytest.fixture
