@@ -82,6 +82,7 @@ class TrainingMachine(RuleBasedStateMachine):
         self.seed = 0
         self.stack.enter_context(self.bench.installed())
         self.events: list[Event] = self.stack.enter_context(record_events(NAME))
+        self.overruled = 0  # how many events had been told when the user last changed the state, which is not an event
 
     @initialize(body=st.sampled_from(list(GRAPHS)), module=st.booleans(), schedule=st.sampled_from(sorted(SCHEDULES)))
     def decorate(self, body: Callable[..., torch.Tensor], module: bool, schedule: str) -> None:
@@ -219,6 +220,7 @@ class TrainingMachine(RuleBasedStateMachine):
             self.clock.advance(40)
         elif what != "nothing":
             subject.tell(what)
+            self.overruled = len(self.events)
 
     @contextmanager
     def checking(self, subject: Subject, config: Config) -> Iterator[list[str]]:
@@ -252,7 +254,8 @@ class TrainingMachine(RuleBasedStateMachine):
         assert kinds.count("failed") == stats.failures - before.failures
         assert kinds.count("recovered") == stats.recoveries - before.recoveries
         assert all(before.calls < t.call <= stats.calls for t in told)
-        assert not told or told[-1].state in (fn.state, CompileState.FALLBACK)
+        if len(self.events) > self.overruled:
+            assert not told or told[-1].state in (fn.state, CompileState.FALLBACK)
 
     def come_back(self, subject: Subject) -> None:
         """With everything repaired, what has ever been called is compiled within so many due moments."""
