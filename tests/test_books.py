@@ -252,6 +252,27 @@ def test_a_call_within_a_call() -> None:
     assert fn.next_retry.calls == 2
 
 
+def test_a_call_within_a_probe() -> None:
+    """It runs what the probe compiles, however long the function has been held off before."""
+
+    def step(x: torch.Tensor, depth: int) -> torch.Tensor:
+        if depth:
+            x = again(x, depth - 1)
+        return x.sin()
+
+    def call(x: torch.Tensor, depth: int) -> torch.Tensor:
+        return fn(x, depth)
+
+    fn = compile_with_fallback(step, backend=Compiler(first(1)), policy=RetryPolicy(wait=None, wait_calls=151))
+    again = torch.compiler.disable(call)
+    while fn.stats.calls < 152:  # the inner call is number 2 and fails: 153 is due, and 154 runs within it
+        fn(X, 1)
+    held_off = fn.stats
+    assert (held_off.compiled_calls, held_off.attempts) == (0, 1)
+    torch.testing.assert_close(fn(X, 1), X.sin().sin())
+    assert (fn.stats.compiled_calls, fn.stats.eager_calls, fn.stats.recoveries) == (2, held_off.eager_calls, 1)
+
+
 @pytest.fixture
 def frequent_switches() -> Iterator[None]:
     """Threads take turns a hundred times as often: without its guards being kept, Dynamo crashes within seconds."""

@@ -60,7 +60,7 @@ class Episode:
     failed_at: float
     waited: float
     failed_in_call: int
-    watched_until: int  # the call after which calls go straight to the eager function, if nothing is compiled
+    watched_until: int  # `failed_in_call + WATCHED_CALLS`; not computed where it is asked, in each call held off
     due_call: float
     due_time: float
     stopped: bool

@@ -248,7 +248,7 @@ def _leave_with_the_parent(parent: int) -> None:
     if sys.platform == "win32":
         os._exit(1)
     os.killpg(0, signal.SIGTERM)  # compilers remove their temporary files, and the main thread leaves its blocks
-    time.sleep(2)  # for that
+    time.sleep(2)  # gives them the time to do so
     os.killpg(0, signal.SIGKILL)  # pragma: no cover  # nothing is left to tell of it
 
 

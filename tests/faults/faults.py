@@ -210,7 +210,7 @@ FROM_CACHE = ("first call", "recompile")
 
 
 def _compiler(name: str, made: str, mode: str, **more: object) -> Fault:
-    return Fault(name, made, tell(mode), tell("none"), script=True, **more)  # type: ignore[arg-type]  # of Fault
+    return Fault(name, made, tell(mode), tell("none"), script=True, **more)  # type: ignore[arg-type]  # Fault's own arguments, passed on
 
 
 def _cut_short(suffix: str, begin: Callable[[Place], None], part: str = "half") -> Fault:
