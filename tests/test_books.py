@@ -40,6 +40,18 @@ def test_past_the_recompile_limit(fullgraph: bool) -> None:
     assert fn.stats.compiled_calls == 2 * limit
 
 
+def test_past_the_limit_of_all_recompiles() -> None:
+    """It is kept from counting other wrappers, and failures; what one wrapper has compiled counts."""
+    fn = compile_with_fallback(sine, backend=Compiler(first(4)), dynamic=False, policy=EVERY_CALL)
+    with torch._dynamo.config.patch(accumulated_recompile_limit=3), record_events(kinds={"recompile limit"}) as events:
+        for n in (2, 3, 4, 5, 2, 3, 4):
+            fn(torch.ones(n))
+        assert (fn.stats.compiled_calls, len(events)) == (3, 0)
+        for n in (5, 6, 2):
+            fn(torch.ones(n))
+    assert (fn.stats.compiled_calls, fn.stats.eager_calls, len(events)) == (4, 6, 1)
+
+
 def test_the_recompile_limit_in_a_later_graph() -> None:
     """A call of which one graph is over the limit is mixed; after torch._dynamo.reset() the limit is fresh."""
 

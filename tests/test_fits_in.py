@@ -288,6 +288,30 @@ def test_twenty_closures_of_one_factory(fails: int) -> None:
     assert all(fn.stats.compiled_calls == 4 - fails for fn in functions)
 
 
+def plus_one_after_a_graph_break(x: torch.Tensor) -> torch.Tensor:
+    torch._dynamo.graph_break()
+    return x + 1
+
+
+@pytest.mark.parametrize("fails", [0, 3])
+def test_many_closures_of_one_factory(fails: int) -> None:
+    """More than torch's limit for all compiles of one code object, of which fallbacks take a share too."""
+
+    def make(k: float) -> CompiledFunction[[torch.Tensor], torch.Tensor]:
+        def step(x: torch.Tensor) -> torch.Tensor:
+            return plus_one_after_a_graph_break(x * k)
+
+        return compile_with_fallback(step, backend=Compiler(first(fails)), policy=EVERY_CALL)
+
+    with torch._dynamo.config.patch(accumulated_recompile_limit=10):
+        functions = [make(float(k)) for k in range(15)]
+        for _ in range(6):
+            for k, fn in enumerate(functions):
+                torch.testing.assert_close(fn(X), X * k + 1)
+    assert {(fn.state, fn.stats.failures) for fn in functions} == {(CompileState.COMPILED, fails)}
+    assert min(fn.stats.compiled_calls for fn in functions) >= 2
+
+
 class Net(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -22,6 +22,10 @@ from support import Compiler, first, full_disk, no_log_records, process_state
 EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
 
 
+def one_graph(x: torch.Tensor) -> torch.Tensor:
+    return x.sin()
+
+
 def two_graphs(x: torch.Tensor) -> torch.Tensor:
     y = x.sin()
     torch._dynamo.graph_break()
@@ -78,6 +82,29 @@ def test_wrappers_are_collected() -> None:
     made = [make(k % 3) for k in range(50)]
     gc.collect()
     assert [ref() for refs in made for ref in refs if ref() is not None] == []
+
+
+@pytest.mark.parametrize("fails", [0, 1, 100])
+def test_wrappers_of_a_function_that_stays(fails: int) -> None:
+    """Wrappers of one function that lives on, made, used and dropped: what was compiled for them is gone with them.
+
+    Not with a graph break, after which torch keeps the first graph also through its own reset.
+    """
+
+    def make() -> None:
+        fn = compile_with_fallback(one_graph, backend=Compiler(first(fails)), dynamic=False, policy=EVERY_CALL)
+        for n in (3, 4, 3, 4):
+            fn(torch.ones(n))
+
+    def graphs() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), torch.fx.GraphModule) for thing in gc.get_objects())
+
+    make()
+    before = graphs()
+    for _ in range(20):
+        make()
+    assert graphs() <= before
 
 
 def test_the_record_is_text() -> None:

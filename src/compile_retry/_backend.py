@@ -80,6 +80,11 @@ class GraphBackend:
             control.journal.moved(tally, damaged)
         return _counted_compiled(code, control.per_thread)
 
+    def abandon(self) -> None:
+        """The decorated function is gone. Dynamo keeps its backends, and what they compiled: make that little."""
+        internals.abandon(self._control.entries)
+        del self._control
+
     def _is_for_this_processor(self, example_inputs: list[Any]) -> bool:
         """Whether inductor needs to know the processor's vector instructions."""
         on_cpu = (isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in example_inputs)

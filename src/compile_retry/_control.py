@@ -58,6 +58,8 @@ class Control:
         self.given_up: dict[CodeType, dict[object, object]] = {}
         self._compiles: dict[Fingerprint, int] = {}
         self._code: dict[CodeType, list[CachedFrame]] = {}
+        # All that Dynamo has cached for this function, fallbacks too.
+        self.entries: list[CachedFrame] = []
         # Since the last failure: whether something was compiled, and for how many calls everything that ran was.
         self._progress = False
         self._clean_calls = 0
@@ -96,6 +98,7 @@ class Control:
 
     def compiled(self, entry: CachedFrame) -> None:
         """A frame has been compiled."""
+        self._note(entry)
         self._compiles[entry.fingerprint] = self.compiles(entry.fingerprint) + 1
         self.turns.served(entry.fingerprint)
         self.fallbacks.remove(None, entry.fingerprint)
@@ -109,8 +112,12 @@ class Control:
 
     def fell_back_to(self, entry: CachedFrame) -> None:
         """A frame has been compiled into code that runs a graph of it eagerly."""
+        self._note(entry)
         entry.leave_uncounted()
         entry.use_only_if(lambda f_locals: self._is_wanted(entry, f_locals))
+
+    def _note(self, entry: CachedFrame) -> None:
+        self.entries = [*(known for known in self.entries if known.alive), entry]
 
     def _is_wanted(self, entry: CachedFrame, f_locals: dict[str, object]) -> bool:
         """Asked by Dynamo when a cached fallback fits the call: use it? If not, compiled code does or is made."""

@@ -5,7 +5,7 @@ The callback is asked before anything of the frame has run, so to run the frame 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import CodeType
 
 from . import _looks
@@ -18,14 +18,28 @@ from ._strict import is_strict
 from ._torch_internals import ConvertFrameReturn, Frame, FrameCallback, FrameState
 
 
+@dataclass
+class _KnownFrame:
+    """What is known of the frames of one code object.
+
+    Attributes:
+        state: Dynamo's own for them, by whose identity they are known: after ``torch._dynamo.reset()`` it is a new one.
+        compiles: How often they were compiled.
+        is_over_limit: Whether one of torch's recompile limits is reached.
+    """
+
+    state: FrameState
+    compiles: int = 0
+    is_over_limit: bool = False
+
+
 class FrameConverter:
     """Stands in front of the frame callback that ``torch.compile`` made for one decorated function."""
 
     def __init__(self, inner: FrameCallback, control: Control) -> None:
         self._inner = inner
         self._control = control
-        # Frames over torch's recompile limit. A code object's frame state is a new one after torch._dynamo.reset().
-        self._over_limit: dict[CodeType, FrameState] = {}
+        self._known: dict[int, _KnownFrame] = {}
 
     def __call__(self, frame: Frame, cache_entry: object, frame_state: FrameState) -> ConvertFrameReturn:
         if internals.is_disabled():
@@ -35,7 +49,7 @@ class FrameConverter:
         if self._control.given_up.get(frame.f_code) is frame_state:
             return _passed_over(internals.skip_for_good())
         tally = self._control.per_thread.tally
-        if self._over_limit.get(frame.f_code) is frame_state:
+        if self._knows(frame_state).is_over_limit:
             tally.eager += 1
             return internals.run_eagerly(inner_frames=False)
         conversion = self._conversion(frame, tally)
@@ -45,6 +59,9 @@ class FrameConverter:
             return self._in_turn(conversion, tally, frame, cache_entry, frame_state)
         finally:
             self._control.journal.tell(tally)
+
+    def _knows(self, frame_state: FrameState) -> _KnownFrame:
+        return self._known.setdefault(id(frame_state), _KnownFrame(frame_state))
 
     def _pass_over(self, frame: Frame, cache_entry: object, frame_state: FrameState) -> ConvertFrameReturn:
         """Let Dynamo say that this frame is none of its business.
@@ -64,6 +81,7 @@ class FrameConverter:
         self, conversion: Conversion, tally: Tally, frame: Frame, cache_entry: object, frame_state: FrameState
     ) -> ConvertFrameReturn:
         with internals.compile_lock():  # while this thread waited for it, another one's attempt may have failed
+            internals.drop_abandoned()
             held_off = self._held_off(conversion, tally)
             return held_off or self._convert(conversion, tally, frame, cache_entry, frame_state)
 
@@ -106,7 +124,7 @@ class FrameConverter:
         outer, tally.conversion = tally.conversion, conversion
         conversion.began = control.policy.clock()
         try:
-            with internals.unsuppressed():
+            with internals.settings_for_compile(self._knows(frame_state).compiles):
                 result = self._inner(frame, cache_entry, frame_state)
         except Exception as exc:
             internals.uncount_compiles(frame_state, compiles)
@@ -142,10 +160,11 @@ class FrameConverter:
                 conversion.fallback.entry = entry
                 control.fell_back_to(entry)
             else:
+                self._knows(frame_state).compiles += 1
                 control.compiled(entry)
             return result
         if internals.hit_recompile_limit(result):
-            self._over_limit[code] = frame_state
+            self._knows(frame_state).is_over_limit = True
             control.journal.over_limit(tally, conversion.location)
             tally.eager += 1
             return internals.run_eagerly(inner_frames=False)

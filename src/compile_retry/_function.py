@@ -7,6 +7,7 @@ import functools
 import inspect
 import pickle
 import sys
+import weakref
 from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
@@ -228,9 +229,10 @@ class CompiledFunction(Generic[P, R]):
                 self._options.get("options"),
                 options.get("dynamic"),
             )
-            options["backend"] = GraphBackend(compiler, control)
+            options["backend"] = backend = GraphBackend(compiler, control)
             compiled: Callable[..., R] = torch.compile(internals.visible(self.eager), **options)
         internals.interpose(compiled, lambda inner: FrameConverter(inner, control))
+        weakref.finalize(self, backend.abandon).atexit = False
         return compiled, damaged
 
     @property

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from types import CodeType, FunctionType
 from typing import Any, Protocol, TypeAlias
@@ -33,7 +34,7 @@ from torch._C._dynamo.eval_frame import _FrameAction as FrameAction
 from torch._C._dynamo.eval_frame import _FrameExecStrategy as FrameExecStrategy
 
 # Counts the compiles of each frame towards `accumulated_recompile_limit`; since 2.2. Essential, because without taking
-# failed compiles back out of it 256 failures would use a frame up.
+# failed compiles back out of it 256 failures would use a frame up for whoever else compiles it.
 from torch._dynamo.convert_frame import FRAME_COMPILE_COUNTER, has_tensor_in_frame
 
 # The way in which an analysis is started again, and the way in which a backend asks for a frame to be skipped. Both
@@ -62,12 +63,14 @@ __all__ = [
     "FrameCallback",
     "FrameState",
     "UnsupportedTorchError",
+    "abandon",
     "backends",
     "compile_lock",
     "compiling_backward_too",
     "concerns_dynamo",
     "count_compiles",
     "count_for_fullgraph",
+    "drop_abandoned",
     "hit_recompile_limit",
     "inductor_modes",
     "inductor_options",
@@ -79,9 +82,9 @@ __all__ = [
     "isolates_recompiles",
     "make_compiler",
     "run_eagerly",
+    "settings_for_compile",
     "skip_for_good",
     "uncount_compiles",
-    "unsuppressed",
     "visible",
 ]
 
@@ -271,17 +274,25 @@ def is_deliberate_limit(exc: BaseException) -> bool:
     return isinstance(exc, FailOnRecompileLimitHit) and bool(torch._dynamo.config.fail_on_recompile_limit_hit)
 
 
-@contextmanager
-def unsuppressed() -> Iterator[None]:
-    """Have Dynamo raise what fails in this thread's next compile, also where the user has it suppress errors.
+def settings_for_compile(compiles: int) -> AbstractContextManager[object]:
+    """Dynamo's settings for this thread's next compile of a frame.
 
-    Suppressed, an error would skip the frame's code for good. Since 2.0.
+    With `suppress_errors`, which users set, an error would skip the frame's code for good. Since 2.0.
+    `accumulated_recompile_limit` counts the compiles of a code object and its cache entries, whichever wrapper they are
+    of and also where they run a graph eagerly, so that the wrappers of one function would use it up for each other.
+    Here it holds for what one wrapper has compiled. Since 2.6.
+
+    Args:
+        compiles: How often this wrapper's frames of that code were compiled.
     """
-    if torch._dynamo.config.suppress_errors:
-        with torch._dynamo.config.patch(suppress_errors=False):
-            yield
-    else:
-        yield
+    config = torch._dynamo.config
+    changes: dict[str, Any] = {}
+    if config.suppress_errors:
+        changes["suppress_errors"] = False
+    if compiles < config.accumulated_recompile_limit:
+        changes["accumulated_recompile_limit"] = sys.maxsize
+    patch: AbstractContextManager[object] = config.patch(changes) if changes else nullcontext()
+    return patch
 
 
 def compile_lock() -> AbstractContextManager[object]:
@@ -372,6 +383,24 @@ class CachedFrame:
             dead.id_matched_objs = _UNCOUNTED
             _dropped.append(manager)
             manager.extra_state.invalidate(manager.cache_entry, dead)
+
+
+# Entries that are dropped before the next compile. Functions are collected in the middle of whatever a thread does.
+_abandoned: deque[CachedFrame] = deque()
+
+
+def abandon(entries: Iterable[CachedFrame]) -> None:
+    """Have Dynamo forget these soon: the function is gone that they were compiled for, and nothing else runs them.
+
+    Otherwise they and the graphs behind them would stay for as long as the code object that they belong to.
+    """
+    _abandoned.extend(entries)
+
+
+def drop_abandoned() -> None:
+    """Make Dynamo forget what was left to it. Called where Dynamo does not go through its entries."""
+    while _abandoned:
+        _abandoned.popleft().drop()
 
 
 class _Nobody:
