@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from . import _torch_internals as internals
-from ._call import Attempt, Conversion, PerThread, Tally
+from ._call import Attempt, Calls, Conversion, Tally
 from ._control import Control
 from ._failures import is_fatal
 from ._fallbacks import Fallback
@@ -41,13 +41,13 @@ class GraphBackend:
     def __call__(self, graph_module: GraphModule, example_inputs: list[Any], **from_torch: Any) -> Code:
         # `mode` and `options`, which torch hands back to a callable backend, are in the compiler already.
         control = self._control
-        tally = control.per_thread.tally
+        tally = control.calls.tally
         # Under the stances "eager_then_compile" and "aot_eager_then_compile" torch asks the backend behind the frame
         # callback's back. Then nobody is there to give way to, nor to remember a fallback.
         conversion = tally.conversion or Conversion(control.location, (), (), (), began=control.policy.clock())
         if not control.may_attempt(tally, conversion.fingerprint):
             if tally.conversion is None:
-                return _counted_eager(graph_module.forward, control.per_thread)
+                return _counted_eager(graph_module.forward, control.calls)
             conversion.gave_way = True  # an attempt has failed since, in a call that was made while Dynamo traced
             raise HeldOffError(control.name)
         if control.breaker.episode is not None or control.interrupted:
@@ -71,14 +71,15 @@ class GraphBackend:
         except Exception as exc:
             if not self._falls_back(exc, conversion, tally):
                 raise
-            return _counted_eager(kept.runner(), control.per_thread)
+            return _counted_eager(kept.runner(), control.calls)
         except BaseException:
             control.interrupted = True
             raise
         control.succeeded(conversion, tally)
         if damaged is not None:
             control.journal.moved(tally, damaged)
-        return _counted_compiled(code, control.per_thread)
+        conversion.runner = _counted_compiled(code, control.calls)
+        return conversion.runner
 
     def abandon(self) -> None:
         """The decorated function is gone. Dynamo keeps its backends, and what they compiled: make that little."""
@@ -164,17 +165,26 @@ def _resolve(module: torch.nn.Module, path: str) -> Any:
     return value
 
 
-def _counted_compiled(code: Code, per_thread: PerThread) -> Code:
+def _counted_compiled(code: Code, calls: Calls) -> Code:
+    lane = calls.lane
+
     def run_compiled(*args: Any) -> Any:
-        per_thread.tally.compiled += 1
-        return code(*args)
+        outer = internals.set_eval_frame(None)  # see `run_directly`
+        try:
+            if lane.left:
+                lane.graphs += 1
+            else:
+                calls.tally.compiled += 1
+            return code(*args)
+        finally:
+            internals.set_eval_frame(outer)
 
     return run_compiled
 
 
-def _counted_eager(code: Code, per_thread: PerThread) -> Code:
+def _counted_eager(code: Code, calls: Calls) -> Code:
     def run_eager(*args: Any) -> Any:
-        per_thread.tally.eager += 1
+        calls.tally.eager += 1
         return code(*args)
 
     return run_eager

@@ -72,6 +72,12 @@ class Episode:
             return True
         return self.due_time < math.inf and clock() >= self.due_time
 
+    def nothing_due_before(self, call: int) -> tuple[float, float]:
+        """Before which call nothing becomes due, and before which time, for this call and those after it."""
+        if call < self.due_call:
+            return self.due_call, self.due_time
+        return math.inf, min(self.due_time, self.not_before)
+
     def is_long_overdue(self, call: int, now: float) -> bool:
         """Whether as long a wait again has passed since the attempt was due."""
         return call >= 2 * self.due_call - self.failed_in_call or now >= 2 * self.due_time - self.failed_at
@@ -89,13 +95,36 @@ class Probe:
 
 
 class Breaker:
-    """Decides which calls may attempt. One per decorated function, shared by its threads."""
+    """Decides which calls may attempt. One per decorated function, shared by its threads.
+
+    Attributes:
+        held_off_before_call: Calls before this one need not ask, they may not attempt, as long as the clock is
+        held_off_before_time: earlier than this.
+    """
 
     def __init__(self, policy: RetryPolicy) -> None:
         self.policy = policy
-        self.episode: Episode | None = None
         self._lock = Lock()
         self.probe: weakref.ref[Probe] | None = None
+        self.episode = None
+
+    @property
+    def episode(self) -> Episode | None:
+        """The one that has begun and not ended."""
+        return self._episode
+
+    @episode.setter
+    def episode(self, episode: Episode | None) -> None:
+        self._episode = episode
+        self.have_calls_ask()
+
+    def hold_off(self, before_call: float, before_time: float) -> None:
+        """Let no call attempt before this one, nor any before this time, and none ask whether it may."""
+        self.held_off_before_call, self.held_off_before_time = before_call, before_time
+
+    def have_calls_ask(self) -> None:
+        """Let each call ask."""
+        self.held_off_before_call, self.held_off_before_time = 0.0, -math.inf
 
     def let_through(self, call: int) -> Probe | None:
         """What makes this call, made during an episode, the probe; None if it may not be. `probe_ended` must follow.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from . import _looks
 from ._breaker import WATCHED_CALLS, Breaker, Episode
-from ._call import Conversion, Doubt, Location, PerThread, Tally
+from ._call import Calls, Conversion, Doubt, Location, Tally
 from ._failures import (
     CompileFailure,
     FailureKind,
@@ -25,6 +25,7 @@ from ._policy import RetryPolicy
 from ._stats import Books, CompileState
 from ._steps import Step
 from ._strict import is_strict
+from ._torch_eager import may_run_again
 from ._turns import Turns
 from .events import log
 
@@ -42,10 +43,11 @@ class Control:
         self.location = location
         self.policy = policy
         self.breaker = Breaker(policy)
-        self.books = Books()
+        self.calls = Calls()
+        lane = self.calls.lane
+        self.books = Books(lambda: lane.passed)
         self.journal = Journal(name, self.breaker, self.books, lambda: self.state)
         self.fallbacks = Fallbacks()
-        self.per_thread = PerThread()
         self.last_failure: CompileFailure | None = None
         self.has_code = False
         self.turns = Turns()
@@ -85,6 +87,24 @@ class Control:
         """Whether this thread's call may run the compiler now for any frame at all."""
         episode = self.breaker.episode
         return episode is None or tally.probing is episode or bool(tally.claims)
+
+    def goes_straight(self, episode: Episode, call: int) -> bool:
+        """Whether a call that may not attempt has nothing to do with Dynamo, and is the eager function's alone."""
+        return not self.has_code and call > episode.watched_until and not may_run_again()
+
+    def hold_off(self, episode: Episode, call: int) -> None:
+        """A call is over that was made during an episode. If it went straight, the next ones may do so unasked."""
+        if self.goes_straight(episode, call):
+            before_call, before_time = episode.nothing_due_before(call)
+            # Nothing has been compiled, so no call has gone through the lane, and calls and numbers are the same.
+            self.breaker.hold_off(min(before_call, self.journal.history.next_call), before_time)
+            if self.breaker.episode is not episode:  # another thread has replaced it, and had calls ask, meanwhile
+                self.breaker.have_calls_ask()
+
+    def open_lane(self) -> None:
+        """A call is over that was timed. If all is well, those until the next one that is timed need not be watched."""
+        if self.has_code:
+            self.calls.open_lane(self.journal.history.next_call, unless=lambda: self.breaker.episode)
 
     def probe_begins(self, tally: Tally, call: int, episode: Episode) -> None:
         """This thread's call has been let through during an episode."""
@@ -134,7 +154,7 @@ class Control:
         return not self._is_due(entry)
 
     def _is_due(self, entry: CachedFrame) -> bool:
-        tally, who = self.per_thread.tally, entry.fingerprint
+        tally, who = self.calls.tally, entry.fingerprint
         if self.fallbacks.is_permanent(entry):
             return False
         if self.may_attempt(tally, who):

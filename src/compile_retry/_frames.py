@@ -48,7 +48,7 @@ class FrameConverter:
             return self._pass_over(frame, cache_entry, frame_state)
         if self._control.given_up.get(frame.f_code) is frame_state:
             return _passed_over(internals.skip_for_good())
-        tally = self._control.per_thread.tally
+        tally = self._control.calls.tally
         if self._knows(frame_state).is_over_limit:
             tally.eager += 1
             return internals.run_eagerly(inner_frames=False)
@@ -156,6 +156,8 @@ class FrameConverter:
                 control.fallbacks.remove(conversion.retrying)
                 conversion.retrying.drop()
             entry = internals.CachedFrame(code, conversion.fingerprint, result.guarded_code)
+            if conversion.runner is not None:
+                internals.run_directly(conversion.runner, result.guarded_code.code, frame.f_globals)
             if conversion.fallback is not None:
                 conversion.fallback.entry = entry
                 control.fell_back_to(entry)

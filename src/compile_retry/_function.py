@@ -9,8 +9,8 @@ import pickle
 import sys
 import weakref
 from collections.abc import Callable
-from types import MethodType
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
+from types import FrameType, MethodType
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast, overload
 
 import torch
 from torch.compiler import is_dynamo_compiling, is_exporting
@@ -18,17 +18,17 @@ from torch.utils.hooks import RemovableHandle
 
 from . import _live, _looks
 from ._breaker import NextRetry
-from ._call import Conversion, Location
+from ._call import Conversion, Location, Tally
 from ._control import Control
 from ._failures import CompileFailure, is_fatal
 from ._fallbacks import CREATION, Fallback
 from ._history import Began, CallPath
 from ._locks import Lock
 from ._policy import RetryPolicy
-from ._stats import CompileState, CompileStats, Counter
+from ._stats import CompileState, CompileStats
 from ._steps import UNSEEN
 from ._strict import is_strict
-from ._torch_eager import may_run_again, set_compiled_call
+from ._torch_eager import has_forward_gradients, saved_tensors_hooks, set_compiled_call
 from .events import Hook
 
 if TYPE_CHECKING:
@@ -60,64 +60,94 @@ class CompiledFunction(Generic[P, R]):
         self._clock = policy.clock
         self.name = name if name is not None else _name_of(fn)
         self._options = options
-        self._control = Control(self.name, _location(fn), policy)
-        self._breaker, self._history = self._control.breaker, self._control.journal.history
-        self._calls = Counter()
+        self._control = control = Control(self.name, _location(fn), policy)
+        # What each call needs, close at hand.
+        self._lane, self._numbers = control.calls.lane, control.calls.numbers
+        self._breaker, self._eager_calls = control.breaker, control.books.eager_calls
         self._creation = Lock()
         self._compiled: Callable[..., R] = self._create_and_call
         _live.register(self)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:  # the hot path is one function
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:  # each line of it costs every call
         if is_dynamo_compiling():  # an outer compile traces through: be the plain function
             return self.eager(*args, **kwargs)
-        call, control, probe = next(self._calls), self._control, None
-        episode, is_timed = self._breaker.episode, call >= self._history.next_call
-        if episode is not None:
-            within = False
-            if call >= episode.due_call or self._clock() >= episode.due_time:
-                within = self._is_within_probe()
-                probe = None if within else self._breaker.let_through(call)
-            straight = not (probe or within or control.has_code) and call > episode.watched_until
-            if straight and not (may_run_again() or control.step.ran):  # `step.matters()`, written out
-                next(control.books.eager_calls)
-                run: Callable[..., R] = self.eager if not is_timed else functools.partial(self._timed, call)
-                return run(*args, **kwargs) if kwargs else run(*args)
-        tally = control.per_thread.tally
-        began = (self._clock(), tally.attempts) if is_timed else None
-        outer, compiled, eager = tally.call, tally.compiled, tally.eager
-        tally.call, tally.compiled, tally.eager = call, 0, 0
-        try:
-            if probe and episode:
-                control.probe_begins(tally, call, episode)
-            # To pass on an empty dictionary takes a twentieth of a microsecond.
+        lane = self._lane
+        if not lane.left or lane.graphs:
+            number, breaker = next(self._numbers), self._breaker
+            is_held_off = number < breaker.held_off_before_call and self._clock() < breaker.held_off_before_time
+            if is_held_off and saved_tensors_hooks(True) is None and has_forward_gradients():  # it runs but once
+                next(self._eager_calls)
+                return self.eager(*args, **kwargs) if kwargs else self.eager(*args)  # type: ignore[call-arg]  # P may have keywords
+            return self._watched(number, args, kwargs)
+        lane.graphs = 1
+        try:  # to pass on an empty dictionary takes a twentieth of a microsecond
             result = self._compiled(*args, **kwargs) if kwargs else self._compiled(*args)
         except BaseException:
-            self._over(args, kwargs, probing=probe is not None, raised=True)
+            self._has_left_lane(args, kwargs, raised=True)
             raise
+        if lane.graphs > 1:  # it is still in the lane, and has run compiled code
+            lane.left -= 1
+            lane.graphs = 0
         else:
-            if tally.compiled and not (tally.eager or tally.unsettled or probe or is_timed):
-                next(control.books.compiled_calls)
-            else:
-                self._over(args, kwargs, probing=probe is not None, began=began)
+            self._has_left_lane(args, kwargs, raised=False)
+        return result
+
+    def _has_left_lane(self, args: tuple[object, ...], kwargs: dict[str, object], *, raised: bool) -> None:
+        calls = self._control.calls
+        tally = calls.tally
+        try:
+            self._over(tally, args, kwargs, probing=False, raised=raised)
         finally:
-            tally.call = outer
-            if outer:  # a call within a call: what it has run, the other has run too
-                tally.compiled += compiled
-                tally.eager += eager
+            calls.end(tally, (0, 0, 0))
+
+    def _watched(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+        """A call that does not begin in the lane: it may be an attempt, it is timed, or others are under way."""
+        control, calls, run, probe, began = self._control, self._control.calls, self._compiled, None, None
+        tally = calls.tally_before(self._is_within_lane)
+        outer = tally.call, tally.compiled, tally.eager
+        try:
+            calls.begin(tally, number)
+            call, episode = tally.call, self._breaker.episode
+            is_timed = call >= control.journal.history.next_call
+            if episode is not None:
+                within = False
+                if call >= episode.due_call or self._clock() >= episode.due_time:
+                    within = self._is_within_probe(tally)
+                    probe = None if within else self._breaker.let_through(call)
+                if not (probe or within) and control.goes_straight(episode, call):
+                    run, tally.eager = self.eager, 1
+            if is_timed:
+                began = self._clock(), tally.attempts
+            try:
+                if probe and episode:
+                    control.probe_begins(tally, call, episode)
+                result = run(*args, **kwargs)
+            except BaseException:
+                self._over(tally, args, kwargs, probing=probe is not None, raised=True)
+                raise
+            self._over(tally, args, kwargs, probing=probe is not None, raised=False, began=began)
+        finally:
+            calls.end(tally, outer)
+        if episode is not None:
+            control.hold_off(episode, call)
+        elif is_timed:
+            control.open_lane()
         return result
 
     def _over(
         self,
+        tally: Tally,
         args: tuple[object, ...],
         kwargs: dict[str, object],
         *,
         probing: bool,
-        raised: bool = False,
+        raised: bool,
         began: Began | None = None,
     ) -> None:
         """Book a call, and settle what it has left open.
 
         Args:
+            tally: Of its thread.
             args: What it was called with.
             kwargs: The same.
             probing: Whether it was let through during an episode.
@@ -125,44 +155,41 @@ class CompiledFunction(Generic[P, R]):
             began: What was noted when it began, if it is timed.
         """
         control, clean = self._control, False
-        tally = control.per_thread.tally
         path: CallPath = "eager" if not tally.compiled else "mixed" if tally.eager else "compiled"
         try:
             if tally.unsettled:
                 control.settle(tally, self._looks(args, kwargs), program_raised=raised)
             clean = path == "compiled" and not raised
         finally:
-            next(control.books.by_path[path])
+            next(control.books.calls[path])
             if probing:
                 control.probe_ended(tally, self._looks(args, kwargs) if clean else None)
             if began is not None:
                 control.journal.took(tally, path, began)
             control.journal.tell(tally)
 
-    def _timed(self, call: int, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """A held-off call that is timed."""
-        journal, tally = self._control.journal, self._control.per_thread.tally
-        began = self._clock(), tally.attempts
-        result = self.eager(*args, **kwargs)
-        outer, tally.call = tally.call, call
-        try:
-            journal.took(tally, "eager", began)
-            journal.tell(tally)
-        finally:
-            tally.call = outer
-        return result
-
     def _looks(self, args: tuple[object, ...], kwargs: dict[str, object]) -> _looks.Looks:
         return _looks.of_call((getattr(self.eager, "__self__", None), *args), kwargs)
 
-    def _is_within_probe(self) -> bool:
-        """Whether the call that asks runs within a call of this function that has been let through."""
-        tally = self._control.per_thread.tally
-        frame = sys._getframe(1).f_back if tally.probing else None
+    def _outer_call(self) -> FrameType | None:
+        """The frame of the call of this function within which the current one has been made."""
+        frame, calls = cast("FrameType | None", sys._getframe()), 0
         while frame is not None:
-            if frame.f_code is _CALL and frame.f_locals.get("self") is self:
-                return True
+            calls += frame.f_code is _CALL and frame.f_locals.get("self") is self
+            if calls == 2:
+                break
             frame = frame.f_back
+        return frame
+
+    def _is_within_lane(self) -> bool:
+        """Whether this call is made within one that began in the lane: it took no number."""
+        outer = self._outer_call()
+        return outer is not None and "number" not in outer.f_locals
+
+    def _is_within_probe(self, tally: Tally) -> bool:
+        """Whether this call is made within one that has been let through."""
+        if tally.probing and self._outer_call():
+            return True
         tally.probing = None  # an interrupt may have left it
         return False
 
@@ -171,11 +198,11 @@ class CompiledFunction(Generic[P, R]):
         try:
             compiled = self._create()
         finally:
-            self._control.journal.tell(self._control.per_thread.tally)
+            self._control.journal.tell(self._control.calls.tally)
         return (compiled or self.eager)(*args, **kwargs)
 
     def _create(self) -> Callable[..., R] | None:
-        control, tally = self._control, self._control.per_thread.tally
+        control, tally = self._control, self._control.calls.tally
         with self._creation:
             if self._compiled != self._create_and_call:  # another thread was faster
                 return self._compiled

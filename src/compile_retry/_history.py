@@ -21,8 +21,8 @@ _MOST = 512
 _MOST_EVENTS = 64
 # How many seconds apart samples are taken at first. However fast the calls, one in so many is timed all the same, to
 # see at once if they become slow; not all that are timed are kept.
-_APART = 0.02
-_LONGEST_STRIDE = 1024
+_APART = 0.1
+_LONGEST_STRIDE = 4096
 
 
 class Sample(NamedTuple):

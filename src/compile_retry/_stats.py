@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from ._locks import Lock
@@ -75,13 +76,16 @@ class Counter(itertools.count):  # type: ignore[type-arg]  # cannot be subscript
 
 
 class Books:
-    """The running counts behind `CompileStats`."""
+    """The running counts behind `CompileStats`.
 
-    def __init__(self) -> None:
-        self.compiled_calls = Counter()
-        self.mixed_calls = Counter()
+    Args:
+        compiled_elsewhere: How many calls ran compiled code only that are not noted here.
+    """
+
+    def __init__(self, compiled_elsewhere: Callable[[], int]) -> None:
         self.eager_calls = Counter()
-        self.by_path = {"compiled": self.compiled_calls, "mixed": self.mixed_calls, "eager": self.eager_calls}
+        self.calls = {"compiled": Counter(), "mixed": Counter(), "eager": self.eager_calls}
+        self._compiled_elsewhere = compiled_elsewhere
         self.attempts = Counter()
         self.failures = Counter()
         self.recoveries = Counter()
@@ -91,7 +95,7 @@ class Books:
     @property
     def not_compiled(self) -> int:
         """How many calls ran eagerly, at least in part."""
-        return self.eager_calls.value + self.mixed_calls.value
+        return self.calls["eager"].value + self.calls["mixed"].value
 
     def add_seconds(self, seconds: float) -> None:
         with self._lock:
@@ -99,9 +103,9 @@ class Books:
 
     def snapshot(self) -> CompileStats:
         return CompileStats(
-            compiled_calls=self.compiled_calls.value,
-            mixed_calls=self.mixed_calls.value,
-            eager_calls=self.eager_calls.value,
+            compiled_calls=self.calls["compiled"].value + self._compiled_elsewhere(),
+            mixed_calls=self.calls["mixed"].value,
+            eager_calls=self.calls["eager"].value,
             attempts=self.attempts.value,
             failures=self.failures.value,
             recoveries=self.recoveries.value,

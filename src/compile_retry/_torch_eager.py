@@ -10,9 +10,9 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-# Asked in every call that is held off.
-_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-_has_forward_gradients = torch._C._is_fwd_grad_enabled
+# Asked in every call that is held off, see `may_run_again`.
+saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+has_forward_gradients = torch._C._is_fwd_grad_enabled
 
 
 def in_backward() -> bool:
@@ -54,9 +54,9 @@ def may_run_again() -> bool:
     only delays a retry), or from inside an ``autograd.Function``, whose ``forward`` is the only place where
     forward-mode gradients are off and inference mode is not on. Both since 2.0. Essential.
     """
-    if _top_hooks(True) is not None:
+    if saved_tensors_hooks(True) is not None:
         return True
-    return not _has_forward_gradients() and not torch.is_inference_mode_enabled()
+    return not has_forward_gradients() and not torch.is_inference_mode_enabled()
 
 
 def repeater() -> weakref.ref[Any] | None:
@@ -65,7 +65,7 @@ def repeater() -> weakref.ref[Any] | None:
     The function that unpacks saved tensors, and on the way has the checkpointed region run again: autograd's graph
     drops it when it drops the tensors. Since 2.0; without it a retry waits for an optimizer's step.
     """
-    hooks = _top_hooks(True)
+    hooks = saved_tensors_hooks(True)
     try:
         return weakref.ref(hooks[1]) if hooks is not None else None
     except TypeError:  # a callable that cannot be referred to weakly

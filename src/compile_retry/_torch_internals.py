@@ -33,6 +33,10 @@ import torch._inductor
 from torch._C._dynamo.eval_frame import _FrameAction as FrameAction
 from torch._C._dynamo.eval_frame import _FrameExecStrategy as FrameExecStrategy
 
+# What to do with frames of one code object, since 2.7; and to which callback this thread's frames are shown (None for
+# none; returns the one before), since 2.0. See `run_directly`. Essential.
+from torch._C._dynamo.eval_frame import set_code_exec_strategy, set_eval_frame
+
 # Counts the compiles of each frame towards `accumulated_recompile_limit`; since 2.2. Essential, because without taking
 # failed compiles back out of it 256 failures would use a frame up for whoever else compiles it.
 from torch._dynamo.convert_frame import FRAME_COMPILE_COUNTER, has_tensor_in_frame
@@ -81,7 +85,9 @@ __all__ = [
     "is_inline_wrapper",
     "isolates_recompiles",
     "make_compiler",
+    "run_directly",
     "run_eagerly",
+    "set_eval_frame",
     "settings_for_compile",
     "skip_for_good",
     "uncount_compiles",
@@ -221,6 +227,26 @@ def concerns_dynamo(frame: Frame) -> bool:
     """Whether Dynamo would try to compile this frame at all, rather than pass over it."""
     named = {"frame": frame} if _LOOKS_AT_FRAMES else {}
     return not _is_skipped_file(frame.f_code, **named) and has_tensor_in_frame(frame)
+
+
+def run_directly(runner: Callable[..., Any], code: CodeType, names: dict[str, object]) -> None:
+    """Have code that Dynamo has made call a graph's runner itself, not through the wrapper that Dynamo puts round it.
+
+    That wrapper switches Dynamo off while the graph runs. The runner does so, too: going through both would cost each
+    graph in each call half of what the library costs. Dynamo's code finds the wrapper among the global variables; so it
+    has since 2.0. What is not found there stays as it is, and only takes longer.
+
+    Args:
+        runner: Runs the graph, with Dynamo switched off by `set_eval_frame`.
+        code: What Dynamo has made of a frame in which the graph was captured.
+        names: The global variables of that frame.
+    """
+    for name in code.co_names:
+        wrapper = names.get(name)
+        if isinstance(wrapper, FunctionType) and getattr(wrapper, "_torchdynamo_orig_callable", None) is runner:
+            names[name] = runner
+            # Nor is Dynamo to take the runner for a frame to compile.
+            set_code_exec_strategy(runner.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.DEFAULT))
 
 
 def run_eagerly(*, inner_frames: bool) -> ConvertFrameReturn:

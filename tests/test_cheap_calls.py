@@ -1,0 +1,457 @@
+"""G11 and G12: after many calls a call goes through next to nothing, and what is unusual is noticed all the same.
+
+Times are for the benchmarks. Here it is counted which of the library's functions a call goes through.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+import compile_retry
+from compile_retry import CompiledFunction, CompileState, RetryPolicy, compile_with_fallback
+from compile_retry.events import AttemptStarted
+from compile_retry.testing import FakeClock, record_events
+from support import Compiler, first, full_disk, rows
+
+X = torch.ones(3)
+LIBRARY = str(Path(compile_retry.__file__).parent)
+SECONDS = 20.0
+
+
+def sine(x: torch.Tensor) -> torch.Tensor:
+    return x.sin()
+
+
+def gone_through(fn: CompiledFunction[..., Any], calls: int = 200) -> Counter[str]:
+    """The library's Python functions that most of so many calls go through, and how often each of them does."""
+    seen: list[Counter[str]] = []
+
+    def note(frame: FrameType, event: str, arg: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(LIBRARY):
+            seen[-1][frame.f_code.co_name] += 1
+
+    sys.setprofile(note)
+    try:
+        for _ in range(calls):
+            seen.append(Counter())
+            fn(X)
+    finally:
+        sys.setprofile(None)
+    [(usual, times)] = Counter(frozenset(counts.items()) for counts in seen).most_common(1)
+    assert times > calls * 0.9
+    return Counter(dict(usual))
+
+
+COMPILED = {"__call__": 1, "run_compiled": 1}
+HELD_OFF = {"__call__": 1}
+
+
+class Pause:
+    """A graph break in which a thread stays that is told to, until it may go on."""
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread | None = None
+        self.reached, self.go_on = threading.Event(), threading.Event()
+        self.here = torch.compiler.disable(self._here)
+
+    def _here(self) -> None:
+        if threading.current_thread() is self.thread:
+            self.reached.set()
+            assert self.go_on.wait(SECONDS)
+
+    def start(self, call: Callable[[], object]) -> threading.Thread:
+        self.reached.clear()
+        self.go_on.clear()
+        self.thread = threading.Thread(target=call)
+        self.thread.start()
+        assert self.reached.wait(SECONDS)
+        return self.thread
+
+    def finish(self, thread: threading.Thread) -> None:
+        self.go_on.set()
+        thread.join(SECONDS)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def pause() -> Iterator[Pause]:
+    pause = Pause()
+    yield pause
+    pause.go_on.set()
+
+
+def test_a_compiled_call() -> None:
+    """It goes through one function, and each graph through one, which calls the compiled code itself."""
+    fn = compile_with_fallback(sine, backend=Compiler())
+    assert gone_through(fn) == COMPILED
+    assert fn.stats.compiled_calls == fn.stats.calls == 200
+
+
+def test_a_held_off_call() -> None:
+    """It goes through one function, and that asks nobody but the clock."""
+    fn = compile_with_fallback(sine, backend=Compiler(first(1)), policy=RetryPolicy(wait=1e9))
+    for _ in range(70):
+        fn(X)
+    assert gone_through(fn) == HELD_OFF
+    assert fn.stats.eager_calls == fn.stats.calls == 270
+
+
+def test_after_a_recovery() -> None:
+    """As cheap as if nothing had failed."""
+    policy = RetryPolicy(wait=None, wait_calls=2)
+    fn = compile_with_fallback(sine, backend=Compiler(first(2)), policy=policy)
+    for _ in range(5):
+        fn(X)
+    assert fn.state is CompileState.COMPILED
+    assert gone_through(fn) == COMPILED
+
+
+def test_no_more_functions_than_without_the_library() -> None:
+    """What a compiled call goes through of Python functions, torch's own included, stock torch goes through as well."""
+    fn, stock = compile_with_fallback(sine, backend="eager"), torch.compile(sine, backend="eager")
+    counts = []
+    for call in (fn, stock):
+        for _ in range(300):
+            call(X)
+        counted = 0
+
+        def note(frame: FrameType, event: str, arg: object) -> None:
+            nonlocal counted
+            counted += event == "call"
+
+        sys.setprofile(note)
+        call(X)
+        sys.setprofile(None)
+        counts.append(counted)
+    assert counts[0] <= counts[1]
+
+
+def test_after_threads(pause: Pause) -> None:
+    """Cheap again when calls are no longer under way in several threads at once; meanwhile they are counted."""
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        x = x.sin()
+        pause.here()
+        return x.cos()
+
+    fn = compile_with_fallback(step, backend=Compiler(), policy=RetryPolicy(clock=FakeClock()))
+    alone = gone_through(fn)
+    thread = pause.start(lambda: fn(X))
+    assert gone_through(fn, 1000) != alone
+    pause.finish(thread)
+    assert fn.stats.compiled_calls == fn.stats.calls == 1201
+    for _ in range(5000):
+        fn(X)
+    assert gone_through(fn) == alone
+    assert fn.stats.compiled_calls == fn.stats.calls == 6401
+
+
+def test_a_new_shape_after_many_calls() -> None:
+    """A failure in the second graph of call 301 says so, and that call is mixed."""
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        x = x.sin()
+        torch._dynamo.graph_break()
+        return x.cos()
+
+    compiler = Compiler()
+    fn = compile_with_fallback(step, backend=compiler, dynamic=False, policy=RetryPolicy(wait=None, wait_calls=2))
+    for _ in range(300):
+        fn(X)
+    compiler.fails = lambda inputs: full_disk() if compiler.asked == 4 else None
+    y = torch.ones(4)
+    with record_events(kinds={"attempt started"}) as events:
+        torch.testing.assert_close(fn(y), y.sin().cos())
+        torch.testing.assert_close(fn(y), y.sin().cos())
+        torch.testing.assert_close(fn(y), y.sin().cos())
+    started = [(event.call, event.graph) for event in events if isinstance(event, AttemptStarted)]
+    assert started == [(301, 1), (301, 2), (303, 2)]
+    assert fn.last_failure is not None
+    assert fn.last_failure.call == 301
+    assert (fn.stats.compiled_calls, fn.stats.mixed_calls, fn.stats.eager_calls) == (301, 2, 0)
+
+
+def test_a_call_within_a_call_after_many_calls() -> None:
+    """Both are counted, each with its number; what the inner one has run the outer one has run too."""
+    length = 3
+
+    def step(x: torch.Tensor, depth: int) -> torch.Tensor:
+        x = x + 1
+        if depth:
+            x = again(x, depth - 1)
+        return x.sin()
+
+    def call(x: torch.Tensor, depth: int) -> torch.Tensor:
+        return fn(x, depth).sum().expand(length)
+
+    compiler = Compiler()
+    fn = compile_with_fallback(step, backend=compiler, dynamic=False, policy=RetryPolicy(wait=None, wait_calls=1))
+    again = torch.compiler.disable(call)
+    for depth in (0, 1, *[0] * 298):
+        fn(X, depth)
+    assert fn.stats.compiled_calls == fn.stats.calls == 301
+    for _ in range(3):
+        torch.testing.assert_close(fn(X, 1), (X + 2).sin().sum().sin().expand(3))
+    assert fn.stats.compiled_calls == fn.stats.calls == 307
+    for _ in range(5000):
+        fn(X, 0)
+    length, compiler.fails = 4, rows(4)
+    with record_events(kinds={"attempt started"}) as events:
+        fn(X, 1)  # fails in the outer call's last graph
+    started = [(event.call, event.graph) for event in events if isinstance(event, AttemptStarted)]
+    assert started == [(5308, 3)]
+    assert (fn.stats.calls, fn.stats.compiled_calls, fn.stats.mixed_calls) == (5309, 5308, 1)
+
+
+def test_a_call_within_a_held_off_call() -> None:
+    """It becomes due, and compiles, while its caller runs eagerly: only one of them counts as compiled."""
+    clock = FakeClock()
+
+    def step(x: torch.Tensor, depth: int) -> torch.Tensor:
+        if depth:
+            clock.advance(100)
+            x = fn(x, depth - 1)
+        return x.sin()
+
+    fn = compile_with_fallback(step, backend=Compiler(first(1)), policy=RetryPolicy(wait=100, clock=clock))
+    for _ in range(100):
+        fn(X, 0)
+    with torch.inference_mode():
+        torch.testing.assert_close(fn(X, 1), X.sin().sin())
+    assert (fn.stats.compiled_calls, fn.stats.calls) == (1, 102)
+
+
+def test_a_call_in_another_thread(pause: Pause) -> None:
+    """While one is in the middle of its call, others make theirs: each is counted by what it has run itself."""
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = x.sin()
+        pause.here()
+        return x.sum() + y.cos()
+
+    compiler = Compiler()
+    fn = compile_with_fallback(step, backend=compiler, dynamic=False, policy=RetryPolicy(wait=None, wait_calls=1000))
+    for _ in range(300):
+        fn(X, X)
+    thread = pause.start(lambda: fn(X, X))
+    assert fn.stats.calls == 300  # those that are over
+    for _ in range(5):
+        fn(X, X)
+    pause.finish(thread)
+    assert fn.stats.compiled_calls == fn.stats.calls == 306
+
+    thread = pause.start(lambda: fn(X, torch.ones(4)))  # its second graph will be new
+    compiler.fails = rows(4)
+    fn(X, X)
+    pause.finish(thread)
+    assert fn.last_failure is not None
+    assert fn.last_failure.call == 307
+    assert (fn.stats.compiled_calls, fn.stats.mixed_calls, fn.stats.calls) == (307, 1, 308)
+
+
+def test_a_call_that_runs_no_graph_in_another_thread(pause: Pause) -> None:
+    """The graphs that others run meanwhile are not taken for its own, nor the other way round."""
+
+    def step(x: torch.Tensor | None) -> torch.Tensor | None:
+        if x is None:
+            pause.here()
+            return None
+        return x.sin()
+
+    fn = compile_with_fallback(step, backend=Compiler())
+    for _ in range(300):
+        fn(X)
+    for x in (None, X):
+        before = fn.stats
+        thread = pause.start(lambda: fn(None))
+        for _ in range(3):
+            fn(x)
+        pause.finish(thread)
+        eager = fn.stats.eager_calls - before.eager_calls
+        assert (eager, fn.stats.calls - before.calls) == (4 if x is None else 1, 4)
+        for _ in range(5000):
+            fn(X)
+
+
+class HeldUp:
+    """A thread that is held up where it enters one of the library's functions, named by file and function."""
+
+    def __init__(self, call: Callable[[], object], file: str, function: str) -> None:
+        reached, self._go_on = threading.Event(), threading.Event()
+
+        def hold_up(frame: FrameType, event: str, arg: object) -> None:
+            code = frame.f_code
+            if event == "call" and code.co_name == function and code.co_filename == f"{LIBRARY}/{file}":
+                reached.set()
+                assert self._go_on.wait(SECONDS)
+
+        def work() -> None:
+            sys.setprofile(hold_up)
+            call()
+            sys.setprofile(None)
+
+        self._thread = threading.Thread(target=work)
+        self._thread.start()
+        assert reached.wait(SECONDS)
+
+    def go_on(self) -> None:
+        self._go_on.set()
+        self._thread.join(SECONDS)
+        assert not self._thread.is_alive()
+
+
+def test_a_thread_that_has_taken_its_number() -> None:
+    """It is held up before its call has begun, and others make theirs: all are counted."""
+    fn = compile_with_fallback(sine, backend=Compiler(), policy=RetryPolicy(clock=FakeClock()))
+    thread = HeldUp(lambda: fn(X), "_function.py", "_watched")
+    for _ in range(2):
+        fn(X)
+    thread.go_on()
+    assert fn.stats.compiled_calls == fn.stats.calls == 3
+    assert gone_through(fn) == COMPILED
+    assert fn.stats.compiled_calls == fn.stats.calls == 203
+
+
+def test_a_failure_while_a_thread_ends_its_call() -> None:
+    """The thread knows nothing of the failure yet; what becomes due is attempted all the same."""
+    compiler = Compiler(rows(4))
+    policy = RetryPolicy(wait=None, wait_calls=3, clock=FakeClock())
+    fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=policy)
+    for _ in range(15):
+        fn(X)
+    thread = HeldUp(lambda: fn(X), "_call.py", "open_lane")
+    fn(torch.ones(4))
+    failed_in = fn.stats.calls
+    thread.go_on()
+    compiler.fails = lambda inputs: None
+    fn(X), fn(X)
+    assert fn.stats.calls == failed_in + 2
+    fn(torch.ones(4))
+    assert (fn.state, fn.stats.recoveries) == (CompileState.COMPILED, 1)
+
+
+def test_retry_now_while_a_thread_ends_its_call() -> None:
+    """The thread knows nothing of it yet; the next call is an attempt all the same."""
+    compiler = Compiler(first(1))
+    fn = compile_with_fallback(sine, backend=compiler, policy=RetryPolicy(wait=100, clock=FakeClock()))
+    for _ in range(66):
+        fn(X)
+    thread = HeldUp(lambda: [fn(X) for _ in range(1000)], "_breaker.py", "hold_off")
+    fn.retry_now()
+    thread.go_on()
+    assert fn.stats.compiled_calls > 900
+
+
+def test_a_call_within_a_held_off_call_while_a_thread_is_in_its_own(pause: Pause) -> None:
+    """The function has recovered in the meantime. Each call is counted by what it has run itself."""
+    outer_pause = Pause()
+
+    def step(x: torch.Tensor, depth: int) -> torch.Tensor:
+        x = x.sin()
+        pause.here()
+        if depth:
+            outer_pause.here()
+            x = again(x, depth - 1)
+        return x.cos()
+
+    def call(x: torch.Tensor, depth: int) -> torch.Tensor:
+        return fn(x, depth)
+
+    again = torch.compiler.disable(call)
+    policy = RetryPolicy(wait=100, clock=FakeClock())
+    fn = compile_with_fallback(step, backend=Compiler(first(1)), policy=policy)
+    for _ in range(100):
+        fn(X, 0)
+    outer = outer_pause.start(lambda: fn(X, 1))
+    fn.retry_now()
+    for _ in range(300):
+        fn(X, 0)
+    before = fn.stats
+    thread = pause.start(lambda: fn(X, 0))
+    outer_pause.finish(outer)
+    pause.finish(thread)
+    assert before.compiled_calls == 300
+    assert (fn.stats.compiled_calls, fn.stats.eager_calls) == (302, before.eager_calls)
+
+
+def test_the_programs_error_after_many_calls() -> None:
+    """It is raised as it is; the call is counted by what it has run, and those after it are compiled."""
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        y = x.sin()
+        check(x)
+        return y.cos()
+
+    def raise_if_negative(x: torch.Tensor) -> None:
+        if x[0] < 0:
+            raise LookupError("negative", 7)
+
+    check = torch.compiler.disable(raise_if_negative)
+    fn = compile_with_fallback(step, backend=Compiler())
+    for _ in range(300):
+        fn(X)
+    with pytest.raises(LookupError) as info:
+        fn(-X)
+    assert info.value.args == ("negative", 7)
+    assert fn.stats.compiled_calls == fn.stats.calls == 301
+    assert fn.stats.failures == 0
+    torch.testing.assert_close(fn(X), X.sin().cos())
+    assert fn.stats.compiled_calls == fn.stats.calls == 302
+
+
+def test_silent_eager_after_many_calls() -> None:
+    """A stance, and a disabled Dynamo, are noticed at once, and also that they are over."""
+    fn = compile_with_fallback(sine, backend=Compiler())
+    for _ in range(300):
+        fn(X)
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(7):
+            fn(X)
+    with torch._dynamo.config.patch(disable=True):
+        fn(torch.ones(5))
+    assert (fn.stats.compiled_calls, fn.stats.eager_calls) == (300, 8)
+    for _ in range(5):
+        fn(X)
+    assert (fn.stats.compiled_calls, fn.stats.eager_calls) == (305, 8)
+
+
+def test_recovery_from_another_thread() -> None:
+    """While calls go straight to the eager function, what makes an attempt due is noticed by the very next call."""
+    clock = FakeClock()
+    compiler = Compiler(first(1))
+    fn = compile_with_fallback(sine, backend=compiler, policy=RetryPolicy(wait=100, clock=clock))
+    for _ in range(300):
+        fn(X)
+    assert (compiler.asked, fn.stats.eager_calls) == (1, 300)
+    thread = threading.Thread(target=fn.retry_now)
+    thread.start()
+    thread.join()
+    fn(X)
+    assert (compiler.asked, fn.state, fn.stats.compiled_calls) == (2, CompileState.COMPILED, 1)
+
+
+def test_due_moments_after_many_held_off_calls() -> None:
+    """By time and by calls, to the call."""
+    clock = FakeClock()
+    compiler = Compiler(first(3))
+    policy = RetryPolicy(wait=100, wait_calls=500, clock=clock)
+    fn = compile_with_fallback(sine, backend=compiler, policy=policy)
+    asked: list[int] = []
+    for call in range(1, 1300):
+        before = compiler.asked
+        if call == 901:
+            clock.advance(100)
+        torch.testing.assert_close(fn(X), X.sin())
+        if compiler.asked != before:
+            asked.append(call)
+    assert asked == [1, 501, 901]
+    assert fn.stats.calls == 1299
