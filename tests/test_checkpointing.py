@@ -109,6 +109,21 @@ def test_layers_that_share_a_function(reentrant: bool, dynamic: bool, widths: tu
     assert fn.stats.compiled_calls == before.compiled_calls + 2 * len(widths)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_that_share_a_function_that_has_been_held_off_for_long(reentrant: bool) -> None:
+    """Also where calls have gone straight to the eager function, until the last ones before the due moment."""
+    policy = RetryPolicy(wait=None, wait_calls=201)
+    fn = compile_with_fallback(region, backend=AheadOfTime(first(1)), policy=policy)
+    for _ in range(200):
+        fn(torch.ones(7, 4, requires_grad=True), torch.nn.Parameter(torch.ones(4, 4)))
+    training = Training(fn, (4, 4, 4), reentrant)
+    for _ in range(4):  # call 202, the first one due, is the second of the first step
+        training.step()
+    assert fn.state is CompileState.COMPILED
+    assert fn.stats.eager_calls >= 206
+    assert fn.stats.compiled_calls >= 12
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_any_schedule_of_failures(seed: int) -> None:
     """Failures, due moments, micro-batches, retained graphs and `retry_now` at random: gradients stay equal."""
