@@ -455,3 +455,21 @@ def test_due_moments_after_many_held_off_calls() -> None:
             asked.append(call)
     assert asked == [1, 501, 901]
     assert fn.stats.calls == 1299
+
+
+def test_due_moments_after_calls_of_which_nothing_was_compiled() -> None:
+    """They are calls like others: an attempt that is due after so many comes after so many."""
+    compiler = Compiler(first(1))
+    policy = RetryPolicy(wait=None, wait_calls=300)
+
+    @compile_with_fallback(backend=compiler, policy=policy)
+    def step(x: torch.Tensor | None) -> torch.Tensor | None:
+        return sine(x) if x is not None else x
+
+    for _ in range(200):
+        step(None)
+    for _ in range(300):
+        step(X)
+    assert (compiler.asked, step.stats.calls) == (1, 500)
+    step(X)
+    assert (compiler.asked, step.stats.compiled_calls) == (2, 1)

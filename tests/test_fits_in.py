@@ -7,8 +7,12 @@ import functools
 import importlib
 import inspect
 import io
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -293,6 +297,9 @@ def plus_one_after_a_graph_break(x: torch.Tensor) -> torch.Tensor:
     return x + 1
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="there a function that all of them call has one limit, see README.md"
+)
 @pytest.mark.parametrize("fails", [0, 3])
 def test_many_closures_of_one_factory(fails: int) -> None:
     """More than torch's limit for all compiles of one code object, of which fallbacks take a share too."""
@@ -364,6 +371,35 @@ def test_ddp(where: str) -> None:
     assert function.stats.failures == 2
     assert function.state is CompileState.COMPILED
     assert function.stats.compiled_calls >= 2
+
+
+def test_modules_that_other_threads_call_during_an_attempt(tmp_path: Path) -> None:
+    """Inductor's first compile in a process traces with FX, which all threads' modules take part in."""
+    code = """
+import sys, threading, torch
+from compile_retry import compile_with_fallback
+sys.setswitchinterval(1e-5)
+module, done, errors = torch.nn.Linear(2, 2), threading.Event(), []
+
+def call():
+    try:
+        while not done.is_set():
+            module(torch.ones(2))
+    except Exception as exc:
+        errors.append(exc)
+
+thread = threading.Thread(target=call)
+thread.start()
+try:
+    fn = compile_with_fallback(lambda x: x.sin() + 1)
+    fn(torch.ones(2))
+finally:
+    done.set()
+    thread.join()
+assert (fn.stats.compiled_calls, errors) == (1, [])
+"""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=200, env=environment)
 
 
 def test_an_old_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from ._failures import is_fatal
 from ._fallbacks import Fallback
 from ._healing import find_vector_instructions, heal, working_cache
 from ._strict import is_strict
+from ._torch_inductor import spare_other_threads
 
 Code: TypeAlias = Callable[..., Any]
 
@@ -124,6 +125,7 @@ def attempt(compiler: internals.Compiler, graph_module: GraphModule, example_inp
     """
     for fault in tuple(faults):
         fault(which)
+    spare_other_threads()
     with internals.compiling_backward_too():
         code = internals.innermost(compiler(graph_module, example_inputs))
     # Generates the graph's own code, for a backend that runs the graph as it is. Otherwise it would be generated when

@@ -1,6 +1,6 @@
 """Non-public inductor: what it remembers of a failure, and where it keeps its files. See also `_torch_internals`.
 
-All of it is optional: where one of these is missing, in another version of PyTorch, there is nothing to clear.
+All of it is optional: where one of these is missing, in another version of PyTorch, there is nothing to clear or mend.
 """
 
 from __future__ import annotations
@@ -15,6 +15,26 @@ from inspect import getclosurevars, isfunction
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from torch.fx import Graph, GraphModule
+
+
+@functools.cache
+def spare_other_threads() -> None:
+    """Keep the first code that inductor generates from failing calls of an ``nn.Module`` in other threads.
+
+    For that code it traces a function that returns its argument, once in a process, with `torch.fx.symbolic_trace`.
+    While that goes on every module in every thread is taken for a part of what is traced, and raises a `NameError`
+    (https://github.com/pytorch/pytorch/issues/112775). The graph that comes of it is given to inductor here instead.
+    """
+    from torch._inductor import loop_body
+
+    shim: Any = getattr(loop_body, "InterpreterShim", None)
+    if isinstance(getattr(shim, "_dummy_gm", None), functools._lru_cache_wrapper):  # pragma: no branch  # so in 2.10
+        graph = Graph()
+        graph.output(graph.placeholder("x"))
+        traced = GraphModule({}, graph)
+        shim._dummy_gm = staticmethod(lambda: traced)
 
 
 def forget_failures() -> None:
