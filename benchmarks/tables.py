@@ -3,7 +3,8 @@
     python benchmarks/tables.py RESULTS.json [MORE.json ...]
 
 A benchmark says in its `extra_info` which table, row and column it belongs to, and in which lap it was taken. Subjects
-are compared within a lap, side by side: a cell is the median over the laps. Of two files, the later one counts.
+are compared within a lap, side by side: a cell is the median over the laps. Of two files, the later one counts. Tables
+of which nothing was measured stay as they are; each says when and on what it was measured.
 """
 
 from __future__ import annotations
@@ -57,11 +58,15 @@ TABLES = {
 }
 
 
-def collected(files: list[Path]) -> dict[str, dict[str, dict[str, tuple[str, Laps]]]]:
-    """By table, row and column: whether these are times, and what was measured in each lap."""
+def collected(files: list[Path]) -> tuple[dict[str, dict[str, dict[str, tuple[str, Laps]]]], dict[str, str]]:
+    """By table, row and column whether these are times, and what each lap measured; by table when and where."""
     cells: dict[str, Any] = defaultdict(lambda: defaultdict(dict))
+    origins: dict[str, str] = {}
     for file in files:
-        for result in json.loads(file.read_text())["benchmarks"]:
+        results = json.loads(file.read_text())
+        cpu = results["machine_info"]["cpu"]
+        machine = f"{cpu.get('brand_raw', 'an unknown processor')}, {cpu['count']} cores"
+        for result in results["benchmarks"]:
             info = result["extra_info"]
             if "table" not in info:  # a benchmark that failed
                 continue
@@ -70,7 +75,8 @@ def collected(files: list[Path]) -> dict[str, dict[str, dict[str, tuple[str, Lap
             _, laps = row.get(info["column"], (kind, {}))
             laps[info.get("lap", 0)] = info.get("value", result["stats"]["min"])
             row[info["column"]] = kind, laps
-    return cells
+            origins[info["table"]] = f"Measured on {results['datetime'][:10]}: {machine}."
+    return cells, origins
 
 
 def in_words(seconds: float) -> str:
@@ -99,26 +105,25 @@ def cell(kind: str, laps: Laps, reference: Laps | None, table: Table) -> str:
     return f"{words} ({', '.join(against)})" if against else words
 
 
-def rendered(name: str, rows: dict[str, dict[str, tuple[str, Laps]]]) -> list[str]:
-    table = TABLES[name]
+def rendered(table: Table, rows: dict[str, dict[str, tuple[str, Laps]]], origin: str) -> str:
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
     for row, found in rows.items():
         _, reference = found.get(table.reference, ("", None))
         lines.append([row, *(cell(*found[column], reference, table) if column in found else "" for column in columns)])
-    return [f"### {table.title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""]
+    return "\n".join([table.title, "", origin, "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
 def main() -> None:
     files = [Path(argument) for argument in sys.argv[1:]]
     if not files:
         sys.exit(__doc__)
-    found = collected(files)
-    lines = ["<!-- Written by `make bench`; do not edit. -->", ""]
-    for name in TABLES:
-        if name in found:
-            lines += rendered(name, found[name])
-    TARGET.write_text("\n".join(lines))
+    head, *tables = TARGET.read_text().split("\n\n### ")
+    by_title = {table.partition("\n")[0]: table.rstrip() for table in tables}
+    cells, origins = collected(files)
+    by_title |= {TABLES[name].title: rendered(TABLES[name], rows, origins[name]) for name, rows in cells.items()}
+    tables = [by_title[table.title] for table in TABLES.values() if table.title in by_title]
+    TARGET.write_text("\n\n### ".join([head, *tables]) + "\n")
     print(f"wrote {TARGET.relative_to(ROOT)}")
 
 

@@ -5,7 +5,6 @@ Not every call is timed: as many as make a picture, from the first to the last, 
 
 from __future__ import annotations
 
-import statistics
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable
@@ -132,8 +131,10 @@ class History:
 
     def seconds_per_call(self, path: CallPath) -> float | None:
         """What a call of this kind took in the median; None if none has been seen that did not compile."""
+        from statistics import median
+
         seen = [sample.seconds for sample in self.samples if sample.path == path and not sample.attempted]
-        return statistics.median(seen) if seen else None
+        return median(seen) if seen else None
 
     def _stride(self, last: tuple[float, int], sample: Sample) -> int:
         calls, seconds = max(1, sample.call - last[1]), sample.time - last[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -189,11 +188,17 @@ def _alignment(heading: str) -> str:
 def _html_row(function: FunctionReport) -> str:
     def cell(heading: str, text: str) -> str:
         mark = f";border-left:4px solid {_HTML_COLOURS[function.state]}" if heading == "state" else ""
-        return f'<td style="{_alignment(heading)}{mark}">{html.escape(text)}</td>'
+        return f'<td style="{_alignment(heading)}{mark}">{_escape(text)}</td>'
 
     return f"<tr>{''.join(map(cell, _HEADINGS, function.cells()))}</tr>"
 
 
 def _html_failure(name: str, failure: CompileFailure) -> str:
-    line, traceback = html.escape(f"{name}: {summary(failure)}"), html.escape(failure.traceback)
+    line, traceback = _escape(f"{name}: {summary(failure)}"), _escape(failure.traceback)
     return f"<details><summary>{line}</summary><pre>{traceback}</pre></details>"
+
+
+def _escape(text: str) -> str:
+    from html import escape  # few need it, and it takes long to import
+
+    return escape(text)
