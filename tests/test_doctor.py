@@ -384,6 +384,7 @@ def test_wrong_usage(arguments: list[str]) -> None:
     assert doctor(*arguments).exit_code == 2
 
 
+@pytest.mark.usefixtures("measured")
 def test_without_the_extra() -> None:
     """It says how to install it."""
     code = "import runpy, sys; sys.modules['click'] = None; runpy.run_module('compile_retry', run_name='__main__')"
