@@ -9,7 +9,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from inspect import getclosurevars, isfunction
 from pathlib import Path
@@ -27,14 +27,15 @@ def spare_other_threads() -> None:
     While that goes on every module in every thread is taken for a part of what is traced, and raises a `NameError`
     (https://github.com/pytorch/pytorch/issues/112775). The graph that comes of it is given to inductor here instead.
     """
-    from torch._inductor import loop_body
+    with suppress(ImportError):
+        from torch._inductor import loop_body
 
-    shim: Any = getattr(loop_body, "InterpreterShim", None)
-    if isinstance(getattr(shim, "_dummy_gm", None), functools._lru_cache_wrapper):  # pragma: no branch  # so in 2.10
-        graph = Graph()
-        graph.output(graph.placeholder("x"))
-        traced = GraphModule({}, graph)
-        shim._dummy_gm = staticmethod(lambda: traced)
+        shim: Any = getattr(loop_body, "InterpreterShim", None)
+        if isinstance(getattr(shim, "_dummy_gm", None), functools._lru_cache_wrapper):  # pragma: no branch  # 2.10
+            graph = Graph()
+            graph.output(graph.placeholder("x"))
+            traced = GraphModule({}, graph)
+            shim._dummy_gm = staticmethod(lambda: traced)
 
 
 def forget_failures() -> None:
