@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import gc
 import sys
 import tracemalloc
@@ -33,6 +34,15 @@ class Importer:
         assert "torch._dynamo" not in sys.modules
 
 
+@pytest.fixture(scope="module")
+def bytecode() -> None:
+    """As pip leaves what it installs. Here Python would write it at the first import, or never, if told so."""
+    import compile_retry
+
+    assert compileall.compile_dir(Path(compile_retry.__file__).parent, quiet=1)
+
+
+@pytest.mark.usefixtures("bytecode")
 @pytest.mark.parametrize("what", ["nothing", "compile_retry"])
 @pytest.mark.parametrize("lap", LAPS)
 def test_importing(benchmark: BenchmarkFixture, tmp_path: Path, what: str, lap: int) -> None:
