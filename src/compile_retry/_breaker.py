@@ -12,7 +12,8 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from ._locks import Lock
 from ._policy import RetryPolicy, decide
@@ -51,8 +52,7 @@ def _in_seconds(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
-@dataclass(frozen=True)
-class Episode:
+class Episode(NamedTuple):
     """From a first failure to the recovery. Replaced as a whole, never changed, so it can be read without a lock."""
 
     failures: int
@@ -191,7 +191,7 @@ class Breaker:
             if decision.retry and not decision.stop:
                 due_call, due_time = call + decision.calls, now + decision.seconds
                 not_before = now + decision.at_least if decision.at_least and decision.calls < math.inf else -math.inf
-                episode = replace(episode, due_call=due_call, due_time=due_time, not_before=not_before, stopped=False)
+                episode = episode._replace(due_call=due_call, due_time=due_time, not_before=not_before, stopped=False)
             with self._lock:
                 if self.episode is last:  # otherwise something else has happened meanwhile
                     self.episode = episode if decision.retry else last
@@ -217,8 +217,8 @@ class Breaker:
             if self.episode is not None:
                 due_call = math.inf if self.policy.wait_calls is None else 0
                 due_time = math.inf if self.policy.wait is None else -math.inf
-                self.episode = replace(
-                    self.episode, due_call=due_call, due_time=due_time, not_before=-math.inf, stopped=False
+                self.episode = self.episode._replace(
+                    due_call=due_call, due_time=due_time, not_before=-math.inf, stopped=False
                 )
 
     def next_retry(self, calls: int) -> NextRetry | None:

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from ._locks import Lock
 from ._stats import Counter
@@ -63,8 +63,7 @@ class Conversion:
     raised: bool = False
 
 
-@dataclass(frozen=True)
-class Attempt:
+class Attempt(NamedTuple):
     """One run of the compiler.
 
     Attributes:

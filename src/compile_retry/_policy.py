@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from tenacity import (
     AsyncRetrying,
@@ -108,8 +108,7 @@ def _check_strategy(name: str, value: object, what: str) -> None:
         raise TypeError(f"{name} must be {what}, not {value!r}")
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """What a policy says of one failed attempt: how long to hold off, or that nothing more will be tried.
 
     ``seconds`` and ``calls`` are infinite where that wait does not apply. ``at_least`` seconds are to pass in any case.

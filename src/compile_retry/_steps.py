@@ -10,8 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
@@ -23,8 +22,7 @@ from ._torch_eager import in_backward, may_run_again, on_optimizer_step, repeate
 UNSEEN = "frames below an eager frame"
 
 
-@dataclass(frozen=True)
-class _EagerRun:
+class _EagerRun(NamedTuple):
     """That a frame has run eagerly.
 
     Attributes:
