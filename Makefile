@@ -20,7 +20,7 @@ help: ## list these targets
 test: $(INSTALLED) ## run the tests and measure their coverage
 	$(VENV_PYTHON) -m pytest --cov --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
-bench: $(INSTALLED) ## measure and write docs/performance-tables.md (half an hour; ARGS="-k compiled": some of it)
+bench: $(INSTALLED) ## measure and write docs/performance-tables.md (an hour; ARGS="-k compiled": some of it)
 	mkdir -p docs/_build
 	$(VENV_PYTHON) -m pytest benchmarks/bench_*.py -q -p no:xdist -o filterwarnings=default \
 	    -o faulthandler_timeout=1200 --benchmark-columns=min,median \
