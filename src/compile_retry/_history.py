@@ -131,7 +131,7 @@ class History:
 
     def seconds_per_call(self, path: CallPath) -> float | None:
         """What a call of this kind took in the median; None if none has been seen that did not compile."""
-        from statistics import median
+        from statistics import median  # few need it, and it takes long to import
 
         seen = [sample.seconds for sample in self.samples if sample.path == path and not sample.attempted]
         return median(seen) if seen else None
