@@ -1,21 +1,18 @@
-"""One captured graph: an attempt to compile it, or the graph itself run eagerly, and what counts which of them ran."""
+"""One captured graph: an attempt to compile it, and what counts how often its code runs."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
 from . import _torch_internals as internals
 from ._call import Attempt, Calls, Conversion, Tally
 from ._control import Control
-from ._failures import is_fatal
-from ._fallbacks import Fallback
+from ._frameless import FramelessGraph
 from ._healing import find_vector_instructions, heal, working_cache
-from ._strict import is_strict
 from ._torch_inductor import spare_other_threads
 
 Code: TypeAlias = Callable[..., Any]
@@ -43,21 +40,33 @@ class GraphBackend:
         # `mode` and `options`, which torch hands back to a callable backend, are in the compiler already.
         control = self._control
         tally = control.calls.tally
-        # Under the stances "eager_then_compile" and "aot_eager_then_compile" torch asks the backend behind the frame
-        # callback's back. Then nobody is there to give way to, nor to remember a fallback.
-        conversion = tally.conversion or Conversion(control.location, (), (), (), began=control.policy.clock())
-        if not control.may_attempt(tally, conversion.fingerprint):
-            if tally.conversion is None:
-                return _counted_eager(graph_module.forward, control.calls)
+        conversion = tally.conversion
+        if conversion is None:
+            return self._for_nobodys_frame(graph_module, example_inputs)
+        if not control.may_attempt(tally, conversion.key):
             conversion.gave_way = True  # an attempt has failed since, in a call that was made while Dynamo traced
             raise HeldOffError(control.name)
+        conversion.runner = self._compile(graph_module, example_inputs, conversion, tally)
+        return conversion.runner
+
+    def _for_nobodys_frame(self, graph_module: GraphModule, example_inputs: list[Any]) -> Code:
+        graph = FramelessGraph(graph_module, self._compile, self._control)
+        return graph.first_attempt(graph_module, example_inputs) or graph.__call__
+
+    def _compile(
+        self, graph_module: GraphModule, example_inputs: list[Any], conversion: Conversion, tally: Tally
+    ) -> Code:
+        """Run the compiler, with what it takes to succeed after a failure. What it raises leaves as it is.
+
+        Dynamo makes graph breaks of some exceptions; the frame callback answers the others.
+        """
+        control = self._control
         if control.breaker.episode is not None or control.interrupted:
             heal()
             control.interrupted = False
-        kept = KeptGraph(graph_module)
-        conversion.attempted = True
         tally.attempts += 1
-        conversion.graph = tally.graphs_before + 1
+        conversion.graph, conversion.stage = tally.graphs_before + 1, "backend"
+        conversion.is_dynamic |= internals.has_dynamic_shapes(graph_module)
         which = Attempt(control.name, conversion.graph)
         try:
             with (
@@ -67,20 +76,16 @@ class GraphBackend:
                 if self._is_for_this_processor(example_inputs):
                     find_vector_instructions()
                 code = attempt(self._compiler, graph_module, example_inputs, which)
-        except internals.CONTROL_FLOW:
+        except Exception:
             raise
-        except Exception as exc:
-            if not self._falls_back(exc, conversion, tally):
-                raise
-            return _counted_eager(kept.runner(), control.calls)
         except BaseException:
             control.interrupted = True
             raise
+        conversion.stage = "trace"  # if anything fails now, it is Dynamo
         control.succeeded(conversion, tally)
         if damaged is not None:
             control.journal.moved(tally, damaged)
-        conversion.runner = _counted_compiled(code, control.calls)
-        return conversion.runner
+        return _counted(code, control.calls)
 
     def abandon(self) -> None:
         """The decorated function is gone. Dynamo keeps its backends, and what they compiled: make that little."""
@@ -91,31 +96,6 @@ class GraphBackend:
         """Whether inductor needs to know the processor's vector instructions."""
         on_cpu = (isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in example_inputs)
         return self.__name__ == "inductor" and any(on_cpu)
-
-    def _falls_back(self, exc: Exception, conversion: Conversion, tally: Tally) -> bool:
-        """Book a failed attempt. Whether the graph is to run eagerly now, or the exception to leave the backend."""
-        if is_fatal(exc):
-            return False
-        control = self._control
-        failure = control.failed(exc, "backend", conversion, tally)
-        if is_strict():
-            conversion.raised = True
-            return False
-        if conversion.retrying is not None:
-            control.fell_back(Fallback(conversion.fingerprint, conversion.retrying), failure.kind, tally)
-        if conversion.retrying is not None or control.compiles(conversion.fingerprint) > conversion.compiles:
-            # Dynamo still has the fallback that was to be replaced, or by now another thread's code for such a frame.
-            control.fallbacks.remove(None, conversion.fingerprint)
-            conversion.gave_way = True
-            return False
-        if conversion is not tally.conversion:
-            control.fell_back(Fallback(conversion.fingerprint), "permanent", tally)
-            control.journal.tell(tally)
-        else:
-            control.step.ran_eagerly(conversion.repeated, plainly=False)
-            conversion.fallback = Fallback(conversion.fingerprint)
-            control.fell_back(conversion.fallback, failure.kind, tally)
-        return True
 
 
 def attempt(compiler: internals.Compiler, graph_module: GraphModule, example_inputs: list[Any], which: Attempt) -> Code:
@@ -134,59 +114,13 @@ def attempt(compiler: internals.Compiler, graph_module: GraphModule, example_inp
     return graph_module.forward if getattr(code, "__self__", None) is graph_module else code
 
 
-class KeptGraph:
-    """A graph as Dynamo captured it. A compiler may change the one it is given before it fails.
-
-    Copies nodes and shares what they refer to: no tensor is copied.
-    """
-
-    def __init__(self, graph_module: GraphModule) -> None:
-        self._graph: Graph = copy.deepcopy(graph_module.graph)
-        self._referred: dict[str, Any] = {}
-        for node in self._graph.nodes:
-            node.meta = {}  # fake tensors, and through them the whole of Dynamo's shape reasoning
-            if node.op in ("get_attr", "call_module"):
-                value = _resolve(graph_module, str(node.target))
-                self._referred[str(node.target)] = KeptGraph(value) if isinstance(value, GraphModule) else value
-
-    def module(self) -> GraphModule:
-        referred = {
-            name: value.module() if isinstance(value, KeptGraph) else value for name, value in self._referred.items()
-        }
-        return GraphModule(referred, self._graph)
-
-    def runner(self) -> Code:
-        """What runs this graph eagerly, operation by operation."""
-        return self.module().forward
-
-
-def _resolve(module: torch.nn.Module, path: str) -> Any:
-    value: Any = module
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
-
-
-def _counted_compiled(code: Code, calls: Calls) -> Code:
-    lane = calls.lane
-
+def _counted(code: Code, calls: Calls) -> Code:
     def run_compiled(*args: Any) -> Any:
         outer = internals.set_eval_frame(None)  # see `run_directly`
         try:
-            if lane.left:
-                lane.graphs += 1
-            else:
-                calls.tally.compiled += 1
+            calls.tally.compiled += 1
             return code(*args)
         finally:
             internals.set_eval_frame(outer)
 
     return run_compiled
-
-
-def _counted_eager(code: Code, calls: Calls) -> Code:
-    def run_eager(*args: Any) -> Any:
-        calls.tally.eager += 1
-        return code(*args)
-
-    return run_eager

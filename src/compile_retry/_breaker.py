@@ -15,12 +15,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ._call import Doubt
 from ._locks import Lock
-from ._policy import RetryPolicy, decide
+from ._policy import RetryPolicy, decide, pause
 
 # For so many calls after a failure the function goes on through Dynamo even if nothing is compiled, so that it is seen
 # whether other graphs are waiting too. After that, calls go straight to the eager function.
 WATCHED_CALLS = 64
+
+# So many failures in a row that are not worth another attempt are free.
+_FREE_REFUSALS = 4
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,36 @@ class Episode(NamedTuple):
         return call >= 2 * self.due_call - self.failed_in_call or now >= 2 * self.due_time - self.failed_at
 
 
+class Refusals:
+    """The account of failures that are not worth another attempt. They hold nothing off as long as they are few.
+
+    Where a frame is given up, what it calls is compiled on its own: a compiler that refuses everything would otherwise
+    be asked for one function after another, without an end.
+    """
+
+    def __init__(self) -> None:
+        self._in_a_row = 0
+        self._since: float | None = None
+        self._spent = self._last = 0.0
+
+    def add(self, now: float, seconds: float) -> None:
+        """Note one that took so long."""
+        if self._since is None:
+            self._since = now
+        self._in_a_row += 1
+        self._spent, self._last = self._spent + seconds, seconds
+
+    def end(self) -> None:
+        """An attempt has succeeded."""
+        self._in_a_row = 0
+
+    def affords_another(self, policy: RetryPolicy) -> bool:
+        """Whether one more would be among the first few, or keep all of them within their share of the time."""
+        if self._since is None or self._in_a_row < _FREE_REFUSALS:
+            return True
+        return pause(policy, policy.clock() - self._since, self._spent, self._last) <= 0
+
+
 class Probe:
     """One call's leave to attempt. The call holds it, and nobody else: with the call's frame it is gone.
 
@@ -98,6 +132,7 @@ class Breaker:
     """Decides which calls may attempt. One per decorated function, shared by its threads.
 
     Attributes:
+        episode: The one that has begun and not ended.
         held_off_before_call: Calls before this one need not ask, they may not attempt, as long as the clock is
         held_off_before_time: earlier than this.
     """
@@ -106,16 +141,13 @@ class Breaker:
         self.policy = policy
         self._lock = Lock()
         self.probe: weakref.ref[Probe] | None = None
-        self.episode = None
+        self._doubt: weakref.ref[Doubt] | None = None
+        self.refusals = Refusals()
+        self.episode: Episode | None = None
+        self.have_calls_ask()
 
-    @property
-    def episode(self) -> Episode | None:
-        """The one that has begun and not ended."""
-        return self._episode
-
-    @episode.setter
-    def episode(self, episode: Episode | None) -> None:
-        self._episode = episode
+    def _begin(self, episode: Episode | None) -> None:
+        self.episode = episode
         self.have_calls_ask()
 
     def hold_off(self, before_call: float, before_time: float) -> None:
@@ -156,13 +188,40 @@ class Breaker:
         episode = self.episode
         return episode is None or episode.is_long_overdue(call, self.policy.clock())
 
-    def failed(self, exc: BaseException, call: int, began: float) -> tuple[int, bool]:
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether an attempt has failed in a call that is not over."""
+        doubt = self._doubt() if self._doubt is not None else None
+        return doubt is not None and doubt.is_open
+
+    def doubt(self, doubt: Doubt) -> None:
+        """Let nothing be attempted until this is settled, or nobody holds it any more."""
+        self._doubt = weakref.ref(doubt)
+
+    def settle(self, doubt: Doubt) -> None:
+        """End that, unless another one has begun."""
+        if self._doubt is not None and self._doubt() is doubt:  # pragma: no branch  # after a fork of another thread
+            self._doubt = None
+
+    def refused(self, now: float, seconds: float) -> None:
+        """An attempt failed that is not worth another one: the time counts, but nothing is held off."""
+        self.refusals.add(now, seconds)
+        with self._lock:
+            if self.episode is not None:
+                self._begin(self.episode._replace(spent=self.episode.spent + seconds))
+
+    def affords_another_refusal(self) -> bool:
+        """Whether an attempt may be made although it may be refused, as those before it."""
+        return self.refusals.affords_another(self.policy)
+
+    def failed(self, exc: BaseException, call: int, began: float, cost: float) -> tuple[int, bool]:
         """An attempt failed: hold off as the policy says, or not at all if this failure is not worth a retry.
 
         Args:
             exc: The root cause.
             call: The call in which it failed.
             began: The clock when it began.
+            cost: Seconds that it took.
 
         Returns:
             The attempt's number within the episode, and whether this failure is worth another attempt.
@@ -171,11 +230,10 @@ class Breaker:
             Exception: Whatever the policy's strategies raise. The episode is then stopped.
         """
         while True:
-            last, now = self.episode, self.policy.clock()
+            last, now = self.episode, began + cost
             attempt = last.failures + 1 if last else 1
             started = last.started if last else now
             waited = last.waited + now - last.failed_at if last else 0.0
-            cost = now - began
             spent = last.spent + cost if last else cost
             watched_until = call + WATCHED_CALLS
             episode = Episode(
@@ -186,7 +244,7 @@ class Breaker:
                     self.policy, exc, attempt=attempt, started=started, now=now, waited=waited, spent=spent, cost=cost
                 )
             except Exception:
-                self.episode = episode
+                self._begin(episode)
                 raise
             if decision.retry and not decision.stop:
                 due_call, due_time = call + decision.calls, now + decision.seconds
@@ -194,32 +252,35 @@ class Breaker:
                 episode = episode._replace(due_call=due_call, due_time=due_time, not_before=not_before, stopped=False)
             with self._lock:
                 if self.episode is last:  # otherwise something else has happened meanwhile
-                    self.episode = episode if decision.retry else last
+                    if decision.retry:
+                        self._begin(episode)
                     return attempt, decision.retry
-
-    def withdraw(self, during: Episode | None, before: Episode | None) -> None:
-        """Take a failure back that turned out to be the program's own, unless more has happened since."""
-        with self._lock:
-            if self.episode is during:
-                self.episode = before
 
     def end(self, only: Episode | None = None) -> Episode | None:
         """End the episode; returns the one that ended. With `only`, not another one that has begun since."""
         with self._lock:
             if only is not None and self.episode is not only:
                 return None
-            ended, self.episode = self.episode, None
+            ended = self.episode
+            self._begin(None)
             return ended
+
+    def reset(self) -> None:
+        """Forget all failures."""
+        self.refusals = Refusals()
+        self.end()
 
     def retry_now(self) -> None:
         """Make an attempt due at once, also after giving up."""
+        self.refusals.end()
         with self._lock:
             if self.episode is not None:
                 due_call = math.inf if self.policy.wait_calls is None else 0
                 due_time = math.inf if self.policy.wait is None else -math.inf
-                self.episode = self.episode._replace(
+                episode = self.episode._replace(
                     due_call=due_call, due_time=due_time, not_before=-math.inf, stopped=False
                 )
+                self._begin(episode)
 
     def next_retry(self, calls: int) -> NextRetry | None:
         """How far away the next attempt is after `calls` calls; None if nothing is held off or no retry will come."""

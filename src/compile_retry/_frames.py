@@ -1,6 +1,7 @@
-"""Between Dynamo's C half and its compiler: may this frame be compiled now, and what if that fails inside Dynamo?
+"""Between Dynamo's C half and its compiler: may this frame be compiled now, and what if that fails?
 
-The callback is asked before anything of the frame has run, so to run the frame eagerly instead is always right.
+The callback is asked before anything of the frame has run. So whatever failed, at whatever stage, the answer is the
+same: the frame runs as it stands, once, as its own bytecode. There is no other fallback.
 """
 
 from __future__ import annotations
@@ -8,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from types import CodeType
 
-from . import _looks
 from . import _torch_internals as internals
 from ._call import Conversion, Location, Tally
 from ._control import Control
 from ._failures import is_fatal, release
+from ._frame_key import FrameKey, key_of, may_hold_tensors
 from ._steps import UNSEEN
 from ._strict import is_strict
 from ._torch_internals import ConvertFrameReturn, Frame, FrameCallback, FrameState
@@ -26,11 +27,13 @@ class _KnownFrame:
         state: Dynamo's own for them, by whose identity they are known: after ``torch._dynamo.reset()`` it is a new one.
         compiles: How often they were compiled.
         is_over_limit: Whether one of torch's recompile limits is reached.
+        is_ours: Whether their file is one that Dynamo compiles; None while that has to be asked.
     """
 
     state: FrameState
     compiles: int = 0
     is_over_limit: bool = False
+    is_ours: bool | None = None
 
 
 class FrameConverter:
@@ -44,24 +47,32 @@ class FrameConverter:
     def __call__(self, frame: Frame, cache_entry: object, frame_state: FrameState) -> ConvertFrameReturn:
         if internals.is_disabled():
             return internals.run_eagerly(inner_frames=False)
-        if not internals.concerns_dynamo(frame):
+        control, code = self._control, frame.f_code
+        known = self._known.get(id(frame_state)) or self._known.setdefault(id(frame_state), _KnownFrame(frame_state))
+        if not (known.is_ours or self._is_ours(known, frame)):
             return self._pass_over(frame, cache_entry, frame_state)
-        if self._control.given_up.get(frame.f_code) is frame_state:
+        if control.skipped and control.skipped.get(code) is frame_state:
             return _passed_over(internals.skip_for_good())
-        tally = self._control.calls.tally
-        if self._knows(frame_state).is_over_limit:
+        tally = control.calls.tally
+        if known.is_over_limit:
             tally.eager += 1
             return internals.run_eagerly(inner_frames=False)
-        conversion = self._conversion(frame, tally)
-        if (held_off := self._held_off(conversion, tally)) is not None:
+        key = key_of(code, frame.f_locals)
+        if (held_off := self._held_off(key, tally, frame)) is not None:
             return held_off
         try:
-            return self._in_turn(conversion, tally, frame, cache_entry, frame_state)
+            with internals.compile_lock():  # while this thread waited for it, another one's attempt may have failed
+                internals.drop_abandoned()
+                held_off = self._held_off(key, tally, frame)
+                return held_off or self._convert(key, known, tally, frame, cache_entry, frame_state)
         finally:
-            self._control.journal.tell(tally)
+            control.journal.tell(tally)
 
-    def _knows(self, frame_state: FrameState) -> _KnownFrame:
-        return self._known.setdefault(id(frame_state), _KnownFrame(frame_state))
+    def _is_ours(self, known: _KnownFrame, frame: Frame) -> bool:
+        is_ours = not internals.is_skipped_file(frame)
+        if is_ours or internals.is_skipped_whatever_frame(frame.f_code):
+            known.is_ours = is_ours
+        return is_ours
 
     def _pass_over(self, frame: Frame, cache_entry: object, frame_state: FrameState) -> ConvertFrameReturn:
         """Let Dynamo say that this frame is none of its business.
@@ -77,102 +88,74 @@ class FrameConverter:
             release(exc)
             return internals.run_eagerly(inner_frames=True)
 
-    def _in_turn(
-        self, conversion: Conversion, tally: Tally, frame: Frame, cache_entry: object, frame_state: FrameState
-    ) -> ConvertFrameReturn:
-        with internals.compile_lock():  # while this thread waited for it, another one's attempt may have failed
-            internals.drop_abandoned()
-            held_off = self._held_off(conversion, tally)
-            return held_off or self._convert(conversion, tally, frame, cache_entry, frame_state)
-
-    def _conversion(self, frame: Frame, tally: Tally) -> Conversion:
-        code = frame.f_code
-        retrying, tally.retrying = tally.retrying, None
-        # It may have been asked for another frame, which other code fitted after all.
-        retrying = retrying if retrying is not None and retrying.code is code else None
-        location = self._control.location if internals.is_inline_wrapper(code) else _location(code)
-        exact = _looks.of_frame(code, frame.f_locals)
-        coarse = _looks.of_frame(code, frame.f_locals, shapes=False)
-        repeated = _looks.of_frame(code, frame.f_locals, gradients=False)
-        compiles = self._control.compiles(exact)
-        return Conversion(location, exact, coarse, repeated, compiles=compiles, retrying=retrying)
-
-    def _held_off(self, conversion: Conversion, tally: Tally) -> ConvertFrameReturn | None:
-        """What to do instead if this frame may not be compiled now."""
+    def _held_off(self, key: FrameKey, tally: Tally, frame: Frame) -> ConvertFrameReturn | None:
+        """Run the frame as it stands if it may not be compiled now."""
         control = self._control
-        if not control.fallbacks.is_hopeless(conversion.coarse):
-            if control.step.must_stay_eager(conversion.repeated):
-                return self._eagerly(conversion, tally)
-            if control.may_attempt(tally, conversion.fingerprint):
-                return None
-            control.turns.ask(conversion.fingerprint, tally.call)
-        return self._eagerly(conversion, tally)
+        if control.may_attempt(tally, key) and not control.step.must_stay_eager(key.code):
+            return None
+        if not may_hold_tensors(frame.f_locals) and not internals.mentions_torch(frame):
+            return internals.run_eagerly(inner_frames=True)  # Dynamo would pass it over
+        if not control.ledger.is_given_up(key):
+            control.turns.ask(key, tally.call)
+        return self._eagerly(key, tally)
 
-    def _eagerly(self, conversion: Conversion, tally: Tally) -> ConvertFrameReturn:
+    def _eagerly(self, key: FrameKey, tally: Tally) -> ConvertFrameReturn:
         """Run this frame as it stands, this once."""
         inner_frames = self._control.is_open(tally)
-        unseen = () if inner_frames else (UNSEEN,)
-        self._control.step.ran_eagerly(conversion.repeated, *unseen, plainly=True)
+        self._control.step.ran_eagerly(key.code, *(() if inner_frames else (UNSEEN,)))
         tally.eager += 1
         return internals.run_eagerly(inner_frames=inner_frames)
 
     def _convert(
-        self, conversion: Conversion, tally: Tally, frame: Frame, cache_entry: object, frame_state: FrameState
+        self,
+        key: FrameKey,
+        known: _KnownFrame,
+        tally: Tally,
+        frame: Frame,
+        cache_entry: object,
+        frame_state: FrameState,
     ) -> ConvertFrameReturn:
         """Let Dynamo compile the frame."""
         control, compiles = self._control, internals.count_compiles(frame_state)
+        location = control.location if internals.is_inline_wrapper(frame.f_code) else _location(frame.f_code)
+        conversion = Conversion(location, key, began=control.policy.clock())
         outer, tally.conversion = tally.conversion, conversion
-        conversion.began = control.policy.clock()
         try:
-            with internals.settings_for_compile(self._knows(frame_state).compiles):
+            with internals.settings_for_compile(known.compiles):
                 result = self._inner(frame, cache_entry, frame_state)
         except Exception as exc:
             internals.uncount_compiles(frame_state, compiles)
-            if conversion.raised or is_fatal(exc) or internals.is_deliberate_limit(exc):
+            if is_fatal(exc) or internals.is_deliberate_limit(exc):
                 raise
-            return self._failed(exc, conversion, tally)
+            if conversion.gave_way:
+                control.turns.ask(key, tally.call)
+            else:
+                control.doubt(exc, conversion, tally)
+            return self._eagerly(key, tally)
         finally:
-            tally.conversion, tally.retrying = outer, None
-            if conversion.attempted:
-                control.books.add_seconds(control.policy.clock() - conversion.began)
-        return self._converted(result, conversion, tally, frame, frame_state)
-
-    def _failed(self, exc: Exception, conversion: Conversion, tally: Tally) -> ConvertFrameReturn:
-        control = self._control
-        if conversion.gave_way:
-            control.turns.ask(conversion.fingerprint, tally.call)
-        else:
-            control.doubt(exc, conversion, tally)
-        if not is_strict():
-            release(exc)
-        return self._eagerly(conversion, tally)
+            tally.conversion = outer
+        return self._converted(result, conversion, known, tally, frame)
 
     def _converted(
-        self, result: ConvertFrameReturn, conversion: Conversion, tally: Tally, frame: Frame, frame_state: FrameState
+        self, result: ConvertFrameReturn, conversion: Conversion, known: _KnownFrame, tally: Tally, frame: Frame
     ) -> ConvertFrameReturn:
         control, code = self._control, frame.f_code
         if result.guarded_code is not None:
-            if conversion.retrying is not None:
-                control.fallbacks.remove(conversion.retrying)
-                conversion.retrying.drop()
-            entry = internals.CachedFrame(code, conversion.fingerprint, result.guarded_code)
             if conversion.runner is not None:
                 internals.run_directly(conversion.runner, result.guarded_code.code, frame.f_globals)
-            if conversion.fallback is not None:
-                conversion.fallback.entry = entry
-                control.fell_back_to(entry)
-            else:
-                self._knows(frame_state).compiles += 1
-                control.compiled(entry)
+            known.compiles += 1
+            control.compiled(conversion, internals.CachedFrame(result.guarded_code))
             return result
         if internals.hit_recompile_limit(result):
-            self._knows(frame_state).is_over_limit = True
+            known.is_over_limit = True
             control.journal.over_limit(tally, conversion.location)
             tally.eager += 1
             return internals.run_eagerly(inner_frames=False)
+        if not may_hold_tensors(frame.f_locals) and not internals.mentions_torch(frame):
+            return _passed_over(result)
         # Dynamo cannot go on after a graph break in this frame and wants it skipped for good. An exception of the
         # program's looks like that too, so believe it only if the call returns.
-        tally.skipped.append((code, frame_state))
+        tally.skipped.append((code, known.state))
         tally.unsettled = True
         return replace(_passed_over(result), apply_to_code=False)
 

@@ -16,18 +16,17 @@ import torch
 from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.utils.hooks import RemovableHandle
 
-from . import _live, _looks
+from . import _live
 from ._breaker import NextRetry
 from ._call import Conversion, Location, Tally
 from ._control import Control
 from ._failures import CompileFailure, is_fatal
-from ._fallbacks import CREATION, Fallback
+from ._frame_key import CREATION
 from ._history import Began, CallPath
 from ._locks import Lock
 from ._policy import RetryPolicy
 from ._stats import CompileState, CompileStats
 from ._steps import UNSEEN
-from ._strict import is_strict
 from ._torch_eager import has_forward_gradients, saved_tensors_hooks, set_compiled_call
 from .events import Hook
 
@@ -62,94 +61,87 @@ class CompiledFunction(Generic[P, R]):
         self._options = options
         self._control = control = Control(self.name, _location(fn), policy)
         # What each call needs, close at hand.
-        self._lane, self._numbers = control.calls.lane, control.calls.numbers
-        self._breaker, self._eager_calls = control.breaker, control.books.eager_calls
+        self._numbers, self._calls, self._breaker = control.numbers, control.calls, control.breaker
+        self._ledger, self._history = control.ledger, control.journal.history
+        self._compiled_calls, self._eager_calls = control.books.calls["compiled"], control.books.calls["eager"]
         self._creation = Lock()
         self._compiled: Callable[..., R] = self._create_and_call
+        # Under the stance that skips guards, what runs eagerly would be taken for a recompile, or for other code.
+        self._with_guards: Callable[..., R] = self._create_and_call
+        self._skips_guards: Callable[[], bool] = bool
         _live.register(self)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:  # each line of it costs every call
         if is_dynamo_compiling():  # an outer compile traces through: be the plain function
             return self.eager(*args, **kwargs)
-        lane = self._lane
-        if not lane.left or lane.graphs:
-            number, breaker = next(self._numbers), self._breaker
-            is_held_off = number < breaker.held_off_before_call and self._clock() < breaker.held_off_before_time
-            if is_held_off and saved_tensors_hooks(True) is None and has_forward_gradients():  # it runs but once
-                next(self._eager_calls)
-                return self.eager(*args, **kwargs) if kwargs else self.eager(*args)  # type: ignore[call-arg]  # P may have keywords
-            return self._watched(number, args, kwargs)
-        lane.graphs = 1
-        try:  # to pass on an empty dictionary takes a twentieth of a microsecond
-            result = self._compiled(*args, **kwargs) if kwargs else self._compiled(*args)
-        except BaseException:
-            self._has_left_lane(args, kwargs, raised=True)
-            raise
-        if lane.graphs > 1:  # it is still in the lane, and has run compiled code
-            lane.left -= 1
-            lane.graphs = 0
-        else:
-            self._has_left_lane(args, kwargs, raised=False)
+        number, breaker = next(self._numbers), self._breaker
+        if (
+            number < breaker.held_off_before_call
+            and self._clock() < breaker.held_off_before_time
+            and saved_tensors_hooks(True) is None  # otherwise it may run once more, in a backward pass
+            and has_forward_gradients()
+        ):
+            next(self._eager_calls)
+            return self.eager(*args, **kwargs) if kwargs else self.eager(*args)  # type: ignore[call-arg]  # P may have keywords
+        tally = self._calls.tally
+        if tally.call or breaker.episode is not None or self._ledger.given_up or number >= self._history.next_call:
+            return self._watched(number, tally, args, kwargs)
+        tally.compiled = tally.eager = 0
+        try:
+            tally.call = number
+            try:  # to pass on an empty dictionary takes a twentieth of a microsecond
+                result = self._compiled(*args, **kwargs) if kwargs else self._compiled(*args)
+            except BaseException:
+                self._over(tally, probing=False, raised=True)
+                raise
+            if tally.compiled and not (tally.eager or tally.unsettled):
+                next(self._compiled_calls)
+            else:
+                self._over(tally, probing=False, raised=False)
+        finally:
+            tally.call = 0
         return result
 
-    def _has_left_lane(self, args: tuple[object, ...], kwargs: dict[str, object], *, raised: bool) -> None:
-        calls = self._control.calls
-        tally = calls.tally
+    def _watched(self, number: int, tally: Tally, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+        """A call that may be an attempt, is timed, or is made within another one."""
+        control, run, probe, began = self._control, self._compiled, None, None
+        outer = tally.call, tally.compiled, tally.eager, tally.doubt
         try:
-            self._over(tally, args, kwargs, probing=False, raised=raised)
-        finally:
-            calls.end(tally, (0, 0, 0))
-
-    def _watched(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
-        """A call that does not begin in the lane: it may be an attempt, it is timed, or others are under way."""
-        control, calls, run, probe, began = self._control, self._control.calls, self._compiled, None, None
-        tally = calls.tally_before(self._is_within_lane)
-        outer = tally.call, tally.compiled, tally.eager
-        try:
-            calls.begin(tally, number)
-            call, episode = tally.call, self._breaker.episode
-            is_timed = call >= control.journal.history.next_call
+            tally.call, tally.compiled, tally.eager, tally.doubt = number, 0, 0, None
+            episode = self._breaker.episode
+            is_timed = number >= self._history.next_call
             if episode is not None:
                 within = False
-                if call >= episode.due_call or self._clock() >= episode.due_time:
+                if number >= episode.due_call or self._clock() >= episode.due_time:
                     within = self._is_within_probe(tally)
-                    probe = None if within else self._breaker.let_through(call)
-                if not (probe or within) and control.goes_straight(episode, call):
+                    probe = None if within else self._breaker.let_through(number)
+                if not (probe or within) and control.goes_straight(episode, number):
                     run, tally.eager = self.eager, 1
+            if run is self._compiled and self._skips_guards():
+                run = self._with_guards
             if is_timed:
                 began = self._clock(), tally.attempts
             try:
                 if probe and episode:
-                    control.probe_begins(tally, call, episode)
+                    control.probe_begins(tally, number, episode)
                 result = run(*args, **kwargs)
             except BaseException:
-                self._over(tally, args, kwargs, probing=probe is not None, raised=True)
+                self._over(tally, probing=probe is not None, raised=True)
                 raise
-            self._over(tally, args, kwargs, probing=probe is not None, raised=False, began=began)
+            self._over(tally, probing=probe is not None, raised=False, began=began)
         finally:
-            calls.end(tally, outer)
+            tally.call, compiled, eager, tally.doubt = outer
+            if tally.call:  # what it has run, the other has run too
+                tally.compiled, tally.eager = tally.compiled + compiled, tally.eager + eager
         if episode is not None:
-            control.hold_off(episode, call)
-        elif is_timed:
-            control.open_lane()
+            control.hold_off(episode, number)
         return result
 
-    def _over(
-        self,
-        tally: Tally,
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-        *,
-        probing: bool,
-        raised: bool,
-        began: Began | None = None,
-    ) -> None:
+    def _over(self, tally: Tally, *, probing: bool, raised: bool, began: Began | None = None) -> None:
         """Book a call, and settle what it has left open.
 
         Args:
             tally: Of its thread.
-            args: What it was called with.
-            kwargs: The same.
             probing: Whether it was let through during an episode.
             raised: Whether it raised.
             began: What was noted when it began, if it is timed.
@@ -158,38 +150,25 @@ class CompiledFunction(Generic[P, R]):
         path: CallPath = "eager" if not tally.compiled else "mixed" if tally.eager else "compiled"
         try:
             if tally.unsettled:
-                control.settle(tally, self._looks(args, kwargs), program_raised=raised)
+                control.settle(tally, program_raised=raised)
             clean = path == "compiled" and not raised
         finally:
             next(control.books.calls[path])
             if probing:
-                control.probe_ended(tally, self._looks(args, kwargs) if clean else None)
+                control.probe_ended(tally, clean=clean)
             if began is not None:
                 control.journal.took(tally, path, began)
             control.journal.tell(tally)
 
-    def _looks(self, args: tuple[object, ...], kwargs: dict[str, object]) -> _looks.Looks:
-        return _looks.of_call((getattr(self.eager, "__self__", None), *args), kwargs)
-
-    def _outer_call(self) -> FrameType | None:
-        """The frame of the call of this function within which the current one has been made."""
-        frame, calls = cast("FrameType | None", sys._getframe()), 0
-        while frame is not None:
-            calls += frame.f_code is _CALL and frame.f_locals.get("self") is self
-            if calls == 2:
-                break
-            frame = frame.f_back
-        return frame
-
-    def _is_within_lane(self) -> bool:
-        """Whether this call is made within one that began in the lane: it took no number."""
-        outer = self._outer_call()
-        return outer is not None and "number" not in outer.f_locals
-
     def _is_within_probe(self, tally: Tally) -> bool:
         """Whether this call is made within one that has been let through."""
-        if tally.probing and self._outer_call():
-            return True
+        if tally.probing:
+            frame, calls = cast("FrameType | None", sys._getframe()), 0
+            while frame is not None:
+                calls += frame.f_code is _CALL and frame.f_locals.get("self") is self
+                if calls == 2:
+                    return True
+                frame = frame.f_back
         tally.probing = None  # an interrupt may have left it
         return False
 
@@ -207,37 +186,27 @@ class CompiledFunction(Generic[P, R]):
             if self._compiled != self._create_and_call:  # another thread was faster
                 return self._compiled
             # Inside torch.export, torch.compile would give the plain function back, for good.
-            if (
-                control.fallbacks.is_hopeless(CREATION)
-                or control.step.must_stay_eager(CREATION)
-                or not control.may_attempt(tally, CREATION)
-                or is_exporting()
-            ):
-                control.step.ran_eagerly(UNSEEN, plainly=True)
+            if control.step.must_stay_eager(None) or not control.may_attempt(tally, CREATION) or is_exporting():
+                control.step.ran_eagerly(UNSEEN)
                 return None
-            retrying = control.fallbacks.waits(CREATION)
-            conversion = Conversion(control.location, CREATION, CREATION, CREATION, began=self.policy.clock())
+            conversion = Conversion(control.location, CREATION, began=self.policy.clock(), stage="torch.compile")
             damaged = None
             try:
-                compiled, damaged = self._torch_compile()
+                damaged = self._torch_compile()
             except Exception as exc:
                 if is_fatal(exc):
                     raise
-                failure = control.failed(exc, "torch.compile", conversion, tally)
-                if is_strict():
-                    raise
-                control.fell_back(Fallback(CREATION), failure.kind, tally)
-                control.step.ran_eagerly(UNSEEN, plainly=True)
+                control.doubt(exc, conversion, tally)
+                control.step.ran_eagerly(UNSEEN)
                 return None
-            if retrying:
-                control.fallbacks.remove(None, CREATION)
+            if control.ledger.waits(CREATION):
+                control.ledger.compiled(CREATION)
                 control.made_progress()
             if damaged is not None:
                 control.journal.moved(tally, damaged)
-            self._compiled = compiled
-            return compiled
+            return self._compiled
 
-    def _torch_compile(self) -> tuple[Callable[..., R], str | None]:
+    def _torch_compile(self) -> str | None:
         # Imports torch._dynamo, which takes a second and may itself fail, for want of a cache directory for example.
         from . import _torch_internals as internals
         from ._backend import GraphBackend
@@ -260,7 +229,9 @@ class CompiledFunction(Generic[P, R]):
             compiled: Callable[..., R] = torch.compile(internals.visible(self.eager), **options)
         internals.interpose(compiled, lambda inner: FrameConverter(inner, control))
         weakref.finalize(self, backend.abandon).atexit = False
-        return compiled, damaged
+        self._with_guards, self._skips_guards = internals.with_guards(compiled), internals.skips_guards
+        self._compiled = compiled
+        return damaged
 
     @property
     def state(self) -> CompileState:

@@ -102,8 +102,16 @@ class Journal:
         message = f"compiled in call {tally.call}"
         self._note(Compiled, tally, message, logging.INFO if first else None, graph=graph, seconds=seconds)
 
-    def failed(self, tally: Tally, failure: CompileFailure, *, began: float, seconds: float) -> None:
-        """What failed inside Dynamo is noted when its call is over, with the time at which it failed."""
+    def failed(self, tally: Tally, failure: CompileFailure, *, began: float, seconds: float, whole_code: bool) -> None:
+        """Noted when the call is over, with the time at which the attempt failed.
+
+        Args:
+            tally: Of this thread.
+            failure: What is known of it.
+            began: The policy's clock when the attempt began.
+            seconds: How long it took.
+            whole_code: Whether the frame's code is given up now, however it is called.
+        """
         time = began + seconds
         if failure.attempt == 1:
             self._not_compiled_before = self._books.not_compiled
@@ -113,7 +121,10 @@ class Journal:
             message, gave_up = f"{what}; strict mode raises", ""
         elif failure.kind == "permanent":
             message = what
-            gave_up = f"{where} cannot be compiled: {failure}; it runs eagerly and will not be tried again"
+            which = (
+                "it runs eagerly however it is called" if whole_code else "it runs eagerly when it is called like this"
+            )
+            gave_up = f"{where} cannot be compiled: {failure}; {which} and will not be tried again"
         elif due is None and self._breaker.episode is not None:
             message, gave_up = what, f"{what}; giving up, running eagerly until reset() or retry_now()"
         else:
@@ -122,9 +133,7 @@ class Journal:
         level = None if gave_up else logging.WARNING
         self._note(AttemptFailed, tally, message, level, time, failure=failure, seconds=seconds)
         if gave_up:
-            # Dynamo does not have yet what shows that a graph was given up.
-            state = {} if self._breaker.episode is not None else {"state": CompileState.GAVE_UP}
-            self._note(GaveUp, tally, gave_up, logging.ERROR, time, failure=failure, **state)
+            self._note(GaveUp, tally, gave_up, logging.ERROR, time, failure=failure)
         elif due is not None:
             self._note(RetryScheduled, tally, f"next attempt {due}", None, time, next_retry=due)
 

@@ -156,7 +156,7 @@ def decide(
     try:
         if not policy.retry(state):
             return Decision(retry=False, stop=False, seconds=math.inf, calls=math.inf)
-        at_least = _pause(policy, now - started, spent, cost)
+        at_least = pause(policy, now - started, spent, cost)
         seconds = max(at_least, _evaluate("wait", policy.wait, state))
         calls = _evaluate("wait_calls", policy.wait_calls, state)
         state.upcoming_sleep = 0.0 if math.isinf(seconds) else seconds
@@ -167,7 +167,7 @@ def decide(
         state.outcome = None
 
 
-def _pause(policy: RetryPolicy, elapsed: float, spent: float, cost: float) -> float:
+def pause(policy: RetryPolicy, elapsed: float, spent: float, cost: float) -> float:
     """Seconds until another attempt of this cost can fail and the episode's stay within their share of the time."""
     share = policy.max_overhead
     if share is None or math.isinf(share):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import itertools
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from ._locks import Lock
@@ -76,16 +75,10 @@ class Counter(itertools.count):  # type: ignore[type-arg]  # cannot be subscript
 
 
 class Books:
-    """The running counts behind `CompileStats`.
+    """The running counts behind `CompileStats`."""
 
-    Args:
-        compiled_elsewhere: How many calls ran compiled code only that are not noted here.
-    """
-
-    def __init__(self, compiled_elsewhere: Callable[[], int]) -> None:
-        self.eager_calls = Counter()
-        self.calls = {"compiled": Counter(), "mixed": Counter(), "eager": self.eager_calls}
-        self._compiled_elsewhere = compiled_elsewhere
+    def __init__(self) -> None:
+        self.calls = {"compiled": Counter(), "mixed": Counter(), "eager": Counter()}
         self.attempts = Counter()
         self.failures = Counter()
         self.recoveries = Counter()
@@ -103,7 +96,7 @@ class Books:
 
     def snapshot(self) -> CompileStats:
         return CompileStats(
-            compiled_calls=self.calls["compiled"].value + self._compiled_elsewhere(),
+            compiled_calls=self.calls["compiled"].value,
             mixed_calls=self.calls["mixed"].value,
             eager_calls=self.calls["eager"].value,
             attempts=self.attempts.value,

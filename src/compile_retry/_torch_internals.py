@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, Protocol, TypeAlias
 
 from . import _torch_import  # noqa: F401  # before anything else imports Dynamo
@@ -39,7 +39,7 @@ from torch._C._dynamo.eval_frame import set_code_exec_strategy, set_eval_frame
 
 # Counts the compiles of each frame towards `accumulated_recompile_limit`; since 2.2. Essential, because without taking
 # failed compiles back out of it 256 failures would use a frame up for whoever else compiles it.
-from torch._dynamo.convert_frame import FRAME_COMPILE_COUNTER, has_tensor_in_frame
+from torch._dynamo.convert_frame import FRAME_COMPILE_COUNTER
 
 # The way in which an analysis is started again, and the way in which a backend asks for a frame to be skipped. Both
 # leave a backend as exceptions without being failures. Since 2.0. Essential.
@@ -57,6 +57,7 @@ from torch._dynamo.types import ConvertFrameReturn
 
 # Where forward and backward graphs are made from a captured one; see `compiling_backward_too`.
 from torch._functorch._aot_autograd import graph_compile
+from torch.fx import GraphModule
 
 __all__ = [
     "CONTROL_FLOW",
@@ -69,12 +70,13 @@ __all__ = [
     "UnsupportedTorchError",
     "abandon",
     "backends",
+    "becomes_graph_break",
     "compile_lock",
     "compiling_backward_too",
-    "concerns_dynamo",
     "count_compiles",
     "count_for_fullgraph",
     "drop_abandoned",
+    "has_dynamic_shapes",
     "hit_recompile_limit",
     "inductor_modes",
     "inductor_options",
@@ -83,15 +85,20 @@ __all__ = [
     "is_deliberate_limit",
     "is_disabled",
     "is_inline_wrapper",
+    "is_skipped_file",
+    "is_skipped_whatever_frame",
     "isolates_recompiles",
     "make_compiler",
+    "mentions_torch",
     "run_directly",
     "run_eagerly",
     "set_eval_frame",
     "settings_for_compile",
     "skip_for_good",
+    "skips_guards",
     "uncount_compiles",
     "visible",
+    "with_guards",
 ]
 
 _LOOKS_AT_FRAMES = "frame" in signature(_is_skipped_file).parameters  # since 2.12
@@ -223,10 +230,58 @@ def interpose(compiled: object, wrap: Callable[[FrameCallback], FrameCallback]) 
     return True
 
 
-def concerns_dynamo(frame: Frame) -> bool:
-    """Whether Dynamo would try to compile this frame at all, rather than pass over it."""
+def skips_guards() -> bool:
+    """Whether the user has switched guards off: `set_stance(skip_guard_eval_unsafe=True)`. Since 2.6."""
+    return bool(getattr(torch._dynamo.eval_frame._stance, "skip_guard_eval_unsafe", False))
+
+
+def with_guards(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``torch.compile`` has returned, with guards evaluated in any case.
+
+    Without guards Dynamo runs code that it has for other arguments, or raises because it has none, where we run
+    eagerly. The function that ``torch.compile`` returns asks for the stance in each call, by a global name; so this is
+    the same function with another answer there. Where it is another function or name, the stance stays as it is.
+    """
+    if not isinstance(compiled, FunctionType):
+        return compiled
+    names = dict(compiled.__globals__)
+    twin = FunctionType(compiled.__code__, names, compiled.__name__, compiled.__defaults__, compiled.__closure__)
+    twin.__kwdefaults__ = compiled.__kwdefaults__
+
+    def run_with_guards(*args: Any, **kwargs: Any) -> Any:
+        names.update(compiled.__globals__)  # the stance is one of them
+        names["_is_skip_guard_eval_unsafe_stance"] = bool
+        return twin(*args, **kwargs)
+
+    return run_with_guards
+
+
+def is_skipped_file(frame: Frame) -> bool:
+    """Whether Dynamo passes over this frame because of the file that its code is in."""
     named = {"frame": frame} if _LOOKS_AT_FRAMES else {}
-    return not _is_skipped_file(frame.f_code, **named) and has_tensor_in_frame(frame)
+    return bool(_is_skipped_file(frame.f_code, **named))
+
+
+def is_skipped_whatever_frame(code: CodeType) -> bool:
+    """Whether that is so for all frames of this code: some of torch.nn's it takes up if their module has hooks."""
+    return code.co_name != "forward"
+
+
+def mentions_torch(frame: Frame) -> bool:
+    """Whether the frame's code names torch or NumPy, which is reason enough for Dynamo to compile it."""
+    modules = (value for name in frame.f_code.co_names if type(value := frame.f_globals.get(name)) is ModuleType)
+    return any(module.__name__.partition(".")[0] in ("torch", "numpy") for module in modules)
+
+
+def has_dynamic_shapes(graph_module: GraphModule) -> bool:
+    """Whether a graph was captured for more sizes than those of its example inputs: it takes some as arguments."""
+    inputs = graph_module.graph.find_nodes(op="placeholder")
+    return any(isinstance(node.meta.get("example_value"), torch.SymInt) for node in inputs)
+
+
+def becomes_graph_break(exc: BaseException) -> bool:
+    """Whether Dynamo makes a graph break of this when a backend raises it. Since 2.1; elsewhere it is a failure."""
+    return isinstance(exc, getattr(torch._dynamo.exc, "exceptions_allowed_to_be_fallback", ()))
 
 
 def run_directly(runner: Callable[..., Any], code: CodeType, names: dict[str, object]) -> None:
@@ -360,15 +415,13 @@ _dropped: deque[object] = deque(maxlen=256)
 
 
 class CachedFrame:
-    """A cache entry of Dynamo's that we may want to pass over or to drop. Holds it weakly: Dynamo owns it.
+    """A cache entry of Dynamo's that is dropped when the function is gone. Holds it weakly: Dynamo owns it.
 
     `CacheEntry` itself is a C object that dangles after a reset; the guard manager knows whether it is still in use.
     Since 2.6. Essential.
     """
 
-    def __init__(self, code: CodeType, fingerprint: tuple[object, ...], guarded_code: Any) -> None:
-        self.code = code
-        self.fingerprint = fingerprint
+    def __init__(self, guarded_code: Any) -> None:
         self._manager: Callable[[], Any] = weakref.ref(guarded_code.guard_manager)
 
     @property
@@ -377,35 +430,11 @@ class CachedFrame:
         manager = self._manager()
         return manager is not None and manager.extra_state is not None
 
-    def fits(self, f_locals: dict[str, object]) -> bool:
-        """Whether Dynamo would use it for a frame with these variables.
-
-        May be asked from a guard of another entry. While guards are evaluated Dynamo switches `__torch_function__` off,
-        which is itself something that guards look at. The switch to have it on again: since 2.5.
-        """
-        manager = self._manager()
-        if manager is None or manager.extra_state is None:
-            return False
-        with torch._C._EnableTorchFunction():
-            return bool(manager.check(f_locals))
-
-    def use_only_if(self, wanted: Callable[[dict[str, object]], bool]) -> None:
-        """Have Dynamo ask this about the variables of a frame that the entry fits. If not, it passes the entry over.
-
-        Asked last, after all other guards. Dynamo itself uses this kind of guard for relations between shapes. For
-        entries that have just been made.
-        """
-        _add_last_guard(self._manager().root, wanted)
-
-    def leave_uncounted(self) -> None:
-        """Keep it from using up the frame's `recompile_limit`. For entries that have just been made."""
-        self._manager().id_matched_objs = _UNCOUNTED
-
     def drop(self) -> None:
         """Make Dynamo forget this entry, and this entry only."""
         manager = self._manager()
         if manager is not None and manager.extra_state is not None:  # pragma: no branch  # a reset may be faster
-            dead = DeletedGuardManagerWrapper("compile_retry compiled this frame again")
+            dead = DeletedGuardManagerWrapper("compile_retry: its function is gone")
             dead.id_matched_objs = _UNCOUNTED
             _dropped.append(manager)
             manager.extra_state.invalidate(manager.cache_entry, dead)
@@ -437,14 +466,6 @@ class _Nobody:
 # An eager fallback should not use the limit up, so it names an object that no frame has.
 _NOBODY = _Nobody()
 _UNCOUNTED: dict[str, weakref.ReferenceType[object]] = {"compile_retry": weakref.ref(_NOBODY)}
-
-
-def _add_last_guard(root: Any, guard: Callable[[dict[str, object]], bool]) -> None:
-    reason = ["compile_retry: other code is to run, or to be compiled"]
-    try:
-        root.add_epilogue_lambda_guard(guard, reason, None)
-    except TypeError:  # 2.10 does not ask for the user's stack
-        root.add_epilogue_lambda_guard(guard, reason)
 
 
 def compiling_backward_too() -> AbstractContextManager[object]:

@@ -1,0 +1,165 @@
+"""Keys that tell one compile of a frame from another, made without running anybody's code or keeping anything alive.
+
+A frame's variables are read below Python: exact classes only, containers by their contents in C, tensors with
+``__torch_function__`` and modes switched off. Coarser than Dynamo's guards: a key decides what is worth waiting for and
+what is given up, never which code may run.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from types import CodeType, GetSetDescriptorType
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+
+# Of one value: a record of those below, a number, flag or short string itself, or the class.
+Look: TypeAlias = object
+Looks: TypeAlias = tuple[Look, ...]
+
+# Containers are looked into so deep and so far: they may be long, or contain themselves. Strings may be long, too.
+_DEPTH, _LENGTH = 2, 32
+
+_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+_NUMBERS = frozenset({int, float})
+_FLAGS = frozenset({bool, type(None)})
+
+
+class _Tensor(NamedTuple):
+    shape: str  # as text, because a size may be symbolic where another compile is under way
+    dimensions: int
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+
+class _Items(NamedTuple):
+    kind: type
+    length: int
+    looks: Looks
+
+
+class _Member(NamedTuple):
+    kind: type
+    identity: int  # the members of an enumeration are unique
+
+
+class _Instance(NamedTuple):
+    kind: type
+    training: object  # of a module
+    identity: int  # of a module
+    attributes: Looks
+
+
+class FrameKey(NamedTuple):
+    """What one compile of a frame is known by.
+
+    Attributes:
+        code: The frame's code, or that of a graph without a frame; None where ``torch.compile`` itself is called.
+        exact: The looks of its variables as far as they may decide what is compiled. By this it is given up, and takes
+            its turn.
+    """
+
+    code: CodeType | None
+    exact: Looks = ()
+
+    @property
+    def looks(self) -> Looks:
+        """Without numbers, attributes and identities, which may differ from call to call. By this a frame waits."""
+        return tuple(_reduced(look, sizes=True) for look in self.exact)
+
+    @property
+    def without_sizes(self) -> Looks:
+        """Without the sizes of tensors as well: code with dynamic shapes covers what differs in those."""
+        return tuple(_reduced(look, sizes=False) for look in self.exact)
+
+
+# The call of torch.compile() itself, where that fails.
+CREATION = FrameKey(None)
+
+
+def key_of(code: CodeType, variables: Mapping[str, object]) -> FrameKey:
+    """The key of a frame that is about to run this code with these variables."""
+    with torch._C.DisableTorchFunction():
+        return FrameKey(code, (torch.is_grad_enabled(), *(_look(value, _DEPTH) for value in variables.values())))
+
+
+def may_hold_tensors(variables: Mapping[str, object]) -> bool:
+    """Whether Dynamo would find anything of torch's or NumPy's among these, so that it would compile the frame."""
+    return any(_may_hold_tensors(value, 2 * _DEPTH) for value in variables.values())
+
+
+def _look(value: Any, depth: int) -> Look:
+    kind = type(value)
+    try:
+        if kind in _TENSORS:
+            return _Tensor(str(value.shape), value.ndim, value.dtype, value.device, value.requires_grad)
+        if _is_plain(value):
+            return value
+        if depth and (items := _items(value)) is not None:
+            looks = tuple(_look(item, depth - 1) for item in islice(items, _LENGTH))
+            return _Items(kind, kind.__len__(value), looks)
+        if issubclass(kind, torch.Tensor):
+            return kind
+        if issubclass(kind, enum.Enum):
+            return _Member(kind, id(value))
+        attributes = _attributes(value)
+        is_module = issubclass(kind, torch.nn.Module)
+        flags = tuple((name, item) for name, item in islice(attributes.items(), _LENGTH) if _is_plain(item))
+        return _Instance(kind, attributes.get("training") if is_module else None, id(value) * is_module, flags)
+    except Exception:  # an object with ideas of its own
+        return kind
+
+
+def _is_plain(value: Any) -> bool:
+    kind = type(value)
+    return kind in _FLAGS or kind in _NUMBERS or (kind is str and len(value) <= _LENGTH)
+
+
+def _items(value: Any) -> Iterator[Any] | None:
+    """What a container of an exact class holds."""
+    kind = type(value)
+    if kind is dict:
+        return iter(dict.values(value))
+    return iter(value) if kind is list or kind is tuple else None
+
+
+def _attributes(value: object) -> Mapping[str, object]:
+    """An object's own attributes, where they are kept in the usual place."""
+    for cls in type(value).__mro__:
+        descriptor = cls.__dict__.get("__dict__")
+        if type(descriptor) is GetSetDescriptorType:
+            attributes: dict[str, object] = descriptor.__get__(value)
+            return attributes
+    return {}
+
+
+def _reduced(look: Look, *, sizes: bool) -> Look:
+    kind = type(look)
+    if kind in _NUMBERS:
+        return kind
+    if isinstance(look, _Tensor):
+        return look if sizes else look._replace(shape="")
+    if isinstance(look, _Items):
+        return look._replace(looks=tuple(_reduced(item, sizes=sizes) for item in look.looks))
+    if isinstance(look, _Instance):
+        return look._replace(identity=0, attributes=())
+    return look
+
+
+def _may_hold_tensors(value: Any, depth: int) -> bool:
+    kind = type(value)
+    try:
+        if _is_plain(value) or kind is str:
+            return False
+        if (items := _items(value)) is not None:
+            return depth > 0 and any(_may_hold_tensors(item, depth - 1) for item in islice(items, _LENGTH))
+        if kind is type:
+            return issubclass(value, torch.nn.Module)
+        if issubclass(kind, tuple):  # a named tuple
+            return any(_may_hold_tensors(item, depth - 1) for item in islice(tuple.__iter__(value), _LENGTH))
+        return issubclass(kind, (torch.Tensor, torch.nn.Module)) or kind.__module__ == "numpy"
+    except Exception:  # a class with ideas of its own
+        return True
