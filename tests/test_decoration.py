@@ -344,25 +344,13 @@ def test_old_torch() -> None:
 
 
 def test_torch_without_newer_internals() -> None:
-    """What only newer versions have is done without: the check of fullgraph=True, and the third argument of a guard."""
-    from compile_retry import _torch_internals as internals
-
+    """What only newer versions have is done without: the check of fullgraph=True."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(torch._C._dynamo.eval_frame, "set_fullgraph_compiled_frame_count", raising=False)
         fn = compile_with_fallback(sine, backend=Compiler(lambda inputs: full_disk()), dynamic=False)
         for n in (3, 4):
             fn(torch.ones(n))
         assert fn.stats.eager_calls == 2
-
-    class Root210:
-        guards: list[Any]
-
-        def add_epilogue_lambda_guard(self, guard: Any, reason: list[str]) -> None:
-            self.guards = [guard, reason]
-
-    root = Root210()
-    internals._add_last_guard(root, lambda f_locals: True)
-    assert root.guards[0]({}) is True
 
 
 def test_torch_without_isolated_recompiles() -> None:
@@ -380,20 +368,3 @@ def test_torch_without_isolated_recompiles() -> None:
         for k, fn in enumerate(functions):
             torch.testing.assert_close(fn(X), X * k * k)
     assert [fn.stats.compiled_calls for fn in functions] == [1] * 20
-
-
-def test_tensors_with_ideas_of_their_own() -> None:
-    """A tensor class that will not tell its device is told from others by its class."""
-
-    class Moody(torch.Tensor):
-        @property
-        def device(self) -> torch.device:  # type: ignore[override]  # a property that raises
-            raise RuntimeError("not telling")
-
-    from compile_retry import _looks
-
-    assert _looks.of_call((torch.ones(2).as_subclass(Moody),), {"n": [1, {"k": True}]}) == (
-        True,
-        Moody,
-        ("n", (list, 2, int, (dict, 1, True))),
-    )

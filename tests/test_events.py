@@ -152,7 +152,7 @@ def test_hooks_may_call_the_function() -> None:
     fn.register_hook(hook)
     for _ in range(9):
         fn(X)
-    assert seen == [(CompileState.FALLBACK, NextRetry(calls=6, seconds=None), True)]  # its call is not over
+    assert seen == [(CompileState.FALLBACK, NextRetry(calls=5, seconds=None), True)]
     assert fn.state is CompileState.COMPILED
 
 

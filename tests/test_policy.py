@@ -215,7 +215,7 @@ def test_the_schedule_is_the_model(waits: list[float], calls: int, fails: int) -
                 breaker.end()
                 break
             left -= 1
-            breaker.failed(OSError(), call, 0.0)
+            breaker.failed(OSError(), call, 0.0, 0.0)
     expected, due = [], 1
     for attempt in range(fails + 1):
         if due > calls:

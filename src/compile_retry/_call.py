@@ -35,6 +35,7 @@ class Conversion:
         stage: How far it got.
         is_dynamic: Its graph was captured with dynamic shapes.
         runner: What runs the compiled graph.
+        is_covered: Another thread has compiled such a frame while this one waited for its turn.
         gave_way: The backend raised to have the frame run eagerly, because no attempt may be made now.
     """
 
@@ -45,6 +46,7 @@ class Conversion:
     stage: FailureStage = "trace"
     is_dynamic: bool = False
     runner: Callable[..., Any] | None = None
+    is_covered: bool = False
     gave_way: bool = False
 
 

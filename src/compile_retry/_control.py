@@ -180,7 +180,8 @@ class Control:
         conversion, key = doubt.conversion, doubt.conversion.key
         root, attempt, retry, last = doubt.root, 1, doubt.can_be_retried, self.breaker.episode
         # Before the episode begins: another thread's call must not take it for one that has no cause, or is over.
-        self.ledger.wait(key)
+        if not conversion.is_covered:
+            self.ledger.wait(key)
         if last is None:
             self._progress, self._clean_calls = False, 0
         if is_strict():

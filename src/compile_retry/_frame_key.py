@@ -81,9 +81,17 @@ CREATION = FrameKey(None)
 
 
 def key_of(code: CodeType, variables: Mapping[str, object]) -> FrameKey:
-    """The key of a frame that is about to run this code with these variables."""
+    """The key of a frame that is about to run this code with these variables.
+
+    Numbers in enclosing functions are left out: that is where calls are counted.
+    """
+    outer = code.co_freevars
     with torch._C.DisableTorchFunction():
-        return FrameKey(code, (torch.is_grad_enabled(), *(_look(value, _DEPTH) for value in variables.values())))
+        looks = (
+            type(value) if name in outer and type(value) in _NUMBERS else _look(value, _DEPTH)
+            for name, value in variables.items()
+        )
+        return FrameKey(code, (torch.is_grad_enabled(), *looks))
 
 
 def may_hold_tensors(variables: Mapping[str, object]) -> bool:

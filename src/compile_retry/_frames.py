@@ -61,12 +61,22 @@ class FrameConverter:
         if (held_off := self._held_off(key, tally, frame)) is not None:
             return held_off
         try:
-            with internals.compile_lock():  # while this thread waited for it, another one's attempt may have failed
-                internals.drop_abandoned()
-                held_off = self._held_off(key, tally, frame)
-                return held_off or self._convert(key, known, tally, frame, cache_entry, frame_state)
+            return self._in_turn(key, known, known.compiles, tally, frame, cache_entry)
         finally:
             control.journal.tell(tally)
+
+    def _in_turn(
+        self, key: FrameKey, known: _KnownFrame, compiles: int, tally: Tally, frame: Frame, cache_entry: object
+    ) -> ConvertFrameReturn:
+        with internals.compile_lock():  # while this thread waited for it, another one's attempt may have failed
+            internals.drop_abandoned()
+            control = self._control
+            held_off = self._held_off(key, tally, frame)
+            if held_off is not None:
+                return held_off
+            location = control.location if internals.is_inline_wrapper(frame.f_code) else _location(frame.f_code)
+            conversion = Conversion(location, key, control.policy.clock(), is_covered=known.compiles > compiles)
+            return self._convert(conversion, known, tally, frame, cache_entry)
 
     def _is_ours(self, known: _KnownFrame, frame: Frame) -> bool:
         is_ours = not internals.is_skipped_file(frame)
@@ -107,34 +117,38 @@ class FrameConverter:
         return internals.run_eagerly(inner_frames=inner_frames)
 
     def _convert(
-        self,
-        key: FrameKey,
-        known: _KnownFrame,
-        tally: Tally,
-        frame: Frame,
-        cache_entry: object,
-        frame_state: FrameState,
+        self, conversion: Conversion, known: _KnownFrame, tally: Tally, frame: Frame, cache_entry: object
     ) -> ConvertFrameReturn:
         """Let Dynamo compile the frame."""
-        control, compiles = self._control, internals.count_compiles(frame_state)
-        location = control.location if internals.is_inline_wrapper(frame.f_code) else _location(frame.f_code)
-        conversion = Conversion(location, key, began=control.policy.clock())
+        compiles = internals.count_compiles(known.state)
         outer, tally.conversion = tally.conversion, conversion
         try:
             with internals.settings_for_compile(known.compiles):
-                result = self._inner(frame, cache_entry, frame_state)
+                result = self._inner(frame, cache_entry, known.state)
         except Exception as exc:
-            internals.uncount_compiles(frame_state, compiles)
-            if is_fatal(exc) or internals.is_deliberate_limit(exc):
-                raise
-            if conversion.gave_way:
-                control.turns.ask(key, tally.call)
-            else:
-                control.doubt(exc, conversion, tally)
-            return self._eagerly(key, tally)
+            internals.uncount_compiles(known.state, compiles)
+            return self._failed(exc, conversion, known, tally)
         finally:
             tally.conversion = outer
         return self._converted(result, conversion, known, tally, frame)
+
+    def _failed(self, exc: Exception, conversion: Conversion, known: _KnownFrame, tally: Tally) -> ConvertFrameReturn:
+        control, key = self._control, conversion.key
+        if is_fatal(exc) or internals.is_deliberate_limit(exc):
+            raise exc
+        if internals.is_recompile_limit(exc) and not is_strict():
+            return self._over_limit(conversion, known, tally)
+        if conversion.gave_way:
+            control.turns.ask(key, tally.call)
+        else:
+            control.doubt(exc, conversion, tally)
+        return self._eagerly(key, tally)
+
+    def _over_limit(self, conversion: Conversion, known: _KnownFrame, tally: Tally) -> ConvertFrameReturn:
+        known.is_over_limit = True
+        self._control.journal.over_limit(tally, conversion.location)
+        tally.eager += 1
+        return internals.run_eagerly(inner_frames=False)
 
     def _converted(
         self, result: ConvertFrameReturn, conversion: Conversion, known: _KnownFrame, tally: Tally, frame: Frame
@@ -147,10 +161,7 @@ class FrameConverter:
             control.compiled(conversion, internals.CachedFrame(result.guarded_code))
             return result
         if internals.hit_recompile_limit(result):
-            known.is_over_limit = True
-            control.journal.over_limit(tally, conversion.location)
-            tally.eager += 1
-            return internals.run_eagerly(inner_frames=False)
+            return self._over_limit(conversion, known, tally)
         if not may_hold_tensors(frame.f_locals) and not internals.mentions_torch(frame):
             return _passed_over(result)
         # Dynamo cannot go on after a graph break in this frame and wants it skipped for good. An exception of the

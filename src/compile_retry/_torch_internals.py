@@ -85,6 +85,7 @@ __all__ = [
     "is_deliberate_limit",
     "is_disabled",
     "is_inline_wrapper",
+    "is_recompile_limit",
     "is_skipped_file",
     "is_skipped_whatever_frame",
     "isolates_recompiles",
@@ -350,9 +351,14 @@ def hit_recompile_limit(result: ConvertFrameReturn) -> bool:
     return result.guarded_code is None and result.frame_exec_strategy.cur_action == FrameAction.RUN_ONLY
 
 
+def is_recompile_limit(exc: BaseException) -> bool:
+    """Whether Dynamo has given a frame up because it was recompiled too often, under ``fullgraph=True``."""
+    return isinstance(exc, FailOnRecompileLimitHit)
+
+
 def is_deliberate_limit(exc: BaseException) -> bool:
     """Whether the user asked for an error at the recompile limit."""
-    return isinstance(exc, FailOnRecompileLimitHit) and bool(torch._dynamo.config.fail_on_recompile_limit_hit)
+    return is_recompile_limit(exc) and bool(torch._dynamo.config.fail_on_recompile_limit_hit)
 
 
 def settings_for_compile(compiles: int) -> AbstractContextManager[object]:
