@@ -136,7 +136,7 @@ def test_no_more_functions_than_without_the_library() -> None:
 
 
 def test_after_threads(pause: Pause) -> None:
-    """Cheap again when calls are no longer under way in several threads at once; meanwhile they are counted."""
+    """As cheap while calls are under way in other threads; all are counted."""
 
     def step(x: torch.Tensor) -> torch.Tensor:
         x = x.sin()
@@ -146,7 +146,7 @@ def test_after_threads(pause: Pause) -> None:
     fn = compile_with_fallback(step, backend=Compiler(), policy=RetryPolicy(clock=FakeClock()))
     alone = gone_through(fn)
     thread = pause.start(lambda: fn(X))
-    assert gone_through(fn, 1000) != alone
+    assert gone_through(fn, 1000) == alone
     pause.finish(thread)
     assert fn.stats.compiled_calls == fn.stats.calls == 1201
     for _ in range(5000):
@@ -328,7 +328,7 @@ def test_a_failure_while_a_thread_ends_its_call() -> None:
     fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=policy)
     for _ in range(15):
         fn(X)
-    thread = HeldUp(lambda: fn(X), "_call.py", "open_lane")
+    thread = HeldUp(lambda: fn(X), "_journal.py", "took")
     fn(torch.ones(4))
     failed_in = fn.stats.calls
     thread.go_on()

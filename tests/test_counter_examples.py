@@ -96,13 +96,15 @@ def test_a_reset_between_the_passes_flips_nothing(what: str) -> None:
     """Graphs that ran compiled forward do so in the recomputation, though another one was given up and forgotten."""
     compiler = ByGraph("sin", exc=NotImplementedError)
 
+    def cosine(x: torch.Tensor) -> torch.Tensor:
+        return x.cos()
+
     def step(x: torch.Tensor) -> torch.Tensor:
-        y = x.sin()
-        torch._dynamo.graph_break()
-        return y.cos()
+        return cosine(x.sin())
 
     fn = compile_with_fallback(step, backend=compiler, policy=EVERY_CALL)
     x = torch.ones(3, requires_grad=True)
+    fn(x)
     y = checkpoint(fn, x, use_reentrant=False)
     assert compiler.ran == ["cos"]
     getattr(fn, what)()
@@ -143,12 +145,13 @@ def test_a_retry_that_fails_inside_dynamo_leaves_nothing_waiting(in_dynamo: str)
 
 
 def test_an_episode_that_a_reset_of_dynamo_ends_is_told() -> None:
-    """Nothing waits any more, and the call that finds out compiles nothing: no recovery, but no silence either."""
-    compiler = Compiler(lambda inputs: full_disk() if inputs[0].shape[0] == 3 else None)
-    fn = compile_with_fallback(lambda x: x.sin(), backend=compiler, dynamic=False, policy=EVERY_CALL)
-    fn(torch.ones(3))
+    """A graph that nobody's frame asked for is gone: no recovery, but no silence either."""
+    fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: full_disk()), policy=EVERY_CALL)
+    with torch.compiler.set_stance("eager_then_compile"):
+        fn(X), fn(X)
+    assert fn.state is CompileState.FALLBACK
     torch._dynamo.reset()
     with record_events() as events, torch.compiler.set_stance("force_eager"):
-        fn(torch.ones(3))
+        fn(X)
     assert [event.kind for event in events] == ["swept away"]
     assert (fn.state, fn.stats.recoveries) == (events[0].state, 0)

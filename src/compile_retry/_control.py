@@ -84,7 +84,7 @@ class Control:
             return self.breaker.affords_another_refusal()
         if tally.probing is episode and not tally.exclusive:
             return True
-        return key in tally.claims
+        return key.steady in tally.claims
 
     def is_open(self, tally: Tally) -> bool:
         """Whether this thread's call may run the compiler now for any frame at all."""
@@ -129,7 +129,7 @@ class Control:
     def compiled(self, conversion: Conversion, entry: CachedFrame | None = None) -> None:
         """A frame has been compiled, graphs and all."""
         self.books.add_seconds(self._seconds(conversion))
-        self.turns.served(conversion.key)
+        self.turns.served(conversion.key.steady)
         self.ledger.compiled(conversion.key, is_dynamic=conversion.is_dynamic)
         if entry is not None:
             self.entries = [*(known for known in self.entries if known.alive), entry]
@@ -196,7 +196,7 @@ class Control:
             tally.probing, tally.claims = None, frozenset()
             self._progress, self._clean_calls = False, 0
             if last is not None:
-                self.turns.due_moment_used(key, last.failed_in_call, self.ledger.waits)
+                self.turns.due_moment_used(key.steady, last.failed_in_call, self.ledger.waits)
         failure = CompileFailure(
             kind="transient" if retry else "permanent",
             error_type=qualified_name(root),
@@ -213,7 +213,7 @@ class Control:
         self.last_failure = failure
         whole_code = False
         if not retry and not is_strict():
-            self.turns.served(key)
+            self.turns.served(key.steady)
             whole_code = self.ledger.give_up(key)
             self.breaker.refused(conversion.began + doubt.seconds, doubt.seconds)
             if tally.probing is last:
@@ -242,7 +242,7 @@ class Control:
         if self._progress or clean:
             next(self.books.recoveries)
             self.journal.recovered(tally, probed, now)
-        else:
+        elif not self.ledger.given_up:
             self.journal.swept_away(tally, now)
 
     # What users may do

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from types import CodeType, GetSetDescriptorType
+from types import CodeType, FunctionType, GetSetDescriptorType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -49,8 +49,7 @@ class _Member(NamedTuple):
 class _Instance(NamedTuple):
     kind: type
     training: object  # of a module
-    identity: int  # of a module
-    attributes: Looks
+    attributes: Looks  # flags, numbers, short strings, functions; of a module also the classes of what it is made of
 
 
 class FrameKey(NamedTuple):
@@ -58,22 +57,21 @@ class FrameKey(NamedTuple):
 
     Attributes:
         code: The frame's code, or that of a graph without a frame; None where ``torch.compile`` itself is called.
-        exact: The looks of its variables as far as they may decide what is compiled. By this it is given up, and takes
-            its turn.
+        exact: The looks of its variables as far as they may decide what is compiled. By this it is given up.
     """
 
     code: CodeType | None
     exact: Looks = ()
 
     @property
-    def looks(self) -> Looks:
-        """Without numbers, attributes and identities, which may differ from call to call. By this a frame waits."""
-        return tuple(_reduced(look, sizes=True) for look in self.exact)
+    def steady(self) -> FrameKey:
+        """Without numbers and attributes, which may differ in each call. By this a frame waits and takes its turn."""
+        return self._replace(exact=tuple(_reduced(look, sizes=True) for look in self.exact))
 
     @property
-    def without_sizes(self) -> Looks:
+    def without_sizes(self) -> FrameKey:
         """Without the sizes of tensors as well: code with dynamic shapes covers what differs in those."""
-        return tuple(_reduced(look, sizes=False) for look in self.exact)
+        return self._replace(exact=tuple(_reduced(look, sizes=False) for look in self.exact))
 
 
 # The call of torch.compile() itself, where that fails.
@@ -114,11 +112,21 @@ def _look(value: Any, depth: int) -> Look:
         if issubclass(kind, enum.Enum):
             return _Member(kind, id(value))
         attributes = _attributes(value)
-        is_module = issubclass(kind, torch.nn.Module)
-        flags = tuple((name, item) for name, item in islice(attributes.items(), _LENGTH) if _is_plain(item))
-        return _Instance(kind, attributes.get("training") if is_module else None, id(value) * is_module, flags)
+        looks = tuple(_look_of_attribute(name, item) for name, item in islice(attributes.items(), _LENGTH))
+        if not issubclass(kind, torch.nn.Module):
+            return _Instance(kind, None, looks)
+        parts = attributes.get("_modules")
+        classes = tuple(map(type, islice(dict.values(parts), _LENGTH))) if type(parts) is dict else ()
+        return _Instance(kind, attributes.get("training"), (*looks, classes))
     except Exception:  # an object with ideas of its own
         return kind
+
+
+def _look_of_attribute(name: str, value: object) -> Look:
+    kind = type(value)
+    if kind is FunctionType:
+        return name, value.__code__  # type: ignore[attr-defined]
+    return (name, value) if _is_plain(value) else (name, kind)
 
 
 def _is_plain(value: Any) -> bool:
@@ -153,7 +161,7 @@ def _reduced(look: Look, *, sizes: bool) -> Look:
     if isinstance(look, _Items):
         return look._replace(looks=tuple(_reduced(item, sizes=sizes) for item in look.looks))
     if isinstance(look, _Instance):
-        return look._replace(identity=0, attributes=())
+        return look._replace(attributes=())
     return look
 
 

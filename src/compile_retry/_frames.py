@@ -106,7 +106,7 @@ class FrameConverter:
         if not may_hold_tensors(frame.f_locals) and not internals.mentions_torch(frame):
             return internals.run_eagerly(inner_frames=True)  # Dynamo would pass it over
         if not control.ledger.is_given_up(key):
-            control.turns.ask(key, tally.call)
+            control.turns.ask(key.steady, tally.call)
         return self._eagerly(key, tally)
 
     def _eagerly(self, key: FrameKey, tally: Tally) -> ConvertFrameReturn:
@@ -139,7 +139,7 @@ class FrameConverter:
         if internals.is_recompile_limit(exc) and not is_strict():
             return self._over_limit(conversion, known, tally)
         if conversion.gave_way:
-            control.turns.ask(key, tally.call)
+            control.turns.ask(key.steady, tally.call)
         else:
             control.doubt(exc, conversion, tally)
         return self._eagerly(key, tally)

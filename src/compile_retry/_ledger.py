@@ -31,7 +31,7 @@ class Ledger:
     def wait(self, key: FrameKey) -> None:
         """Note that this runs eagerly until another attempt succeeds."""
         with self._lock:
-            self._waiting = (*self._without(key), key)
+            self._waiting = (*self._without(key), key.steady)
 
     def compiled(self, key: FrameKey, *, is_dynamic: bool = False) -> None:
         """Note that this is compiled, and with dynamic shapes what differs from it in sizes only."""
@@ -66,7 +66,7 @@ class Ledger:
 
     def waits(self, key: FrameKey) -> bool:
         """Whether this frame has failed and waits for another attempt."""
-        return any(_is_same(known, key) for known in self._waiting)
+        return key.steady in self._waiting
 
     def is_given_up(self, key: FrameKey) -> bool:
         """Whether this frame is never tried again."""
@@ -74,10 +74,6 @@ class Ledger:
         return looks is not None and (key.exact in looks or len(looks) >= MOST_LOOKS)
 
     def _without(self, key: FrameKey, *, is_dynamic: bool = False) -> tuple[FrameKey, ...]:
-        return tuple(known for known in self._waiting if not _is_same(known, key, is_dynamic=is_dynamic))
-
-
-def _is_same(known: FrameKey, key: FrameKey, *, is_dynamic: bool = False) -> bool:
-    if known.code is not key.code:
-        return False
-    return known.without_sizes == key.without_sizes if is_dynamic else known.looks == key.looks
+        if is_dynamic:
+            return tuple(known for known in self._waiting if known.without_sizes != key.without_sizes)
+        return tuple(known for known in self._waiting if known != key.steady)
