@@ -9,6 +9,7 @@ import pickle
 import sys
 import weakref
 from collections.abc import Callable
+from operator import attrgetter
 from types import FrameType, MethodType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast, overload
 
@@ -47,14 +48,34 @@ class CompiledFunction(Generic[P, R]):
         eager: The original function.
         policy: The policy that decides when to try again.
         name: What it is called in log lines.
+
+    It has the original's attributes too, as they were when it was made, except those whose names it uses itself: of
+    these, ``eager`` still has the original's.
     """
+
+    # Slots, so that `__dict__` holds what a function's would: the attributes of the original, and those set later.
+    __slots__ = (
+        "__dict__",
+        "__weakref__",
+        "_breaker",
+        "_clock",
+        "_compiled",
+        "_control",
+        "_creation",
+        "_eager_calls",
+        "_lane",
+        "_numbers",
+        "_options",
+        "eager",
+        "name",
+        "policy",
+    )
 
     eager: Callable[P, R]
     policy: RetryPolicy
     name: str
 
     def __init__(self, fn: Callable[P, R], *, policy: RetryPolicy, name: str | None, options: dict[str, Any]) -> None:
-        functools.update_wrapper(self, fn, updated=())
         self.eager = fn
         self.policy = policy
         self._clock = policy.clock
@@ -66,6 +87,15 @@ class CompiledFunction(Generic[P, R]):
         self._breaker, self._eager_calls = control.breaker, control.books.eager_calls
         self._creation = Lock()
         self._compiled: Callable[..., R] = self._create_and_call
+        functools.update_wrapper(self, fn, updated=())
+        # Partials and callable objects lack these two: decorators want a name, and the class has its own annotations.
+        vars(self).setdefault("__name__", _name_of(fn).rpartition(".")[2])
+        if "__annotate__" not in vars(self):  # pragma: no branch  # as of 3.14
+            vars(self).setdefault("__annotations__", {})
+        for attribute, value in getattr(fn, "__dict__", {}).items():
+            # Dynamo's marks are about the function that they are on.
+            if not hasattr(type(self), attribute) and not attribute.startswith("_torchdynamo_"):
+                vars(self).setdefault(attribute, value)
         _live.register(self)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:  # each line of it costs every call
@@ -304,6 +334,13 @@ class CompiledFunction(Generic[P, R]):
         """Forget all failures, also that it gave up: the next call attempts what is not compiled. The books stay."""
         self._control.reset()
 
+    # As functions have them. Not kept in `__dict__`, which `functools.wraps` copies.
+    __code__ = property(attrgetter("eager.__code__"))
+    __globals__ = property(attrgetter("eager.__globals__"))
+    __closure__ = property(attrgetter("eager.__closure__"))
+    __defaults__ = property(attrgetter("eager.__defaults__"))
+    __kwdefaults__ = property(attrgetter("eager.__kwdefaults__"))
+
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> Self: ...
     @overload
@@ -317,11 +354,16 @@ class CompiledFunction(Generic[P, R]):
         return MethodType(self, instance)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        fn = copy.deepcopy(self.eager, memo)
-        return type(self)(fn, policy=self.policy, name=self.name, options=self._options)
+        attributes = vars(self) if inspect.isroutine(self.eager) else copy.deepcopy(vars(self), memo)
+        return self._renewed(copy.deepcopy(self.eager, memo), attributes)
 
     def __copy__(self) -> Self:
-        return type(self)(self.eager, policy=self.policy, name=self.name, options=self._options)
+        return self._renewed(self.eager, vars(self))
+
+    def _renewed(self, fn: Callable[P, R], attributes: dict[str, Any]) -> Self:
+        renewed = type(self)(fn, policy=self.policy, name=self.name, options=self._options)
+        vars(renewed).update(attributes, __wrapped__=fn)
+        return renewed
 
     def __reduce__(self) -> str:
         name = getattr(self, "__qualname__", None)
