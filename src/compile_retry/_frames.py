@@ -13,6 +13,7 @@ from . import _torch_internals as internals
 from ._call import Conversion, Location, Tally
 from ._control import Control
 from ._failures import is_fatal, release
+from ._function import ENTRY_FRAMES
 from ._steps import UNSEEN
 from ._strict import is_strict
 from ._torch_internals import ConvertFrameReturn, Frame, FrameCallback, FrameState
@@ -44,7 +45,7 @@ class FrameConverter:
     def __call__(self, frame: Frame, cache_entry: object, frame_state: FrameState) -> ConvertFrameReturn:
         if internals.is_disabled():
             return internals.run_eagerly(inner_frames=False)
-        if not internals.concerns_dynamo(frame):
+        if frame.f_code in ENTRY_FRAMES or not internals.concerns_dynamo(frame):
             return self._pass_over(frame, cache_entry, frame_state)
         if self._control.given_up.get(frame.f_code) is frame_state:
             return _passed_over(internals.skip_for_good())
@@ -69,6 +70,8 @@ class FrameConverter:
         On the way to that it may fail all the same, for one over how DistributedDataParallel divides its buckets. It
         fails over that again in a frame that does concern it, and there it counts.
         """
+        if frame.f_code in ENTRY_FRAMES:  # called, not traced, another decorated function compiles for itself
+            return internals.leave_to_itself()
         try:
             return _passed_over(self._inner(frame, cache_entry, frame_state))
         except Exception as exc:

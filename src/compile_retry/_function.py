@@ -205,7 +205,7 @@ class CompiledFunction(Generic[P, R]):
         """The frame of the call of this function within which the current one has been made."""
         frame, calls = cast("FrameType | None", sys._getframe()), 0
         while frame is not None:
-            calls += frame.f_code is _CALL and frame.f_locals.get("self") is self
+            calls += frame.f_code is CALL and frame.f_locals.get("self") is self
             if calls == 2:
                 break
             frame = frame.f_back
@@ -375,7 +375,9 @@ class CompiledFunction(Generic[P, R]):
         return f"<CompiledFunction {self.name}: {self.state.value}>"
 
 
-_CALL = CompiledFunction.__call__.__code__
+CALL = CompiledFunction.__call__.__code__
+# Frames on the way into a decorated function. Traced alone they would turn it into the plain one for the caller.
+ENTRY_FRAMES = frozenset({CALL, CompiledFunction.__get__.__code__})
 
 
 class ModuleHandle:

@@ -84,6 +84,7 @@ __all__ = [
     "is_disabled",
     "is_inline_wrapper",
     "isolates_recompiles",
+    "leave_to_itself",
     "make_compiler",
     "run_directly",
     "run_eagerly",
@@ -272,6 +273,13 @@ def run_eagerly(*, inner_frames: bool) -> ConvertFrameReturn:
     count_for_fullgraph()
     below = FrameAction.DEFAULT if inner_frames else FrameAction.RUN_ONLY
     return ConvertFrameReturn(frame_exec_strategy=FrameExecStrategy(FrameAction.DEFAULT, below), apply_to_code=False)
+
+
+def leave_to_itself() -> ConvertFrameReturn:
+    """Tell Dynamo to run this frame as it stands, and to look at no frame below it until another callback is set."""
+    count_for_fullgraph()
+    strategy = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.SKIP)
+    return ConvertFrameReturn(frame_exec_strategy=strategy, apply_to_code=False)
 
 
 def count_for_fullgraph() -> bool:
