@@ -29,7 +29,7 @@ from ._policy import RetryPolicy
 from ._stats import CompileState, CompileStats
 from ._steps import UNSEEN
 from ._strict import is_strict
-from ._torch_eager import has_forward_gradients, saved_tensors_hooks, set_compiled_call
+from ._torch_eager import compiled_call_of, has_forward_gradients, saved_tensors_hooks, set_compiled_call
 from .events import Hook
 
 if TYPE_CHECKING:
@@ -393,8 +393,11 @@ class ModuleHandle:
         self._module = module
         self._function = function
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleHandle:
-        return ModuleHandle(copy.deepcopy(self._module, memo), copy.deepcopy(self._function, memo))
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleHandle | None:
+        module = memo.get(id(self._module))
+        if module is None or compiled_call_of(self._module) is not self._function:
+            return None  # it came along with a shallow copy, or the module has been compiled anew since
+        return ModuleHandle(module, copy.deepcopy(self._function, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
