@@ -108,7 +108,9 @@ def compile_with_fallback(
         _check(policy, name, compile_options)
         return functools.partial(compile_with_fallback, policy=policy, name=name, **compile_options)
     if isinstance(fn, (staticmethod, classmethod)):
-        return type(fn)(compile_with_fallback(fn.__func__, policy=policy, name=name, **compile_options))
+        method = type(fn)(compile_with_fallback(fn.__func__, policy=policy, name=name, **compile_options))
+        vars(method).update({name: value for name, value in vars(fn).items() if name not in vars(method)})
+        return method
 
     target = _plain(fn)
     if isinstance(target, torch.nn.Module):
@@ -150,15 +152,16 @@ def function_of(fn: object) -> CompiledFunction[..., Any]:
 
 def _plain(fn: Any) -> Any:
     """The function below what has been decorated or compiled already: compiling twice is compiling anew."""
-    if isinstance(fn, MethodType) and isinstance(fn.__func__, CompiledFunction):
-        return MethodType(fn.__func__.eager, fn.__self__)
-    if isinstance(fn, CompiledFunction):
-        return fn.eager
-    if inspect.isfunction(fn) and hasattr(fn, "get_compiler_config"):  # torch.compile's mark on functions
+    function = fn.__func__ if isinstance(fn, MethodType) else fn
+    if isinstance(function, CompiledFunction):
+        plain = function.eager
+    elif inspect.isfunction(function) and hasattr(function, "get_compiler_config"):  # torch.compile's mark on functions
         from ._torch_internals import innermost
 
-        return innermost(fn)
-    return fn
+        plain = innermost(function)
+    else:
+        return fn
+    return MethodType(plain, fn.__self__) if isinstance(fn, MethodType) else plain
 
 
 def _check_module(module: torch.nn.Module) -> None:

@@ -6,6 +6,7 @@ same: the frame runs as it stands, once, as its own bytecode. There is no other 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from types import CodeType
 
@@ -39,8 +40,9 @@ class _KnownFrame:
 class FrameConverter:
     """Stands in front of the frame callback that ``torch.compile`` made for one decorated function."""
 
-    def __init__(self, inner: FrameCallback, control: Control) -> None:
+    def __init__(self, inner: FrameCallback, control: Control, entry_frames: Collection[CodeType]) -> None:
         self._inner = inner
+        self._entry_frames = entry_frames  # of a decorated function: called within another one it is on its own
         self._control = control
         self._known: dict[int, _KnownFrame] = {}
 
@@ -49,7 +51,7 @@ class FrameConverter:
             return internals.run_eagerly(inner_frames=False)
         control, code = self._control, frame.f_code
         known = self._known.get(id(frame_state)) or self._known.setdefault(id(frame_state), _KnownFrame(frame_state))
-        if not (known.is_ours or self._is_ours(known, frame)):
+        if code in self._entry_frames or not (known.is_ours or self._is_ours(known, frame)):
             return self._pass_over(frame, cache_entry, frame_state)
         if control.skipped and control.skipped.get(code) is frame_state:
             return _passed_over(internals.skip_for_good())
@@ -90,6 +92,8 @@ class FrameConverter:
         On the way to that it may fail all the same, for one over how DistributedDataParallel divides its buckets. It
         fails over that again in a frame that does concern it, and there it counts.
         """
+        if frame.f_code in self._entry_frames:  # called, not traced, another decorated function compiles for itself
+            return internals.leave_to_itself()
         try:
             return _passed_over(self._inner(frame, cache_entry, frame_state))
         except Exception as exc:

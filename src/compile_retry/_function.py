@@ -9,6 +9,7 @@ import pickle
 import sys
 import weakref
 from collections.abc import Callable
+from operator import attrgetter
 from types import FrameType, MethodType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast, overload
 
@@ -27,7 +28,7 @@ from ._locks import Lock
 from ._policy import RetryPolicy
 from ._stats import CompileState, CompileStats
 from ._steps import UNSEEN
-from ._torch_eager import has_forward_gradients, saved_tensors_hooks, set_compiled_call
+from ._torch_eager import compiled_call_of, has_forward_gradients, saved_tensors_hooks, set_compiled_call
 from .events import Hook
 
 if TYPE_CHECKING:
@@ -46,14 +47,39 @@ class CompiledFunction(Generic[P, R]):
         eager: The original function.
         policy: The policy that decides when to try again.
         name: What it is called in log lines.
+
+    It has the original's attributes too, as they were when it was made, except those whose names it uses itself: of
+    these, ``eager`` still has the original's.
     """
+
+    # Slots, so that `__dict__` holds what a function's would: the attributes of the original, and those set later.
+    __slots__ = (
+        "__dict__",
+        "__weakref__",
+        "_breaker",
+        "_calls",
+        "_clock",
+        "_compiled",
+        "_compiled_calls",
+        "_control",
+        "_creation",
+        "_eager_calls",
+        "_history",
+        "_ledger",
+        "_numbers",
+        "_options",
+        "_skips_guards",
+        "_with_guards",
+        "eager",
+        "name",
+        "policy",
+    )
 
     eager: Callable[P, R]
     policy: RetryPolicy
     name: str
 
     def __init__(self, fn: Callable[P, R], *, policy: RetryPolicy, name: str | None, options: dict[str, Any]) -> None:
-        functools.update_wrapper(self, fn, updated=())
         self.eager = fn
         self.policy = policy
         self._clock = policy.clock
@@ -69,6 +95,15 @@ class CompiledFunction(Generic[P, R]):
         # Under the stance that skips guards, what runs eagerly would be taken for a recompile, or for other code.
         self._with_guards: Callable[..., R] = self._create_and_call
         self._skips_guards: Callable[[], bool] = bool
+        functools.update_wrapper(self, fn, updated=())
+        # Partials and callable objects lack these two: decorators want a name, and the class has its own annotations.
+        vars(self).setdefault("__name__", _name_of(fn).rpartition(".")[2])
+        if "__annotate__" not in vars(self):  # pragma: no branch  # as of 3.14
+            vars(self).setdefault("__annotations__", {})
+        for attribute, value in getattr(fn, "__dict__", {}).items():
+            # Dynamo's marks are about the function that they are on.
+            if not hasattr(type(self), attribute) and not attribute.startswith("_torchdynamo_"):
+                vars(self).setdefault(attribute, value)
         _live.register(self)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:  # each line of it costs every call
@@ -165,7 +200,7 @@ class CompiledFunction(Generic[P, R]):
         if tally.probing:
             frame, calls = cast("FrameType | None", sys._getframe()), 0
             while frame is not None:
-                calls += frame.f_code is _CALL and frame.f_locals.get("self") is self
+                calls += frame.f_code is CALL and frame.f_locals.get("self") is self
                 if calls == 2:
                     return True
                 frame = frame.f_back
@@ -227,7 +262,7 @@ class CompiledFunction(Generic[P, R]):
             )
             options["backend"] = backend = GraphBackend(compiler, control)
             compiled: Callable[..., R] = torch.compile(internals.visible(self.eager), **options)
-        internals.interpose(compiled, lambda inner: FrameConverter(inner, control))
+        internals.interpose(compiled, lambda inner: FrameConverter(inner, control, ENTRY_FRAMES))
         weakref.finalize(self, backend.abandon).atexit = False
         self._with_guards, self._skips_guards = internals.with_guards(compiled), internals.skips_guards
         self._compiled = compiled
@@ -275,6 +310,13 @@ class CompiledFunction(Generic[P, R]):
         """Forget all failures, also that it gave up: the next call attempts what is not compiled. The books stay."""
         self._control.reset()
 
+    # As functions have them. Not kept in `__dict__`, which `functools.wraps` copies.
+    __code__ = property(attrgetter("eager.__code__"))
+    __globals__ = property(attrgetter("eager.__globals__"))
+    __closure__ = property(attrgetter("eager.__closure__"))
+    __defaults__ = property(attrgetter("eager.__defaults__"))
+    __kwdefaults__ = property(attrgetter("eager.__kwdefaults__"))
+
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> Self: ...
     @overload
@@ -288,11 +330,16 @@ class CompiledFunction(Generic[P, R]):
         return MethodType(self, instance)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        fn = copy.deepcopy(self.eager, memo)
-        return type(self)(fn, policy=self.policy, name=self.name, options=self._options)
+        attributes = vars(self) if inspect.isroutine(self.eager) else copy.deepcopy(vars(self), memo)
+        return self._renewed(copy.deepcopy(self.eager, memo), attributes)
 
     def __copy__(self) -> Self:
-        return type(self)(self.eager, policy=self.policy, name=self.name, options=self._options)
+        return self._renewed(self.eager, vars(self))
+
+    def _renewed(self, fn: Callable[P, R], attributes: dict[str, Any]) -> Self:
+        renewed = type(self)(fn, policy=self.policy, name=self.name, options=self._options)
+        vars(renewed).update(attributes, __wrapped__=fn)
+        return renewed
 
     def __reduce__(self) -> str:
         name = getattr(self, "__qualname__", None)
@@ -304,7 +351,9 @@ class CompiledFunction(Generic[P, R]):
         return f"<CompiledFunction {self.name}: {self.state.value}>"
 
 
-_CALL = CompiledFunction.__call__.__code__
+CALL = CompiledFunction.__call__.__code__
+# Frames on the way into a decorated function. Traced alone they would turn it into the plain one for the caller.
+ENTRY_FRAMES = frozenset({CALL, CompiledFunction.__get__.__code__})
 
 
 class ModuleHandle:
@@ -320,8 +369,11 @@ class ModuleHandle:
         self._module = module
         self._function = function
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleHandle:
-        return ModuleHandle(copy.deepcopy(self._module, memo), copy.deepcopy(self._function, memo))
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleHandle | None:
+        module = memo.get(id(self._module))
+        if module is None or compiled_call_of(self._module) is not self._function:
+            return None  # it came along with a shallow copy, or the module has been compiled anew since
+        return ModuleHandle(module, copy.deepcopy(self._function, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()

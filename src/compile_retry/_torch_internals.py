@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, Protocol, TypeAlias
 
 from . import _torch_import  # noqa: F401  # before anything else imports Dynamo
@@ -89,6 +89,7 @@ __all__ = [
     "is_skipped_file",
     "is_skipped_whatever_frame",
     "isolates_recompiles",
+    "leave_to_itself",
     "make_compiler",
     "mentions_torch",
     "run_directly",
@@ -153,20 +154,34 @@ def innermost(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def visible(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A function in the form in which Dynamo is to see it.
+    """Return a function in the form that Dynamo can capture.
 
-    Dynamo passes over frames of torch.nn's own files. It takes up the module's ``forward`` below, unless that is
-    torch.nn's own as well, as for a Sequential; then ``module.compile()`` compiles nothing, without a word.
-    ``torch.compile(module)`` wraps the call in that case, and so does this. Since 2.1. And where recompiles cannot be
-    isolated, the wrappers of one code object would share its recompile limit: there each gets a copy of the code.
+    Dynamo skips frames of torch.nn's own files, so of a module's call it captures the module's ``forward``. Where that
+    is torch.nn's own too, as in a Sequential, ``module.compile()`` silently compiles nothing; ``torch.compile(module)``
+    adds a frame round the call, and so does this. Since 2.1. Anything else is left to ``torch.compile``, also a
+    ``forward`` that has been replaced by a partial, a callable object or a compiled function.
+
+    Before 2.12 the wrappers of one code object share a recompile limit, so there each gets a copy of the code. A
+    function round a compiled one gets one too: ``functools.wraps`` has copied a mark that ``torch.compile`` refuses.
     """
-    module = getattr(fn, "__self__", None)
-    if isinstance(module, torch.nn.Module) and _is_skipped_file(module.forward):
+    module, name = getattr(fn, "__self__", None), getattr(fn, "__name__", None)
+    if isinstance(module, torch.nn.Module) and name in _MODULE_CALLS and _is_from_torch(module.forward):
         wrapped: Callable[..., Any] = wrap_inline(fn)
         return wrapped
-    if isinstance(fn, FunctionType) and not isolates_recompiles():
+    if isinstance(fn, FunctionType) and (hasattr(fn, "get_compiler_config") or not isolates_recompiles()):
         return _with_own_code(fn)
     return fn
+
+
+# The methods of a module that `torch.compile` never adds a frame round; since 2.1.
+_MODULE_CALLS = ("_call_impl", "_wrapped_call_impl", "_lazy_forward")
+
+
+def _is_from_torch(forward: object) -> bool:
+    """Check for a plain method from a file that Dynamo skips. Another kind of ``forward`` may have no file."""
+    if not isinstance(forward, MethodType) or not isinstance(forward.__func__, FunctionType):
+        return False
+    return not hasattr(forward, "_torchdynamo_orig_callable") and bool(_is_skipped_file(forward))
 
 
 def _with_own_code(fn: FunctionType) -> FunctionType:
@@ -314,6 +329,13 @@ def run_eagerly(*, inner_frames: bool) -> ConvertFrameReturn:
     count_for_fullgraph()
     below = FrameAction.DEFAULT if inner_frames else FrameAction.RUN_ONLY
     return ConvertFrameReturn(frame_exec_strategy=FrameExecStrategy(FrameAction.DEFAULT, below), apply_to_code=False)
+
+
+def leave_to_itself() -> ConvertFrameReturn:
+    """Tell Dynamo to run this frame as it stands, and to look at no frame below it until another callback is set."""
+    count_for_fullgraph()
+    strategy = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.SKIP)
+    return ConvertFrameReturn(frame_exec_strategy=strategy, apply_to_code=False)
 
 
 def count_for_fullgraph() -> bool:

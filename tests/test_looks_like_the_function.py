@@ -1,0 +1,196 @@
+"""G13: a decorated function keeps what the original has, in copies and in files too."""
+
+from __future__ import annotations
+
+import abc
+import copy
+import functools
+import inspect
+import io
+import pickle
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from compile_retry import CompiledFunction, CompileState, compile_with_fallback, compiled_function
+
+X = torch.arange(8.0).reshape(2, 4)
+
+
+def sine(x: torch.Tensor) -> torch.Tensor:
+    return x.sin() + 1
+
+
+class Calls:
+    """A callable object."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.fn = fn
+
+    def __call__(self, *args: Any) -> Any:
+        return self.fn(*args)
+
+
+def test_attributes() -> None:
+    """Those of the original are there, later ones stay apart, and the library's own names win."""
+
+    def step(x: torch.Tensor, by: float = 2.0) -> torch.Tensor:
+        return x * by
+
+    step.__dict__.update(tag="encoder", state="mine", reset="mine", eager="mine", _control="mine", name="mine")
+    fn: Any = compile_with_fallback(step, backend="eager")
+    stock: Any = torch.compile(step, backend="eager")
+    assert fn.tag == stock.tag == "encoder"
+    fn.tag, fn.later = "decoder", [1]
+    torch.testing.assert_close(fn(X), X * 2)
+    fn.reset()
+    assert (fn.state, fn.eager, fn.name, fn.eager.name) == (
+        CompileState.COMPILED,
+        step,
+        "step",
+        "mine",
+    )
+    assert (step.__dict__["tag"], "later" in vars(step)) == ("encoder", False)
+    for twin in (copy.copy(fn), copy.deepcopy(fn)):
+        assert (twin.tag, twin.later, twin.__wrapped__) == ("decoder", [1], step)
+        torch.testing.assert_close(twin(X), X * 2)
+
+
+def test_only_what_a_function_has_is_copied_by_wraps() -> None:
+    """A wrapper above gets the function's attributes and none of the library's, as does what is made of it."""
+    inner: Any = compile_with_fallback(functools.wraps(sine)(lambda x: x * 2), backend="eager")
+    inner.tag = 1
+    wrapper = functools.wraps(inner)(lambda x: inner(x) + 1)
+    names = {"__module__", "__name__", "__qualname__", "__doc__", "__annotations__", "__annotate__", "__wrapped__"}
+    assert vars(wrapper).keys() - names - {"__type_params__"} == {"tag"}
+    outer: Any = compile_with_fallback(wrapper, backend="eager")
+    torch.testing.assert_close(outer(X), X * 2 + 1)
+    assert (outer.tag, outer.eager, outer.__wrapped__, outer.stats.calls, inner.stats.calls) == (
+        1,
+        wrapper,
+        wrapper,
+        1,
+        0,
+    )
+
+
+def test_a_deep_copy_of_a_callable_object() -> None:
+    """Its attributes are copied with it."""
+    fn: Any = compile_with_fallback(Calls(Calls(sine)), backend="eager")
+    assert fn.fn is fn.eager.fn
+    twin = copy.deepcopy(fn)
+    assert twin.fn is twin.eager.fn is not fn.fn
+    assert twin.__wrapped__ is twin.eager
+    torch.testing.assert_close(twin(X), sine(X))
+
+
+def test_abstract_methods() -> None:
+    """Stay abstract, in each order of decorators."""
+    decorate = compile_with_fallback(backend="eager")
+
+    class Abstract(abc.ABC):
+        @decorate
+        @abc.abstractmethod
+        def inside(self) -> None: ...
+
+        @abc.abstractmethod
+        @decorate
+        def outside(self) -> None: ...
+
+        @decorate
+        @staticmethod
+        @abc.abstractmethod
+        def static() -> None: ...
+
+        @decorate
+        @classmethod
+        @abc.abstractmethod
+        def of_class(cls) -> None: ...
+
+        @property
+        @decorate
+        @abc.abstractmethod
+        def value(self) -> None: ...
+
+    assert Abstract.__abstractmethods__ == {"inside", "outside", "static", "of_class", "value"}
+    with pytest.raises(TypeError, match="abstract"):
+        Abstract()  # type: ignore[abstract]  # that is the point
+
+
+def test_attributes_of_static_and_class_methods() -> None:
+    """Kept on the method object, where decorators below have put them."""
+    kinds: tuple[Any, ...] = (staticmethod, classmethod)
+    for kind in kinds:
+        method = kind(sine)
+        method.tag = 1
+        assert compile_with_fallback(method, backend="eager").tag == 1
+
+
+def test_looks() -> None:
+    """Annotations, source, code and defaults are the function's; partials and objects have a name all the same."""
+
+    def step(x: torch.Tensor, by: float = 2.0, *, shift: float = 1.0) -> torch.Tensor:
+        return x * by + shift
+
+    fn: Any = compile_with_fallback(step, backend="eager")
+    assert typing.get_type_hints(fn) == typing.get_type_hints(step)
+    assert inspect.getsource(fn) == inspect.getsource(step)
+    for name in ("__code__", "__defaults__", "__kwdefaults__", "__globals__", "__closure__"):
+        assert getattr(fn, name) is getattr(step, name)
+    assert inspect.isroutine(fn)
+    assert not inspect.iscoroutinefunction(fn)
+    partial: Any = compile_with_fallback(functools.partial(step, by=1.0), backend="eager")
+    called: Any = compile_with_fallback(Calls(step), backend="eager")
+    assert (partial.__name__, called.__name__) == ("step", "Calls")
+    assert inspect.signature(partial) == inspect.signature(partial.eager)
+    assert partial.__annotations__ == {}
+    assert not hasattr(partial, "__code__")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear(x)
+        return y.relu()
+
+
+class Decorated(Net):
+    forward = compile_with_fallback(Net.forward, backend="eager")
+
+
+def test_modules_with_a_decorated_forward_are_copied_and_saved() -> None:
+    """As modules are: only a forward that sits on the instance cannot be pickled, which torch.compile's cannot, too."""
+    net = Decorated()
+    assert list(net.state_dict()) == list(Net().state_dict())
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), torch.load(file, weights_only=False)):
+        torch.testing.assert_close(twin(X), net(X))
+    other: Any = Net()
+    other.forward = compile_with_fallback(other.forward, backend="eager")
+    twin = copy.deepcopy(other)
+    assert twin.forward.eager.__self__ is twin
+    with pytest.raises(pickle.PicklingError, match="not the same object"):
+        pickle.dumps(other)
+
+
+def test_copies_of_a_module_that_is_not_ours_any_more() -> None:
+    """A module that is compiled by torch since, and a shallow copy: no copy of them is compiled by the library."""
+    net = compile_with_fallback(Net(), backend="eager")
+    shallow = copy.copy(net)
+    assert isinstance(compiled_function(copy.deepcopy(net)), CompiledFunction)
+    twins = [copy.deepcopy(shallow)]
+    net.compile(backend="eager")
+    twins.append(copy.deepcopy(net))
+    for twin in twins:
+        torch.testing.assert_close(twin(X), net(X))
+        with pytest.raises(TypeError, match="Net has not been compiled"):
+            compiled_function(twin)
