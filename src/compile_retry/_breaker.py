@@ -24,7 +24,7 @@ from ._policy import RetryPolicy, decide, pause
 WATCHED_CALLS = 64
 
 # So many failures in a row that are not worth another attempt are free.
-_FREE_REFUSALS = 4
+_FREE_REFUSALS = 8
 
 
 @dataclass(frozen=True)
