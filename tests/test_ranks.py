@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import heapq
 import json
+import os
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import nn
-from torch._C._distributed_c10d import FileStore, HashStore, Store
+from torch._C._distributed_c10d import FileStore, HashStore, Store, TCPStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.fx import Graph, GraphModule, symbolic_trace
@@ -322,6 +325,15 @@ def test_keys_of_a_former_life(left: tuple[str, ...], third: float) -> None:
     assert results(ranks) == [["eager"]] * 3 if third else [["raised"], ["raised"], ["compiled"]]
 
 
+def test_the_hello_of_a_former_life_does_not_keep_ranks_from_trying() -> None:
+    """Rank 2 has compiled in this life. Without it there is nobody to wait for."""
+    store = HashStore()
+    store.set("hello/2", STALE["hello"]["hello/2"])
+    ranks = [Rank(5), Rank(5), Rank(0)]
+    simulate(*ranks, store=store)
+    assert results(ranks) == [["compiled"]] * 3
+
+
 def test_a_file_store(tmp_path: Path) -> None:
     """Without a server: what `init_method="file://..."` makes."""
     ranks = [Rank(ALWAYS), Rank(ALWAYS)]
@@ -395,7 +407,7 @@ def all_reduce(x: torch.Tensor, group: object = None) -> torch.Tensor:
 
 
 def all_gather(x: torch.Tensor) -> torch.Tensor:
-    return functional.all_gather_tensor_autograd(x, 0, dist.group.WORLD)  # type: ignore[arg-type]
+    return functional.all_gather_tensor_autograd(x, 0, dist.group.WORLD)  # type: ignore[no-any-return, arg-type]
 
 
 def reduce_gradient(x: torch.Tensor) -> object:
@@ -525,3 +537,115 @@ def test_a_backend_that_tells_little(four_ranks: dist.ProcessGroup) -> None:
     world = distributed.world()
     assert world.timeout == 600
     assert world.issued() is None
+
+
+# From end to end, on gloo
+
+PROGRAM = Path(__file__).with_name("ranks_program.py")
+# By scenario: the kinds of calls of the last rank, which fails, and of the others. c: compiled, e: eager.
+PASSES = {
+    "healthy": ("ccc", "ccc"),
+    "first_attempt_passes": ("cc", "cc"),
+    "recompile_passes": ("cccc", "cccc"),
+    "recompile_passes_inside_dynamo": ("ccc", "ccc"),
+    "backward_passes": ("cc", "cc"),
+    "dtensor_passes": ("cc", "cc"),
+}
+SHARED = {
+    "first_attempt_shared": ("eee", "eee"),
+    "recompile_shared": ("ceeeee", "ceeeee"),
+    "recompile_shared_then_uneven": ("cee", "cee"),
+    "backward_shared": ("ee", "ee"),
+}
+ALONE = {"plain_module": ("ee", "cc"), "ddp": ("ee", "cc")}
+
+
+@dataclass
+class Run:
+    """What came of each scenario on each rank, and the group's time-out."""
+
+    timeout: float
+    results: list[dict[str, Any]]
+
+    def of(self, scenario: str) -> list[dict[str, Any]]:
+        return [result[scenario] for result in self.results]
+
+
+def train(size: int, timeout: float, *scenarios: str) -> Run:
+    """One process for each rank, with the store in this one, as an agent of torchrun has it."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, PROGRAM, str(store.port), str(rank), str(size), str(timeout), *scenarios],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    results = []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=2 * SECONDS)
+            assert process.returncode == 0, err
+            results.append(json.loads(out))
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    return Run(timeout, results)
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Run:
+    return train(2, 10, *PASSES, *SHARED, *ALONE, "first_attempt_stays")
+
+
+@pytest.fixture(scope="module")
+def four_trained() -> Run:
+    return train(4, 12, "recompile_passes", "recompile_shared", "recompile_stays")
+
+
+def assert_as_eager(run: Run, scenario: str, last: str, others: str) -> None:
+    for result in run.of(scenario):
+        assert "raised" not in result, result["message"]
+        assert result["difference"] < 1e-6
+    assert [result["calls"] for result in run.of(scenario)] == [others] * (len(run.results) - 1) + [last]
+
+
+@pytest.mark.parametrize("scenario", PASSES)
+def test_a_failure_that_passes_on_one_of_two_ranks(two_ranks: Run, scenario: str) -> None:
+    """It tries again while the other waits, and every call is compiled on both."""
+    assert_as_eager(two_ranks, scenario, *PASSES[scenario])
+
+
+@pytest.mark.parametrize("scenario", SHARED)
+def test_a_failure_that_two_ranks_share(two_ranks: Run, scenario: str) -> None:
+    """They run the frame eagerly from then on, with values too for which one of them has compiled code."""
+    assert_as_eager(two_ranks, scenario, *SHARED[scenario])
+
+
+@pytest.mark.parametrize("scenario", ALONE)
+def test_a_failure_of_one_rank_where_nothing_moves_in_the_graph(two_ranks: Run, scenario: str) -> None:
+    """It falls back alone."""
+    assert_as_eager(two_ranks, scenario, *ALONE[scenario])
+
+
+def test_four_ranks(four_trained: Run) -> None:
+    assert_as_eager(four_trained, "recompile_passes", *PASSES["recompile_passes"])
+    assert_as_eager(four_trained, "recompile_shared", *SHARED["recompile_shared"])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "scenario"), [("two_ranks", "first_attempt_stays"), ("four_trained", "recompile_stays")]
+)
+def test_a_failure_that_stays_on_one_rank_of_a_run(ranks: str, scenario: str, request: pytest.FixtureRequest) -> None:
+    """It raises there within half the time-out, and nobody trains on wrong numbers."""
+    run: Run = request.getfixturevalue(ranks)
+    *others, last = run.of(scenario)
+    assert last["raised"] == "RanksDisagreeError", last["message"]
+    for part in ("body (", "ranks_program.py", "all_reduce", "MemoryError", "restart from a checkpoint"):
+        assert part in last["message"]
+    assert all("raised" in result for result in others)

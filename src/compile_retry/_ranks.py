@@ -105,12 +105,12 @@ def settle_together(
         compiled = tries.make(patience, spent)
     finally:
         meeting.leave()
+    if meeting.agreed:  # even if there is code by now: the other ranks run eagerly already
+        log.error("%s could not be compiled on any rank; all ranks run it eagerly from now on", where)
+        return None
     if compiled is not None:
         log.warning("%s: compiled on rank %d after all", where, world.rank)
         return compiled
-    if meeting.agreed:
-        log.error("%s could not be compiled on any rank; all ranks run it eagerly from now on", where)
-        return None
     raise RanksDisagreeError(
         f"{where} could not be compiled on rank {world.rank} within {patience:.4g} s, half of the process group's "
         f"time-out. It moves data between ranks ({what}), and not all {world.size} ranks have given up compiling it. "
@@ -168,7 +168,7 @@ class _Tries(Generic[T]):
             if is_fatal(exc):
                 raise
             root = root_cause(exc)
-            self.failure = f"{qualified_name(root)}: {root}"[:_LINE]
+            self.failure = f"{qualified_name(root)}: {root}".removeprefix("builtins.").removesuffix(": ")[:_LINE]
             release(exc)
             return None
 
@@ -199,7 +199,6 @@ class _Meeting:
         self._world = world
         self._nonce = uuid.uuid4().hex
         self._present = False
-        self._last = ""
         self._invited: list[str] | None = None
         self.bound = ""
         self.agreed = False
@@ -260,7 +259,7 @@ class _Meeting:
 
     def _obey(self, outcome: bytes) -> None:
         self.agreed = outcome.decode() == _EAGER
-        self._last, self.bound = self.bound, ""
+        self.bound = ""
 
     def _invite(self) -> None:
         self._invited = self._nonces()
@@ -271,7 +270,7 @@ class _Meeting:
         if not self._store.check([_INVITATION]):
             return
         invitation, nonces = json.loads(self._store.get(_INVITATION))
-        if nonces[self._world.rank] == self._nonce and invitation != self._last:
+        if nonces[self._world.rank] == self._nonce:
             self.bound = invitation  # first: if the store fails now, the acceptance may have been counted all the same
             if self._store.add(f"{invitation}/accepted", 1) == self._world.size:
                 self._store.compare_set(_outcome(invitation), "", _EAGER)
