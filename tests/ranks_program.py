@@ -106,6 +106,13 @@ def body(x: torch.Tensor, w: torch.Tensor, scale: int) -> torch.Tensor:
     return (b + c) * scale
 
 
+def two_graphs(x: torch.Tensor, w: torch.Tensor, scale: int) -> torch.Tensor:
+    """The first moves nothing, but a frame that runs eagerly takes what follows its graph break with it."""
+    y = torch.tanh(x)
+    torch._dynamo.graph_break()
+    return body(y, w, scale)
+
+
 class Twins:
     """The same training twice: through a decorated function, and eagerly."""
 
@@ -153,7 +160,7 @@ def local(x: torch.Tensor) -> torch.Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def functions(name: str) -> Twins:
+def functions(name: str, body: Callable[..., torch.Tensor] = body) -> Twins:
     torch.manual_seed(0)
     w = nn.Parameter(0.1 * torch.randn(3, D, D))
     twin = nn.Parameter(w.detach().clone())
@@ -226,6 +233,14 @@ def recompile_passes_inside_dynamo(name: str) -> Twins:
     twins = functions(name)
     twins.step(8)
     twins.step(9, on_last_rank(lambda: fail_in_dynamo(2)))
+    twins.step(9)
+    return twins
+
+
+def recompile_before_a_graph_break_passes(name: str) -> Twins:
+    twins = functions(name, two_graphs)
+    twins.step(8)
+    twins.step(9, on_last_rank(lambda: fail_compiles(MemoryError, times=2, function=name, graph=1)))
     twins.step(9)
     return twins
 

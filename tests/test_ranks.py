@@ -548,6 +548,7 @@ PASSES = {
     "first_attempt_passes": ("cc", "cc"),
     "recompile_passes": ("cccc", "cccc"),
     "recompile_passes_inside_dynamo": ("ccc", "ccc"),
+    "recompile_before_a_graph_break_passes": ("ccc", "ccc"),
     "backward_passes": ("cc", "cc"),
     "dtensor_passes": ("cc", "cc"),
 }
