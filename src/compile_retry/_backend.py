@@ -13,6 +13,7 @@ from ._call import Attempt, Calls, Conversion, Tally
 from ._control import Control
 from ._frameless import FramelessGraph
 from ._healing import find_vector_instructions, heal, working_cache
+from ._torch_distributed import collectives_in
 from ._torch_inductor import spare_other_threads
 
 Code: TypeAlias = Callable[..., Any]
@@ -67,6 +68,7 @@ class GraphBackend:
         tally.attempts += 1
         conversion.graph, conversion.stage = tally.graphs_before + 1, "backend"
         conversion.is_dynamic |= internals.has_dynamic_shapes(graph_module)
+        control.has_seen(collectives_in(graph_module))
         which = Attempt(control.name, conversion.graph)
         try:
             with (

@@ -11,6 +11,7 @@ from ._breaker import WATCHED_CALLS, Breaker, Episode
 from ._call import Calls, Conversion, Doubt, Location, Tally
 from ._failures import (
     CompileFailure,
+    FailureKind,
     format_traceback,
     qualified_name,
     release,
@@ -55,6 +56,9 @@ class Control:
         self.suspects_cache = False
         # Whether an attempt was interrupted: what it left may have to be healed too.
         self.interrupted = False
+        # What moves data between ranks in any graph so far, and whether all ranks have agreed to run eagerly for good.
+        self.collectives: tuple[str, ...] = ()
+        self.eager_together = False
         # Code that Dynamo wants skipped for good, with the state it keeps for it.
         self.skipped: dict[CodeType, dict[object, object]] = {}
         # All that Dynamo has cached for this function.
@@ -143,16 +147,19 @@ class Control:
             tally: Of this thread.
             can_be_retried: Whether another attempt could be made at all.
         """
-        root, traceback, strict = root_cause(exc), format_traceback(exc), is_strict()
-        if not strict:
-            release(exc)
-            root.__cause__ = root.__context__ = None
         if conversion.stage == "trace":  # the compiler was not even run
             tally.attempts += 1
-        seconds = self._seconds(conversion)
-        doubt = Doubt(root, conversion, seconds, traceback, exc if strict else None, can_be_retried=can_be_retried)
+        doubt = self._doubt(exc, conversion, can_be_retried=can_be_retried)
         tally.doubt, tally.unsettled = doubt, True
         self.breaker.doubt(doubt)
+
+    def _doubt(self, exc: BaseException, conversion: Conversion, *, can_be_retried: bool) -> Doubt:
+        root, traceback, seconds = root_cause(exc), format_traceback(exc), self._seconds(conversion)
+        if is_strict():
+            return Doubt(root, conversion, seconds, traceback, exc, can_be_retried=can_be_retried)
+        release(exc)
+        root.__cause__ = root.__context__ = None
+        return Doubt(root, conversion, seconds, traceback, None, can_be_retried=can_be_retried)
 
     def settle(self, tally: Tally, *, program_raised: bool) -> None:
         """The call is over. If the program raised too, what failed was no compile failure but the program's own error.
@@ -180,13 +187,11 @@ class Control:
         conversion, key = doubt.conversion, doubt.conversion.key
         root, attempt, retry, last = doubt.root, 1, doubt.can_be_retried, self.breaker.episode
         # Before the episode begins: another thread's call must not take it for one that has no cause, or is over.
-        if not conversion.is_covered:
+        if not (conversion.is_covered or is_strict()):
             self.ledger.wait(key)
         if last is None:
             self._progress, self._clean_calls = False, 0
-        if is_strict():
-            self.ledger.compiled(key)
-        elif retry:
+        if retry and not is_strict():
             try:
                 attempt, retry = self.breaker.failed(root, tally.call, conversion.began, doubt.seconds)
             except Exception:
@@ -197,20 +202,8 @@ class Control:
             self._progress, self._clean_calls = False, 0
             if last is not None:
                 self.turns.due_moment_used(key.steady, last.failed_in_call, self.ledger.waits)
-        failure = CompileFailure(
-            kind="transient" if retry else "permanent",
-            error_type=qualified_name(root),
-            message=str(root),
-            stage=conversion.stage,
-            frame=conversion.location,
-            attempt=attempt,
-            call=tally.call,
-            traceback=doubt.traceback,
-        )
-        next(self.books.attempts)
-        next(self.books.failures)
-        self.books.add_seconds(doubt.seconds)
-        self.last_failure = failure
+        kind: FailureKind = "transient" if retry else "permanent"
+        failure = self._book(doubt, kind, attempt, tally)
         whole_code = False
         if not retry and not is_strict():
             self.turns.served(key.steady)
@@ -219,6 +212,43 @@ class Control:
             if tally.probing is last:
                 tally.probing = self.breaker.episode  # the same, but that the time counts
         self.journal.failed(tally, failure, began=conversion.began, seconds=doubt.seconds, whole_code=whole_code)
+
+    def _book(self, doubt: Doubt, kind: FailureKind, attempt: int, tally: Tally) -> CompileFailure:
+        next(self.books.attempts)
+        next(self.books.failures)
+        self.books.add_seconds(doubt.seconds)
+        self.last_failure = failure = CompileFailure(
+            kind=kind,
+            error_type=qualified_name(doubt.root),
+            message=str(doubt.root),
+            stage=doubt.conversion.stage,
+            frame=doubt.conversion.location,
+            attempt=attempt,
+            call=tally.call,
+            traceback=doubt.traceback,
+        )
+        return failure
+
+    # Where ranks move data between them
+
+    def has_seen(self, collectives: tuple[str, ...]) -> None:
+        """These are in a graph of this function. From now on it runs eagerly on all ranks or on none."""
+        if collectives:
+            self.collectives = tuple(dict.fromkeys((*self.collectives, *collectives)))
+
+    def failed_in_place(self, exc: BaseException, conversion: Conversion, tally: Tally) -> None:
+        """An attempt failed that is made again at once, in the same call, while other ranks wait."""
+        doubt = self._doubt(exc, conversion, can_be_retried=True)
+        self.suspects_cache = suggests_damaged_cache(doubt.root, attempt=1)
+        failure = self._book(doubt, "transient", 1, tally)
+        self.journal.failed_in_place(tally, failure, began=conversion.began, seconds=doubt.seconds)
+
+    def give_up_together(self, conversion: Conversion, tally: Tally) -> None:
+        """All ranks run the function eagerly from this call on."""
+        self.eager_together = True
+        self.ledger.give_up(conversion.key)
+        if self.last_failure is not None:  # pragma: no branch  # another thread's reset()
+            self.journal.gave_up_together(tally, self.last_failure)
 
     def probe_ended(self, tally: Tally, *, clean: bool) -> None:
         """A call that was let through during an episode is over; it may have been the recovery.
@@ -249,11 +279,13 @@ class Control:
 
     def retry_now(self) -> None:
         """Make everything that runs eagerly due."""
+        self.eager_together = False
         self.ledger.forget(given_up=True)
         self.breaker.retry_now()
 
     def reset(self) -> None:
         """Forget that anything has failed."""
+        self.eager_together = False
         self.ledger.forget(waiting=True, given_up=True)
         self.turns.forget()
         self.breaker.reset()

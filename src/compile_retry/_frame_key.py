@@ -107,19 +107,21 @@ def _look(value: Any, depth: int) -> Look:
         if depth and (items := _items(value)) is not None:
             looks = tuple(_look(item, depth - 1) for item in islice(items, _LENGTH))
             return _Items(kind, kind.__len__(value), looks)
-        if issubclass(kind, torch.Tensor):
-            return kind
         if issubclass(kind, enum.Enum):
             return _Member(kind, id(value))
-        attributes = _attributes(value)
-        looks = tuple(_look_of_attribute(name, item) for name, item in islice(attributes.items(), _LENGTH))
-        if not issubclass(kind, torch.nn.Module):
-            return _Instance(kind, None, looks)
-        parts = attributes.get("_modules")
-        classes = tuple(map(type, islice(dict.values(parts), _LENGTH))) if type(parts) is dict else ()
-        return _Instance(kind, attributes.get("training"), (*looks, classes))
+        return kind if issubclass(kind, torch.Tensor) else _look_of_instance(value)
     except Exception:  # an object with ideas of its own
         return kind
+
+
+def _look_of_instance(value: object) -> Look:
+    kind, attributes = type(value), _attributes(value)
+    looks = tuple(_look_of_attribute(name, item) for name, item in islice(attributes.items(), _LENGTH))
+    if not issubclass(kind, torch.nn.Module):
+        return _Instance(kind, None, looks)
+    parts = attributes.get("_modules")
+    classes = tuple(map(type, islice(dict.values(parts), _LENGTH))) if type(parts) is dict else ()
+    return _Instance(kind, attributes.get("training"), (*looks, classes))
 
 
 def _look_of_attribute(name: str, value: object) -> Look:

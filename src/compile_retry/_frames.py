@@ -9,19 +9,22 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from types import CodeType
+from typing import NamedTuple
 
 from . import _torch_internals as internals
 from ._call import Conversion, Location, Tally
 from ._control import Control
 from ._failures import is_fatal, release
 from ._frame_key import FrameKey, key_of, may_hold_tensors
+from ._healing import heal
+from ._ranks import settle_together
 from ._steps import UNSEEN
 from ._strict import is_strict
 from ._torch_internals import ConvertFrameReturn, Frame, FrameCallback, FrameState
 
 
 @dataclass
-class _KnownFrame:
+class _Known:
     """What is known of the frames of one code object.
 
     Attributes:
@@ -37,50 +40,49 @@ class _KnownFrame:
     is_ours: bool | None = None
 
 
+class _Asked(NamedTuple):
+    """A frame that Dynamo asks about."""
+
+    frame: Frame
+    cache_entry: object
+    known: _Known
+    key: FrameKey
+    tally: Tally
+
+    def would_be_passed_over(self) -> bool:
+        """Whether Dynamo finds nothing in it to compile."""
+        return not (may_hold_tensors(self.frame.f_locals) or internals.mentions_torch(self.frame))
+
+
 class FrameConverter:
     """Stands in front of the frame callback that ``torch.compile`` made for one decorated function."""
 
     def __init__(self, inner: FrameCallback, control: Control, entry_frames: Collection[CodeType]) -> None:
         self._inner = inner
-        self._entry_frames = entry_frames  # of a decorated function: called within another one it is on its own
         self._control = control
-        self._known: dict[int, _KnownFrame] = {}
+        self._entry_frames = entry_frames  # of a decorated function: called within another one it is on its own
+        self._known: dict[int, _Known] = {}
 
     def __call__(self, frame: Frame, cache_entry: object, frame_state: FrameState) -> ConvertFrameReturn:
         if internals.is_disabled():
             return internals.run_eagerly(inner_frames=False)
         control, code = self._control, frame.f_code
-        known = self._known.get(id(frame_state)) or self._known.setdefault(id(frame_state), _KnownFrame(frame_state))
-        if code in self._entry_frames or not (known.is_ours or self._is_ours(known, frame)):
+        if code in self._entry_frames:
+            return internals.leave_to_itself()
+        known = self._known.get(id(frame_state)) or self._known.setdefault(id(frame_state), _Known(frame_state))
+        if not (known.is_ours or self._is_ours(known, frame)):
             return self._pass_over(frame, cache_entry, frame_state)
         if control.skipped and control.skipped.get(code) is frame_state:
             return _passed_over(internals.skip_for_good())
-        tally = control.calls.tally
-        if known.is_over_limit:
-            tally.eager += 1
-            return internals.run_eagerly(inner_frames=False)
-        key = key_of(code, frame.f_locals)
-        if (held_off := self._held_off(key, tally, frame)) is not None:
+        asked = _Asked(frame, cache_entry, known, key_of(code, frame.f_locals), control.calls.tally)
+        if (held_off := self._held_off(asked)) is not None:
             return held_off
         try:
-            return self._in_turn(key, known, known.compiles, tally, frame, cache_entry)
+            return self._in_turn(asked, known.compiles)
         finally:
-            control.journal.tell(tally)
+            control.journal.tell(asked.tally)
 
-    def _in_turn(
-        self, key: FrameKey, known: _KnownFrame, compiles: int, tally: Tally, frame: Frame, cache_entry: object
-    ) -> ConvertFrameReturn:
-        with internals.compile_lock():  # while this thread waited for it, another one's attempt may have failed
-            internals.drop_abandoned()
-            control = self._control
-            held_off = self._held_off(key, tally, frame)
-            if held_off is not None:
-                return held_off
-            location = control.location if internals.is_inline_wrapper(frame.f_code) else _location(frame.f_code)
-            conversion = Conversion(location, key, control.policy.clock(), is_covered=known.compiles > compiles)
-            return self._convert(conversion, known, tally, frame, cache_entry)
-
-    def _is_ours(self, known: _KnownFrame, frame: Frame) -> bool:
+    def _is_ours(self, known: _Known, frame: Frame) -> bool:
         is_ours = not internals.is_skipped_file(frame)
         if is_ours or internals.is_skipped_whatever_frame(frame.f_code):
             known.is_ours = is_ours
@@ -92,8 +94,6 @@ class FrameConverter:
         On the way to that it may fail all the same, for one over how DistributedDataParallel divides its buckets. It
         fails over that again in a frame that does concern it, and there it counts.
         """
-        if frame.f_code in self._entry_frames:  # called, not traced, another decorated function compiles for itself
-            return internals.leave_to_itself()
         try:
             return _passed_over(self._inner(frame, cache_entry, frame_state))
         except Exception as exc:
@@ -102,77 +102,117 @@ class FrameConverter:
             release(exc)
             return internals.run_eagerly(inner_frames=True)
 
-    def _held_off(self, key: FrameKey, tally: Tally, frame: Frame) -> ConvertFrameReturn | None:
+    def _held_off(self, asked: _Asked) -> ConvertFrameReturn | None:
         """Run the frame as it stands if it may not be compiled now."""
-        control = self._control
+        control, key, tally = self._control, asked.key, asked.tally
+        if asked.known.is_over_limit:
+            return self._stay_over_limit(asked)
         if control.may_attempt(tally, key) and not control.step.must_stay_eager(key.code):
             return None
-        if not may_hold_tensors(frame.f_locals) and not internals.mentions_torch(frame):
-            return internals.run_eagerly(inner_frames=True)  # Dynamo would pass it over
+        if asked.would_be_passed_over():
+            return internals.run_eagerly(inner_frames=True)
         if not control.ledger.is_given_up(key):
             control.turns.ask(key.steady, tally.call)
-        return self._eagerly(key, tally)
+        return self._eagerly(asked)
 
-    def _eagerly(self, key: FrameKey, tally: Tally) -> ConvertFrameReturn:
+    def _eagerly(self, asked: _Asked) -> ConvertFrameReturn:
         """Run this frame as it stands, this once."""
-        inner_frames = self._control.is_open(tally)
-        self._control.step.ran_eagerly(key.code, *(() if inner_frames else (UNSEEN,)))
-        tally.eager += 1
+        inner_frames = self._control.is_open(asked.tally)
+        self._control.step.ran_eagerly(asked.key.code, *(() if inner_frames else (UNSEEN,)))
+        asked.tally.eager += 1
         return internals.run_eagerly(inner_frames=inner_frames)
 
-    def _convert(
-        self, conversion: Conversion, known: _KnownFrame, tally: Tally, frame: Frame, cache_entry: object
-    ) -> ConvertFrameReturn:
-        """Let Dynamo compile the frame."""
+    def _in_turn(self, asked: _Asked, compiles: int) -> ConvertFrameReturn:
+        """Compile the frame when no other thread compiles one; its attempt may have failed in the meantime."""
+        with internals.compile_lock():
+            internals.drop_abandoned()
+            if (held_off := self._held_off(asked)) is not None:
+                return held_off
+            return self._convert(asked, self._conversion(asked, is_covered=asked.known.compiles > compiles))
+
+    def _conversion(self, asked: _Asked, *, is_covered: bool = False) -> Conversion:
+        control, code = self._control, asked.frame.f_code
+        location = control.location if internals.is_inline_wrapper(code) else _location(code)
+        return Conversion(location, asked.key, control.policy.clock(), is_covered=is_covered)
+
+    def _convert(self, asked: _Asked, conversion: Conversion) -> ConvertFrameReturn:
+        """Let Dynamo compile the frame, and answer what it raises."""
+        control, tally = self._control, asked.tally
+        try:
+            return self._attempt(asked, conversion)
+        except Exception as exc:
+            if is_fatal(exc) or internals.is_deliberate_limit(exc):
+                raise
+            if internals.is_recompile_limit(exc) and not is_strict():
+                return self._over_limit(asked, conversion)
+            if conversion.gave_way:
+                control.turns.ask(asked.key.steady, tally.call)
+                return self._eagerly(asked)
+            if not control.collectives or is_strict():
+                control.doubt(exc, conversion, tally)
+                return self._eagerly(asked)
+            control.failed_in_place(exc, conversion, tally)
+        return self._settle_together(asked, conversion)
+
+    def _attempt(self, asked: _Asked, conversion: Conversion) -> ConvertFrameReturn:
+        known, tally = asked.known, asked.tally
         compiles = internals.count_compiles(known.state)
         outer, tally.conversion = tally.conversion, conversion
         try:
             with internals.settings_for_compile(known.compiles):
-                result = self._inner(frame, cache_entry, known.state)
-        except Exception as exc:
+                result = self._inner(asked.frame, asked.cache_entry, known.state)
+        except Exception:
             internals.uncount_compiles(known.state, compiles)
-            return self._failed(exc, conversion, known, tally)
+            raise
         finally:
             tally.conversion = outer
-        return self._converted(result, conversion, known, tally, frame)
+        return self._converted(result, asked, conversion)
 
-    def _failed(self, exc: Exception, conversion: Conversion, known: _KnownFrame, tally: Tally) -> ConvertFrameReturn:
-        control, key = self._control, conversion.key
-        if is_fatal(exc) or internals.is_deliberate_limit(exc):
-            raise exc
-        if internals.is_recompile_limit(exc) and not is_strict():
-            return self._over_limit(conversion, known, tally)
-        if conversion.gave_way:
-            control.turns.ask(key.steady, tally.call)
-        else:
-            control.doubt(exc, conversion, tally)
-        return self._eagerly(key, tally)
-
-    def _over_limit(self, conversion: Conversion, known: _KnownFrame, tally: Tally) -> ConvertFrameReturn:
-        known.is_over_limit = True
-        self._control.journal.over_limit(tally, conversion.location)
-        tally.eager += 1
-        return internals.run_eagerly(inner_frames=False)
-
-    def _converted(
-        self, result: ConvertFrameReturn, conversion: Conversion, known: _KnownFrame, tally: Tally, frame: Frame
-    ) -> ConvertFrameReturn:
-        control, code = self._control, frame.f_code
+    def _converted(self, result: ConvertFrameReturn, asked: _Asked, conversion: Conversion) -> ConvertFrameReturn:
         if result.guarded_code is not None:
             if conversion.runner is not None:
-                internals.run_directly(conversion.runner, result.guarded_code.code, frame.f_globals)
-            known.compiles += 1
-            control.compiled(conversion, internals.CachedFrame(result.guarded_code))
+                internals.run_directly(conversion.runner, result.guarded_code.code, asked.frame.f_globals)
+            asked.known.compiles += 1
+            self._control.compiled(conversion, internals.CachedFrame(result.guarded_code))
             return result
         if internals.hit_recompile_limit(result):
-            return self._over_limit(conversion, known, tally)
-        if not may_hold_tensors(frame.f_locals) and not internals.mentions_torch(frame):
+            return self._over_limit(asked, conversion)
+        if asked.would_be_passed_over():
             return _passed_over(result)
         # Dynamo cannot go on after a graph break in this frame and wants it skipped for good. An exception of the
         # program's looks like that too, so believe it only if the call returns.
-        tally.skipped.append((code, known.state))
-        tally.unsettled = True
+        asked.tally.skipped.append((asked.frame.f_code, asked.known.state))
+        asked.tally.unsettled = True
         return replace(_passed_over(result), apply_to_code=False)
+
+    def _over_limit(self, asked: _Asked, conversion: Conversion) -> ConvertFrameReturn:
+        asked.known.is_over_limit = True
+        self._control.journal.over_limit(asked.tally, conversion.location)
+        return self._stay_over_limit(asked)
+
+    def _stay_over_limit(self, asked: _Asked) -> ConvertFrameReturn:
+        asked.tally.eager += 1
+        return internals.run_eagerly(inner_frames=False)
+
+    def _settle_together(self, asked: _Asked, failed: Conversion) -> ConvertFrameReturn:
+        """Where data moves between ranks, run eagerly on all of them or on none: see `_ranks`."""
+        control, tally = self._control, asked.tally
+
+        def try_again() -> ConvertFrameReturn:
+            conversion = self._conversion(asked)
+            try:
+                return self._attempt(asked, conversion)
+            except Exception as exc:
+                control.failed_in_place(exc, conversion, tally)
+                raise
+
+        spent = control.policy.clock() - failed.began
+        together = settle_together(failed.location, tally.call, control.collectives, try_again, heal=heal, spent=spent)
+        if together is not None:
+            return together
+        control.give_up_together(failed, tally)
+        tally.eager += 1
+        return internals.run_eagerly(inner_frames=None)
 
 
 def _passed_over(result: ConvertFrameReturn) -> ConvertFrameReturn:

@@ -139,27 +139,25 @@ class CompiledFunction(Generic[P, R]):
 
     def _watched(self, number: int, tally: Tally, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
         """A call that may be an attempt, is timed, or is made within another one."""
-        control, run, probe, began = self._control, self._compiled, None, None
+        control, probe, began = self._control, None, None
         outer = tally.call, tally.compiled, tally.eager, tally.doubt
         try:
             tally.call, tally.compiled, tally.eager, tally.doubt = number, 0, 0, None
             episode = self._breaker.episode
             is_timed = number >= self._history.next_call
+            straight = control.eager_together
             if episode is not None:
                 within = False
                 if number >= episode.due_call or self._clock() >= episode.due_time:
                     within = self._is_within_probe(tally)
                     probe = None if within else self._breaker.let_through(number)
-                if not (probe or within) and control.goes_straight(episode, number):
-                    run, tally.eager = self.eager, 1
-            if run is self._compiled and self._skips_guards():
-                run = self._with_guards
+                straight = straight or (not (probe or within) and control.goes_straight(episode, number))
             if is_timed:
                 began = self._clock(), tally.attempts
             try:
                 if probe and episode:
                     control.probe_begins(tally, number, episode)
-                result = run(*args, **kwargs)
+                result = self._way(tally, straight=straight)(*args, **kwargs)
             except BaseException:
                 self._over(tally, probing=probe is not None, raised=True)
                 raise
@@ -171,6 +169,13 @@ class CompiledFunction(Generic[P, R]):
         if episode is not None:
             control.hold_off(episode, number)
         return result
+
+    def _way(self, tally: Tally, *, straight: bool) -> Callable[..., R]:
+        """What a watched call runs: the eager function, or what ``torch.compile`` has returned."""
+        if straight:
+            tally.eager = 1
+            return self.eager
+        return self._with_guards if self._skips_guards() else self._compiled
 
     def _over(self, tally: Tally, *, probing: bool, raised: bool, began: Began | None = None) -> None:
         """Book a call, and settle what it has left open.

@@ -137,6 +137,16 @@ class Journal:
         elif due is not None:
             self._note(RetryScheduled, tally, f"next attempt {due}", None, time, next_retry=due)
 
+    def failed_in_place(self, tally: Tally, failure: CompileFailure, *, began: float, seconds: float) -> None:
+        """Told without a line in the log: the ranks' agreement has its own."""
+        message = f"{summary(failure)}; trying again in place, as other ranks wait"
+        self._note(AttemptFailed, tally, message, None, began + seconds, failure=failure, seconds=seconds)
+
+    def gave_up_together(self, tally: Tally, failure: CompileFailure) -> None:
+        """Told without a line in the log, too."""
+        message = f"{in_words(failure.frame)} cannot be compiled on any rank: {failure}; all run it eagerly"
+        self._note(GaveUp, tally, message, None, failure=failure)
+
     def recovered(self, tally: Tally, episode: Episode, time: float) -> None:
         seconds = time - episode.started
         attempts = "1 failed attempt" if episode.failures == 1 else f"{episode.failures} failed attempts"

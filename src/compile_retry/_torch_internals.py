@@ -320,14 +320,15 @@ def run_directly(runner: Callable[..., Any], code: CodeType, names: dict[str, ob
             set_code_exec_strategy(runner.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.DEFAULT))
 
 
-def run_eagerly(*, inner_frames: bool) -> ConvertFrameReturn:
+def run_eagerly(*, inner_frames: bool | None) -> ConvertFrameReturn:
     """Tell Dynamo to run this frame eagerly, this once. It remembers nothing.
 
     Args:
-        inner_frames: Whether frames below this one may be compiled. If not, they still use cached code.
+        inner_frames: Whether frames below this one may be compiled. If not, they still use cached code; if None, they
+            do not even do that.
     """
     count_for_fullgraph()
-    below = FrameAction.DEFAULT if inner_frames else FrameAction.RUN_ONLY
+    below = {True: FrameAction.DEFAULT, False: FrameAction.RUN_ONLY, None: FrameAction.SKIP}[inner_frames]
     return ConvertFrameReturn(frame_exec_strategy=FrameExecStrategy(FrameAction.DEFAULT, below), apply_to_code=False)
 
 
