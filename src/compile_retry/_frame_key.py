@@ -8,6 +8,7 @@ what is given up, never which code may run.
 from __future__ import annotations
 
 import enum
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from types import CodeType, FunctionType, GetSetDescriptorType
@@ -24,7 +25,8 @@ _DEPTH, _LENGTH = 2, 32
 
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _NUMBERS = frozenset({int, float})
-_FLAGS = frozenset({bool, type(None)})
+_PLAIN = frozenset({bool, type(None), str, *_NUMBERS})
+_TABLES = frozenset({dict, OrderedDict})  # of a module: parameters, hooks and the like
 
 
 class _Tensor(NamedTuple):
@@ -116,7 +118,13 @@ def _look(value: Any, depth: int) -> Look:
 
 def _look_of_instance(value: object) -> Look:
     kind, attributes = type(value), _attributes(value)
-    looks = tuple(_look_of_attribute(name, item) for name, item in islice(attributes.items(), _LENGTH))
+    looks = tuple(
+        [
+            (name, item if _is_plain(item) else item.__code__ if type(item) is FunctionType else type(item))
+            for name, item in islice(attributes.items(), _LENGTH)
+            if type(item) not in _TABLES
+        ]
+    )
     if not issubclass(kind, torch.nn.Module):
         return _Instance(kind, None, looks)
     parts = attributes.get("_modules")
@@ -124,16 +132,9 @@ def _look_of_instance(value: object) -> Look:
     return _Instance(kind, attributes.get("training"), (*looks, classes))
 
 
-def _look_of_attribute(name: str, value: object) -> Look:
-    kind = type(value)
-    if kind is FunctionType:
-        return name, value.__code__  # type: ignore[attr-defined]
-    return (name, value) if _is_plain(value) else (name, kind)
-
-
 def _is_plain(value: Any) -> bool:
     kind = type(value)
-    return kind in _FLAGS or kind in _NUMBERS or (kind is str and len(value) <= _LENGTH)
+    return kind in _PLAIN and (kind is not str or len(value) <= _LENGTH)
 
 
 def _items(value: Any) -> Iterator[Any] | None:

@@ -62,6 +62,7 @@ class FrameConverter:
         self._control = control
         self._entry_frames = entry_frames  # of a decorated function: called within another one it is on its own
         self._known: dict[int, _Known] = {}
+        self._codes_compiled = 0  # of how many code objects there is compiled code
 
     def __call__(self, frame: Frame, cache_entry: object, frame_state: FrameState) -> ConvertFrameReturn:
         if internals.is_disabled():
@@ -120,6 +121,8 @@ class FrameConverter:
         inner_frames = self._control.is_open(asked.tally)
         self._control.step.ran_eagerly(asked.key.code, *(() if inner_frames else (UNSEEN,)))
         asked.tally.eager += 1
+        if not inner_frames and self._codes_compiled == bool(asked.known.compiles):
+            return internals.run_eagerly(inner_frames=None)  # there is no code that frames below could use
         return internals.run_eagerly(inner_frames=inner_frames)
 
     def _in_turn(self, asked: _Asked, compiles: int) -> ConvertFrameReturn:
@@ -172,6 +175,7 @@ class FrameConverter:
         if result.guarded_code is not None:
             if conversion.runner is not None:
                 internals.run_directly(conversion.runner, result.guarded_code.code, asked.frame.f_globals)
+            self._codes_compiled += not asked.known.compiles
             asked.known.compiles += 1
             self._control.compiled(conversion, internals.CachedFrame(result.guarded_code))
             return result

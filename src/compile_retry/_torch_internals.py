@@ -328,8 +328,14 @@ def run_eagerly(*, inner_frames: bool | None) -> ConvertFrameReturn:
             do not even do that.
     """
     count_for_fullgraph()
-    below = {True: FrameAction.DEFAULT, False: FrameAction.RUN_ONLY, None: FrameAction.SKIP}[inner_frames]
-    return ConvertFrameReturn(frame_exec_strategy=FrameExecStrategy(FrameAction.DEFAULT, below), apply_to_code=False)
+    return _EAGERLY[inner_frames]
+
+
+# Made once: this is the answer to each call of a frame that is held off. Dynamo only reads it.
+_EAGERLY = {
+    inner_frames: ConvertFrameReturn(frame_exec_strategy=FrameExecStrategy(FrameAction.DEFAULT, b), apply_to_code=False)
+    for inner_frames, b in ((True, FrameAction.DEFAULT), (False, FrameAction.RUN_ONLY), (None, FrameAction.SKIP))
+}
 
 
 def leave_to_itself() -> ConvertFrameReturn:
