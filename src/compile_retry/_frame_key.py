@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-# Of one value: a record of those below, a number, flag or short string itself, or the class.
+# Of one value: one of the records below, or its class.
 Look: TypeAlias = object
 Looks: TypeAlias = tuple[Look, ...]
 
@@ -27,6 +27,11 @@ _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _NUMBERS = frozenset({int, float})
 _PLAIN = frozenset({bool, type(None), str, *_NUMBERS})
 _TABLES = frozenset({dict, OrderedDict})  # of a module: parameters, hooks and the like
+
+
+class _Plain(NamedTuple):
+    kind: type  # True is not 1
+    value: object
 
 
 class _Tensor(NamedTuple):
@@ -105,7 +110,7 @@ def _look(value: Any, depth: int) -> Look:
         if kind in _TENSORS:
             return _Tensor(str(value.shape), value.ndim, value.dtype, value.device, value.requires_grad)
         if _is_plain(value):
-            return value
+            return _Plain(kind, value)
         if depth and (items := _items(value)) is not None:
             looks = tuple(_look(item, depth - 1) for item in islice(items, _LENGTH))
             return _Items(kind, kind.__len__(value), looks)
@@ -118,18 +123,19 @@ def _look(value: Any, depth: int) -> Look:
 
 def _look_of_instance(value: object) -> Look:
     kind, attributes = type(value), _attributes(value)
-    looks = tuple(
-        [
-            (name, item if _is_plain(item) else item.__code__ if type(item) is FunctionType else type(item))
-            for name, item in islice(attributes.items(), _LENGTH)
-            if type(item) not in _TABLES
-        ]
-    )
+    items = [(name, item) for name, item in islice(attributes.items(), _LENGTH) if type(item) not in _TABLES]
+    looks = tuple([(name, _look_of_attribute(item)) for name, item in items])
     if not issubclass(kind, torch.nn.Module):
         return _Instance(kind, None, looks)
     parts = attributes.get("_modules")
     classes = tuple(map(type, islice(dict.values(parts), _LENGTH))) if type(parts) is dict else ()
     return _Instance(kind, attributes.get("training"), (*looks, classes))
+
+
+def _look_of_attribute(value: Any) -> Look:
+    if _is_plain(value):
+        return _Plain(type(value), value)
+    return value.__code__ if type(value) is FunctionType else type(value)
 
 
 def _is_plain(value: Any) -> bool:
@@ -156,9 +162,8 @@ def _attributes(value: object) -> Mapping[str, object]:
 
 
 def _reduced(look: Look, *, sizes: bool) -> Look:
-    kind = type(look)
-    if kind in _NUMBERS:
-        return kind
+    if isinstance(look, _Plain):
+        return look._replace(value=None) if look.kind in _NUMBERS else look
     if isinstance(look, _Tensor):
         return look if sizes else look._replace(shape="")
     if isinstance(look, _Items):
