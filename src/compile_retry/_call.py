@@ -109,7 +109,6 @@ class Tally:
         "exclusive",
         "probing",
         "skipped",
-        "unsettled",
         "untold",
     )
 
@@ -123,8 +122,7 @@ class Tally:
         self.claims: frozenset[Hashable] = frozenset()
         self.exclusive = False
         self.conversion: Conversion | None = None
-        # What is left to do when the call is over.
-        self.unsettled = False
+        # What is left to settle when the call is over.
         self.doubt: Doubt | None = None
         self.skipped: list[tuple[CodeType, dict[object, object]]] = []
         # Events that are told when no lock is held: what makes them, given the function's state, and their log levels.

@@ -150,7 +150,7 @@ class Control:
         if conversion.stage == "trace":  # the compiler was not even run
             tally.attempts += 1
         doubt = self._doubt(exc, conversion, can_be_retried=can_be_retried)
-        tally.doubt, tally.unsettled = doubt, True
+        tally.doubt = doubt
         self.breaker.doubt(doubt)
 
     def _doubt(self, exc: BaseException, conversion: Conversion, *, can_be_retried: bool) -> Doubt:
@@ -170,9 +170,10 @@ class Control:
         """
         doubt, tally.doubt = tally.doubt, None
         skipped, tally.skipped = tally.skipped, []
-        tally.unsettled = False
         if not program_raised:
             self.skipped.update(skipped)
+            for code, _ in skipped:
+                self.ledger.strike_out(code)  # Dynamo will not be asked again
         try:
             if doubt is not None and not program_raised:
                 self._failed(doubt, tally)

@@ -186,7 +186,6 @@ class FrameConverter:
         # Dynamo cannot go on after a graph break in this frame and wants it skipped for good. An exception of the
         # program's looks like that too, so believe it only if the call returns.
         asked.tally.skipped.append((asked.frame.f_code, asked.known.state))
-        asked.tally.unsettled = True
         return replace(_passed_over(result), apply_to_code=False)
 
     def _over_limit(self, asked: _Asked, conversion: Conversion) -> ConvertFrameReturn:

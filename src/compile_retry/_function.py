@@ -129,7 +129,7 @@ class CompiledFunction(Generic[P, R]):
             except BaseException:
                 self._over(tally, probing=False, raised=True)
                 raise
-            if tally.compiled and not (tally.eager or tally.unsettled):
+            if tally.compiled and not (tally.eager or tally.skipped):
                 next(self._compiled_calls)
             else:
                 self._over(tally, probing=False, raised=False)
@@ -140,9 +140,9 @@ class CompiledFunction(Generic[P, R]):
     def _watched(self, number: int, tally: Tally, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
         """A call that may be an attempt, is timed, or is made within another one."""
         control, probe, began = self._control, None, None
-        outer = tally.call, tally.compiled, tally.eager, tally.doubt
+        outer = tally.call, tally.compiled, tally.eager, tally.doubt, tally.skipped
         try:
-            tally.call, tally.compiled, tally.eager, tally.doubt = number, 0, 0, None
+            tally.call, tally.compiled, tally.eager, tally.doubt, tally.skipped = number, 0, 0, None, []
             episode = self._breaker.episode
             is_timed = number >= self._history.next_call
             straight = control.eager_together
@@ -163,7 +163,7 @@ class CompiledFunction(Generic[P, R]):
                 raise
             self._over(tally, probing=probe is not None, raised=False, began=began)
         finally:
-            tally.call, compiled, eager, tally.doubt = outer
+            tally.call, compiled, eager, tally.doubt, tally.skipped = outer
             if tally.call:  # what it has run, the other has run too
                 tally.compiled, tally.eager = tally.compiled + compiled, tally.eager + eager
         if episode is not None:
@@ -189,7 +189,7 @@ class CompiledFunction(Generic[P, R]):
         control, clean = self._control, False
         path: CallPath = "eager" if not tally.compiled else "mixed" if tally.eager else "compiled"
         try:
-            if tally.unsettled:
+            if tally.doubt is not None or tally.skipped:
                 control.settle(tally, program_raised=raised)
             clean = path == "compiled" and not raised
         finally:
