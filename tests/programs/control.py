@@ -1,0 +1,452 @@
+"""Programs about the flow of control: graph breaks, branches on data, exceptions, generators, context managers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from programs.program import Call, Function, Made, called, differentiated, program
+
+X = torch.arange(6.0)
+
+
+@program()
+def one_graph() -> Made:
+    """Nothing in the way of one graph."""
+    return Made(lambda x: x.sin().cos(), [called(X), called(X + 1)])
+
+
+@program(options={"fullgraph": True})
+def fullgraph() -> Made:
+    """One graph that has to be one."""
+    return Made(lambda x, y: x @ y, [called(X, X)])
+
+
+@program()
+def graph_break() -> Made:
+    """A frame of three graphs."""
+
+    def step(x: Tensor) -> Tensor:
+        y = x.sin()
+        torch._dynamo.graph_break()
+        z = y + x.cos()
+        torch._dynamo.graph_break()
+        return z.exp()
+
+    return Made(step, [called(X), called(X + 1)])
+
+
+@program()
+def break_in_callee() -> Made:
+    """A graph break in a function that is called twice."""
+    log: list[float] = []
+
+    def inner(x: Tensor) -> Tensor:
+        y = x.sin()
+        log.append(float(y.sum()))
+        return y.cos()
+
+    def step(x: Tensor) -> Tensor:
+        return inner(inner(x * 2) + 1) * 3
+
+    return Made(step, [called(X), called(X + 1)], log)
+
+
+@program()
+def break_in_loop() -> Made:
+    """A graph break in a loop, which Dynamo cannot resume in: it skips the frame and compiles what it calls."""
+    log: list[float] = []
+
+    def layer(x: Tensor, k: int) -> Tensor:
+        return (x * k).sin() + x
+
+    def step(x: Tensor) -> Tensor:
+        for k in range(3):
+            x = layer(x, k)
+            torch._dynamo.graph_break()
+            log.append(float(x[1]))
+        return x
+
+    return Made(step, [called(X), called(X + 1)], log)
+
+
+@program()
+def branch_on_data() -> Made:
+    """An `if` on a tensor, which goes one way and then the other."""
+
+    def step(x: Tensor) -> Tensor:
+        y = x.sin() + 1
+        if x.sum() > 0:
+            return y * 2
+        return y - 3
+
+    return Made(step, [called(X), called(-X), called(X)])
+
+
+@program()
+def while_on_data() -> Made:
+    """A `while` on a tensor."""
+
+    def step(x: Tensor) -> tuple[Tensor, int]:
+        n = 0
+        while x.norm() > 1:
+            x = x / 2
+            n += 1
+        return x.cos(), n
+
+    return Made(step, [called(X), called(X * 5)])
+
+
+@program()
+def item() -> Made:
+    """A number read out of a tensor and used further on."""
+
+    def step(x: Tensor) -> tuple[Tensor, float]:
+        scale = x.abs().max().item()
+        return x / scale, scale * 2
+
+    return Made(step, [called(X), called(X + 1)])
+
+
+@program(backend="aot")
+def shape_from_data() -> Made:
+    """A selection by mask, with a size that depends on the data."""
+
+    def step(x: Tensor) -> Tensor:
+        kept = x[x > 2]
+        return kept.sin() * kept.numel()
+
+    return Made(step, [called(X), called(X + 1), called(X - 10)])
+
+
+@program(backend="aot")
+def masked_write() -> Made:
+    """A boolean `index_put_`, whose backward pass has a size that depends on the data: stock breaks the graph there."""
+    w = torch.eye(6).requires_grad_()
+
+    def layer(x: Tensor) -> Tensor:
+        return (x @ w).sin()
+
+    def step(x: Tensor, mask: Tensor) -> Tensor:
+        h = layer(x)
+        out = h.new_zeros(mask.shape[0], 6)
+        out.index_put_([mask], h)
+        return layer(out)
+
+    mask = torch.tensor([True, False, True, True, False, True])
+    return Made(step, [differentiated(torch.ones(4, 6), mask)] * 2, w)
+
+
+@program(options={"dynamic": None})
+def shapes() -> Made:
+    """Three shapes: the first graph is static, the second dynamic."""
+    return Made(lambda x: x.sum() * x.shape[0], [called(torch.ones(n, 3)) for n in (2, 3, 5, 2)])
+
+
+@program(options={"dynamic": False})
+def static_shapes() -> Made:
+    """One graph for each shape."""
+    return Made(lambda x: x.sum() * x.shape[0], [called(torch.ones(n, 3)) for n in (2, 3, 5, 2)])
+
+
+@program(options={"dynamic": False})
+def over_the_recompile_limit() -> Made:
+    """More numbers than Dynamo makes graphs for: the last ones run eagerly under stock too."""
+    return Made(lambda x, k: x.sin() * k, [called(X, k) for k in range(10)])
+
+
+@program()
+def exception_after_break() -> Made:
+    """An exception of the program's own with two arguments, raised between two graphs in every second call."""
+
+    class Trouble(Exception):
+        pass
+
+    log: list[str] = []
+
+    def step(x: Tensor, good: bool) -> Tensor:
+        y = x.sin()
+        torch._dynamo.graph_break()
+        log.append("between")
+        if not good:
+            raise Trouble("no", 7)
+        return y.cos()
+
+    return Made(step, [called(X, True), called(X, False), called(X, True)], log)
+
+
+@program()
+def exception_first() -> Made:
+    """An exception that is raised before any tensor has been touched, from another one."""
+
+    def check(k: int) -> None:
+        try:
+            {1: "one"}[k]
+        except KeyError as exc:
+            raise ValueError(f"no {k}") from exc
+
+    def step(x: Tensor, k: int) -> Tensor:
+        check(k)
+        return x * k
+
+    return Made(step, [called(X, 1), called(X, 2), called(X, 1)])
+
+
+@program()
+def exception_caught() -> Made:
+    """An exception that is raised in a callee and caught in the program, with `else` and `finally`."""
+    log: list[str] = []
+
+    def risky(x: Tensor, k: int) -> Tensor:
+        if k > 1:
+            raise LookupError("k", k)
+        return x.sin()
+
+    def step(x: Tensor, k: int) -> Tensor:
+        y = x + 1
+        try:
+            y = risky(y, k)
+        except LookupError as exc:
+            log.append(repr(exc.args))
+            y = y.cos()
+        else:
+            log.append("fine")
+        finally:
+            log.append("finally")
+        return y * 2
+
+    return Made(step, [called(X, 1), called(X, 2)], log)
+
+
+@program(backend="aot", differs="Stock raises the IndexError past the `except`: the backend notices it after Dynamo has traced.")
+def index_error_caught() -> Made:
+    """A dimension out of range that the program catches."""
+
+    def step(x: Tensor, dim: int) -> Tensor:
+        try:
+            return torch.softmax(x * 2, dim=dim)
+        except IndexError:
+            return x + 1
+
+    return Made(step, [called(X, 10), called(X, 0)])
+
+
+@program(backend="aot")
+def index_error() -> Made:
+    """A dimension out of range that Dynamo lets pass and only the backend notices."""
+
+    def step(x: Tensor, dim: int) -> Tensor:
+        return torch.softmax(x, dim=dim)
+
+    return Made(step, [called(X, 10), called(X, 0)])
+
+
+@program(differs="Stock wraps the RuntimeError of a fake tensor in a TorchRuntimeError.")
+def shape_mismatch() -> Made:
+    """Matrices that do not fit, in the second of two graphs."""
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        x = x.sin()
+        torch._dynamo.graph_break()
+        return x @ y
+
+    return Made(step, [called(torch.ones(2, 3), torch.ones(n, 2)) for n in (4, 3)])
+
+
+@program()
+def assertion() -> Made:
+    """An assert with a message, on a tensor and on a number."""
+
+    def step(x: Tensor, k: int) -> Tensor:
+        assert k < 3, f"k is {k}"
+        y = x.sin()
+        torch._dynamo.graph_break()
+        assert k < 2, ("k", k)
+        return y * k
+
+    return Made(step, [called(X, k) for k in (1, 2, 3)])
+
+
+@program()
+def generator_inside() -> Made:
+    """A generator that is made and consumed inside, not to its end, and closed."""
+    log: list[object] = []
+
+    def parts(x: Tensor) -> Iterator[Tensor]:
+        try:
+            for k in range(5):
+                log.append(k)
+                yield x * k
+        finally:
+            log.append("closed")
+
+    def step(x: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        made = parts(x)
+        for part in made:
+            total = total + part
+            if part is not x and len(log) % 3 == 0:
+                break
+        made.close()
+        return total.sin()
+
+    return Made(step, [called(X), called(X + 1)], log)
+
+
+@program()
+def iterator_argument() -> Made:
+    """An iterator that calls of the function share: each takes two of its items."""
+    batches = iter([X + k for k in range(100)])
+
+    def step(it: Iterator[Tensor]) -> Tensor:
+        a = next(it).sin()
+        torch._dynamo.graph_break()
+        return a + next(it).cos()
+
+    return Made(step, [called(batches)] * 2)
+
+
+@program()
+def own_context_manager() -> Made:
+    """Context managers of the program's own, one in the other, with a graph break in a callee."""
+    log: list[str] = []
+
+    @contextlib.contextmanager
+    def noted(name: str) -> Iterator[None]:
+        log.append(f"enter {name}")
+        try:
+            yield
+        finally:
+            log.append(f"exit {name}")
+
+    def callee(x: Tensor) -> Tensor:
+        y = x.cos()
+        log.append(str(float(y.sum())))
+        return y * 2
+
+    def step(x: Tensor) -> Tensor:
+        with noted("outer"), torch.no_grad():
+            y = x.sin()
+            with noted("inner"):
+                y = callee(y)
+        return y * x
+
+    return Made(step, [called(X.clone().requires_grad_()), called(X)], log)
+
+
+@program()
+def traced_context_manager() -> Made:
+    """A context manager of the program's own that Dynamo traces, used twice at once."""
+    level = [0]
+
+    @contextlib.contextmanager
+    def deeper() -> Iterator[int]:
+        level[0] += 1
+        try:
+            yield level[0]
+        finally:
+            level[0] -= 1
+
+    def step(x: Tensor) -> Tensor:
+        with deeper() as a, deeper() as b:
+            y = x.sin() * a + b
+        return y * level[0] + x
+
+    return Made(step, [called(X), called(X + 1)], level)
+
+
+@program()
+def class_context_manager() -> Made:
+    """A context manager that swallows an exception."""
+    log: list[str] = []
+
+    class Swallow:
+        def __init__(self, log: list[str]) -> None:  # Dynamo loses what is appended to a closure's list here
+            self.log = log
+
+        def __enter__(self) -> None:
+            self.log.append("enter")
+
+        def __exit__(self, error_type: type[BaseException] | None, *_: object) -> bool:
+            self.log.append(error_type.__name__ if error_type else "fine")
+            return error_type is ValueError
+
+    def step(x: Tensor, good: bool) -> Tensor:
+        y = x.sin()
+        with Swallow(log):
+            y = y + 1
+            if not good:
+                raise ValueError("swallowed")
+            y = y + 1
+        return y.cos()
+
+    return Made(step, [called(X, True), called(X, False)], log)
+
+
+@program(backend="aot")
+def modes_after_an_error() -> Made:
+    """An index out of range that only shows when the code runs, under no_grad and autocast: both end as they began."""
+    torch.manual_seed(0)
+    table, w = torch.randn(10, 8), torch.randn(8, 8)
+
+    def step(index: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            return table[index] @ w
+
+    return Made(step, [called(torch.tensor([k])) for k in (1, 99, 2)])
+
+
+@program(backend="aot")
+def autocast() -> Made:
+    """Autocast inside and round the function, with a region that switches it off."""
+    torch.manual_seed(0)
+    w = torch.randn(6, 6, requires_grad=True)
+
+    def step(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = x @ w
+            with torch.autocast("cpu", enabled=False):
+                z = y.float() @ w
+        return z + (x @ w).float()
+
+    def within(fn: Function) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out: Tensor = fn(X)
+        return out.detach()
+
+    return Made(step, [differentiated(X), within], w)
+
+
+@program()
+def recursion() -> Made:
+    """A function that calls itself, through a graph break."""
+
+    def step(x: Tensor, k: int) -> Tensor:
+        if k == 0:
+            return x.cos()
+        y = x.sin()
+        torch._dynamo.graph_break()
+        return step(y, k - 1) + x
+
+    return Made(step, [called(X, 2), called(X, 2)])
+
+
+@program()
+def calls_itself_compiled() -> Made:
+    """A caller that runs the compiled function under modes: no_grad, then inference_mode, then none."""
+
+    def under(mode: type) -> Call:
+        def call(fn: Function) -> tuple[Tensor, bool]:
+            with mode():
+                out: Tensor = fn(x)
+            return out.detach(), out.is_inference()
+
+        return call
+
+    x = X.clone().requires_grad_()
+    return Made(
+        lambda x: x.sin() * 2, [under(torch.no_grad), under(torch.inference_mode), under(contextlib.nullcontext), called(x)]
+    )
