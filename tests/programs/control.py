@@ -52,7 +52,7 @@ def break_in_callee() -> Made:
     def step(x: Tensor) -> Tensor:
         return inner(inner(x * 2) + 1) * 3
 
-    return Made(step, [called(X), called(X + 1)], log)
+    return Made(step, [called(X), called(X + 1)], log=log)
 
 
 @program()
@@ -70,7 +70,7 @@ def break_in_loop() -> Made:
             log.append(float(x[1]))
         return x
 
-    return Made(step, [called(X), called(X + 1)], log)
+    return Made(step, [called(X), called(X + 1)], log=log)
 
 
 @program()
@@ -158,7 +158,7 @@ def over_the_recompile_limit() -> Made:
     return Made(lambda x, k: x.sin() * k, [called(X, k) for k in range(10)])
 
 
-@program()
+@program(given_up="Stock never compiles again what has raised once.")
 def exception_after_break() -> Made:
     """An exception of the program's own with two arguments, raised between two graphs in every second call."""
 
@@ -175,7 +175,7 @@ def exception_after_break() -> Made:
             raise Trouble("no", 7)
         return y.cos()
 
-    return Made(step, [called(X, True), called(X, False), called(X, True)], log)
+    return Made(step, [called(X, True), called(X, False), called(X, True)], log=log)
 
 
 @program()
@@ -218,7 +218,7 @@ def exception_caught() -> Made:
             log.append("finally")
         return y * 2
 
-    return Made(step, [called(X, 1), called(X, 2)], log)
+    return Made(step, [called(X, 1), called(X, 2)], log=log)
 
 
 @program(backend="aot", differs="Stock raises the IndexError past the `except`: the backend notices it after Dynamo has traced.")
@@ -256,7 +256,7 @@ def shape_mismatch() -> Made:
     return Made(step, [called(torch.ones(2, 3), torch.ones(n, 2)) for n in (4, 3)])
 
 
-@program()
+@program(given_up="Stock never compiles again what has raised once.")
 def assertion() -> Made:
     """An assert with a message, on a tensor and on a number."""
 
@@ -288,12 +288,12 @@ def generator_inside() -> Made:
         made = parts(x)
         for part in made:
             total = total + part
-            if part is not x and len(log) % 3 == 0:
+            if len(log) == 3:
                 break
         made.close()
         return total.sin()
 
-    return Made(step, [called(X), called(X + 1)], log)
+    return Made(step, [called(X), called(X + 1)], log=log)
 
 
 @program()
@@ -334,7 +334,7 @@ def own_context_manager() -> Made:
                 y = callee(y)
         return y * x
 
-    return Made(step, [called(X.clone().requires_grad_()), called(X)], log)
+    return Made(step, [called(X.clone().requires_grad_()), called(X)], log=log)
 
 
 @program()
@@ -383,7 +383,7 @@ def class_context_manager() -> Made:
             y = y + 1
         return y.cos()
 
-    return Made(step, [called(X, True), called(X, False)], log)
+    return Made(step, [called(X, True), called(X, False)], log=log)
 
 
 @program(backend="aot")
@@ -402,8 +402,7 @@ def modes_after_an_error() -> Made:
 @program(backend="aot")
 def autocast() -> Made:
     """Autocast inside and round the function, with a region that switches it off."""
-    torch.manual_seed(0)
-    w = torch.randn(6, 6, requires_grad=True)
+    w = (torch.eye(6) * 2).requires_grad_()  # small integers: nothing is rounded
 
     def step(x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -415,6 +414,7 @@ def autocast() -> Made:
     def within(fn: Function) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out: Tensor = fn(X)
+        out.sum().backward()
         return out.detach()
 
     return Made(step, [differentiated(X), within], w)

@@ -34,8 +34,8 @@ def module() -> Made:
         n_calls = 0
 
         def forward(self, x: Tensor) -> Tensor:
-            self.n_calls += 1
-            return super().forward(x)
+            self.n_calls = (self.n_calls + 1) % 2
+            return super().forward(x) + self.n_calls
 
     net = Counting()
 
@@ -82,7 +82,7 @@ def module_hooks() -> Made:
     net.layer.register_forward_pre_hook(before)
     net.inner.register_forward_hook(after)
     net.register_forward_hook(after)
-    return Made(net, [differentiated(X)] * 2, (net, log))
+    return Made(net, [differentiated(X)] * 2, net, log)
 
 
 @program()
@@ -95,21 +95,21 @@ def backward_hooks() -> Made:
 
     net.inner.register_full_backward_hook(hook)
     net.register_full_backward_hook(hook)
-    return Made(net, [differentiated(X)] * 2, (net, log))
+    return Made(net, [differentiated(X)] * 2, net, log)
 
 
 @program()
 def module_hook_that_raises() -> Made:
-    """A forward hook of a submodule that raises in every second call."""
-    net, log = Net(), list[int]()
+    """A forward hook of a submodule that raises in evaluation."""
+    net, log = Net(), list[bool]()
 
     def hook(module: nn.Module, args: Any, out: Tensor) -> None:
-        log.append(len(log))
-        if len(log) % 2 == 0:
-            raise RuntimeError("stop here", len(log))
+        log.append(module.training)
+        if not module.training:
+            raise RuntimeError("stop here", 7)
 
     net.layer.register_forward_hook(hook)
-    return Made(net, [called(X)] * 2, (net, log))
+    return Made(net, [lambda fn, mode=mode: net.train(mode)(X).detach() for mode in (True, False, True)], net, log)
 
 
 @program(differs="Stock does not guard on the hooks of modules: code that was compiled without one does not call it.")

@@ -19,13 +19,14 @@ Call = Callable[[Function], object]
 class Made(NamedTuple):
     """A fresh copy of a program.
 
-    `watched` is compared after each call: tensors with their gradients, modules, optimizers, lists that the program
-    writes into, or a tuple of these.
+    `watched` is compared after each call: tensors with their gradients, modules, optimizers, or a tuple of these. So
+    is `log`, which the program writes into, and which is emptied before each call: Dynamo guards on its length.
     """
 
     function: Function
     calls: Sequence[Call]
     watched: object = None
+    log: Sequence[Any] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,8 @@ class Program:
 
     `differs` says in a sentence why stock torch.compile and eager disagree about this program. Without it they must
     agree. With it, no state may pass from one call to the next, since eager and compiled calls alternate.
+
+    `given_up` says why stock stops compiling a part of this program with which the library goes on.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Program:
     options: Mapping[str, Any]
     within: Callable[[], AbstractContextManager[object]]
     differs: str | None
+    given_up: str | None
 
 
 def program(
@@ -53,12 +57,13 @@ def program(
     options: Mapping[str, Any] | None = None,
     within: Callable[[], AbstractContextManager[object]] = nullcontext,
     differs: str | None = None,
+    given_up: str | None = None,
 ) -> Callable[[Callable[[], Made]], Program]:
     """Turn a function that makes a program into the program of that name.
 
     `options` go to torch.compile. `within` is entered for each run of the program.
     """
-    return lambda make: Program(make.__name__, make, backend, options or {}, within, differs)
+    return lambda make: Program(make.__name__, make, backend, options or {}, within, differs, given_up)
 
 
 def called(*args: object, **kwargs: object) -> Call:

@@ -84,6 +84,7 @@ class Seen(NamedTuple):
 
     result: object
     watched: object
+    log: object
     random: object
     modes: object
 
@@ -159,10 +160,12 @@ def _run(
         function = compile_it(made.function)
         for number, call in enumerate(itertools.chain.from_iterable([made.calls] * ROUNDS)):
             _seed(number)
+            if isinstance(made.log, list):
+                made.log.clear()
             worked, booked = _work(backend), stats() if stats else None
             result = _outcome(call, function)
             generators = torch.get_rng_state(), random.getstate(), np.random.get_state()[1:]  # noqa: NPY002  # programs may use it
-            run.seen.append(Seen(result, frozen(made.watched), frozen(generators), _modes()))
+            run.seen.append(Seen(result, frozen(made.watched), frozen(made.log), frozen(generators), _modes()))
             run.work.append(Work(*(after - before for after, before in zip(_work(backend), worked, strict=True))))
             run.ran_as.append(_ran_as(booked, stats()) if stats and booked else "")
     torch._dynamo.reset()

@@ -25,7 +25,7 @@ X = torch.arange(6.0)
 def lists_and_dicts() -> Made:
     """Containers of the caller's that are appended to, updated and sorted."""
     log: list[object] = []
-    table: dict[str, Any] = {}
+    table: dict[str, Any] = {"k2": 0}
 
     def step(x: Tensor, k: int) -> Tensor:
         y = x * k
@@ -33,38 +33,36 @@ def lists_and_dicts() -> Made:
         table[f"k{k}"] = y.sum()
         torch._dynamo.graph_break()
         log.extend([k, -k])
+        log.sort(key=str)
         table.pop("k1", None)
         return y.sin()
 
-    return Made(step, [called(X, 1), called(X, 2)], (log, table))
+    return Made(step, [called(X, 1), called(X, 2)], table, log)
 
 
 @program()
 def counters() -> Made:
-    """A closure's number, an attribute, a default argument and a Counter."""
+    """A closure's number, an attribute, a default argument and a Counter, which take two values in turn."""
     total = 0
     seen: Counter[str] = Counter()
-    log: list[object] = []
 
     class Steps:
         n = 0
 
     steps = Steps()
 
-    def step(x: Tensor, history: list[int] = []) -> Tensor:  # noqa: B006  # it remembers on purpose
+    def step(x: Tensor, history: list[int] = [0]) -> Tensor:  # noqa: B006  # it remembers on purpose
         nonlocal total
-        total += 1
-        steps.n += 2
-        seen["calls"] += 1
-        history.append(total)
-        return x * total + len(history)
+        total = (total + 1) % 2
+        steps.n = total * 2
+        seen["calls"] = 1 - seen["calls"]
+        history[0] = 1 - history[0]
+        return x * total + steps.n + history[0]
 
     def call(fn: Function) -> object:
-        out = fn(X)
-        log.append((total, steps.n, dict(seen)))
-        return out
+        return fn(X), total, steps.n, dict(seen)
 
-    return Made(step, [call] * 2, log)
+    return Made(step, [call] * 2)
 
 
 LEVEL = 0
@@ -78,7 +76,7 @@ def global_number() -> Made:
     def step(x: Tensor) -> Tensor:
         global LEVEL  # noqa: PLW0603  # the point of it
         y = x + LEVEL
-        LEVEL = LEVEL + 1
+        LEVEL = 1 - LEVEL
         torch._dynamo.graph_break()
         return y * LEVEL
 
@@ -208,10 +206,10 @@ class Pair(NamedTuple):
 @program()
 def dataclasses_and_tuples() -> Made:
     """A dataclass that is read and changed, and a named tuple with a dataclass in it as the result."""
-    batch = Batch(X, X + 1)
+    batch = Batch(X, X + 1, ["first"])
 
     def step(batch: Batch) -> Pair:
-        batch.tags.append(str(batch.size))
+        batch.tags[0] = str(batch.size)
         total = batch.x + batch.y
         batch.y = total
         return Pair(total.sin(), Batch(total * 2, batch.x, ["new"]))
@@ -242,14 +240,14 @@ def model_output() -> Made:
 class LazyList(list[Any]):
     """A list that takes note of what is asked for, and does not do slices."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.asked: list[int] = []
+    def __init__(self, items: list[Any], log: list[int]) -> None:
+        super().__init__(items)
+        self.log = log
 
     def __getitem__(self, i: Any) -> Any:
         if not isinstance(i, int):
             raise TypeError("integers only")
-        self.asked.append(i)
+        self.log.append(i)
         return super().__getitem__(i)
 
 
@@ -263,12 +261,8 @@ class Angry(dict[str, Any]):
 @program()
 def list_with_ideas() -> Made:
     """A list subclass that does something whenever an item is read."""
-    batch = LazyList([X, X + 1])
-
-    def call(fn: Function) -> object:
-        return fn(batch), list(batch.asked)
-
-    return Made(lambda b: b[0] @ b[1] + b[0], [call] * 2)
+    log: list[int] = []
+    return Made(lambda b: b[0] @ b[1] + b[0], [called(LazyList([X, X + 1], log))] * 2, log=log)
 
 
 @program()
@@ -280,27 +274,20 @@ def dict_with_ideas() -> Made:
 
 @program()
 def deque_and_set() -> Made:
-    """A deque that turns over and a set that grows."""
-    window: deque[Tensor] = deque()
-    names: set[str] = set()
-    log: list[object] = []
+    """A deque that turns over and a set that changes."""
+    window = deque([X, X + 1])
+    names = {"a"}
 
     def step(x: Tensor, name: str) -> Tensor:
         window.append(x.sin())
-        if len(window) > 2:  # Dynamo turns deques with a maxlen over the wrong way
-            window.popleft()
-        names.add(name)
+        window.popleft()  # Dynamo turns a deque with a maxlen over the wrong way
+        names.symmetric_difference_update({name})
         return torch.stack(list(window)).sum(0) * len(names)
 
-    def call(name: str) -> Any:
-        def do(fn: Function) -> object:
-            out = fn(X, name)
-            log.append((list(window), sorted(names)))
-            return out
+    def call(fn: Function) -> object:
+        return fn(X, "b"), list(window), sorted(names)
 
-        return do
-
-    return Made(step, [call("a"), call("b"), call("a")], log)
+    return Made(step, [call] * 2)
 
 
 @program()
@@ -311,7 +298,7 @@ def bound_method() -> Made:
         scale = 2.0
 
         def __init__(self) -> None:
-            self.log: list[int] = []
+            self.log: list[float] = []
 
         @property
         def doubled(self) -> float:
@@ -322,11 +309,11 @@ def bound_method() -> Made:
             return x.cos()
 
         def step(self, x: Tensor) -> Tensor:
-            self.log.append(len(self.log))
+            self.log.append(self.doubled)
             return self.helper(x) * self.doubled
 
     worker = Worker()
-    return Made(worker.step, [called(X)] * 2, worker.log)
+    return Made(worker.step, [called(X)] * 2, log=worker.log)
 
 
 @program()

@@ -89,7 +89,7 @@ def leaf_in_place() -> Made:
             log.append("refused")
         return x * 2
 
-    return Made(step, [called(w)] * 2, log)
+    return Made(step, [called(w)] * 2, log=log)
 
 
 @program(backend="aot")
