@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -57,17 +56,19 @@ def own_backward() -> Made:
 
     class Clamp(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(ctx: Any, x: Tensor) -> Tensor:
             ctx.save_for_backward(x)
             return x.clamp(0, 2)
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
             (x,) = ctx.saved_tensors
-            return grad * (x * 3)
+            slope: Tensor = x * 3
+            return grad * slope
 
     w = weight()
-    return Made(lambda x: Clamp.apply(x @ w).sum(), [differentiated(X)] * 2, w)
+    apply: Function = Clamp.apply
+    return Made(lambda x: apply(x @ w).sum(), [differentiated(X)] * 2, w)
 
 
 @program()
@@ -77,17 +78,18 @@ def backward_with_notes() -> Made:
 
     class Noted(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(ctx: Any, x: Tensor) -> Tensor:
             log.append("forward")
             return x * 2
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
             log.append("backward")
             return grad * 2
 
     w = weight()
-    return Made(lambda x: Noted.apply(x @ w).sin(), [differentiated(X)] * 2, w, log)
+    apply: Function = Noted.apply
+    return Made(lambda x: apply(x @ w).sin(), [differentiated(X)] * 2, w, log)
 
 
 @program(backend="aot")
@@ -128,7 +130,7 @@ def hook_that_raises() -> Made:
             raise ArithmeticError("bad gradient", 3)
 
     w.register_hook(angry)
-    return Made(lambda x, k: x @ w * k, [differentiated(X, -1.0), differentiated(X, 1.0)], w, log)
+    return Made(lambda x, k: x @ w * k, [differentiated(X, torch.tensor(sign)) for sign in (-1.0, 1.0)], w, log)
 
 
 @program()
@@ -140,8 +142,7 @@ def transforms() -> Made:
 
     def step(x: Tensor) -> object:
         batch = torch.vmap(torch.func.grad(loss))(x)
-        value, tangent = torch.func.jvp(loss, (x[0],), (x[1],))
-        return batch, value, tangent
+        return batch, torch.func.jvp(loss, (x[0],), (x[1],))
 
     return Made(step, [called(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))] * 2)
 
@@ -371,7 +372,7 @@ def anomaly_mode() -> Made:
 
     def call(fn: Function, x: Tensor) -> object:
         w.grad = None
-        with torch.autograd.detect_anomaly(check_nan=False), contextlib.suppress(UserWarning):
+        with torch.autograd.detect_anomaly(check_nan=False):
             return differentiated(x)(fn)
 
     return Made(lambda x: (x @ w).sqrt(), [lambda fn: call(fn, X), lambda fn: call(fn, -X)], w)

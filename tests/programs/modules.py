@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from programs.program import Function, Made, called, differentiated, program
+from programs.program import Call, Function, Made, called, differentiated, program
 
 X = torch.arange(12.0).reshape(3, 4) / 10
 
@@ -24,6 +24,17 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.inner(self.layer(x))
         return out
+
+
+def in_mode(net: Net, training: bool) -> Call:
+    """A call in training or in evaluation."""
+
+    def call(fn: Function) -> Tensor:
+        net.train(training)
+        out: Tensor = fn(X)
+        return out.detach()
+
+    return call
 
 
 @program(backend="aot")
@@ -49,7 +60,7 @@ def module() -> Made:
 def training_and_evaluation() -> Made:
     """A module with batch norm that goes from training to evaluation and back."""
     net = Net(nn.BatchNorm1d(4))
-    return Made(net, [lambda fn, mode=mode: net.train(mode)(X).detach() for mode in (True, False, True)], net)
+    return Made(net, [in_mode(net, training) for training in (True, False, True)], net)
 
 
 @program(backend="aot")
@@ -109,7 +120,7 @@ def module_hook_that_raises() -> Made:
             raise RuntimeError("stop here", 7)
 
     net.layer.register_forward_hook(hook)
-    return Made(net, [lambda fn, mode=mode: net.train(mode)(X).detach() for mode in (True, False, True)], net, log)
+    return Made(net, [in_mode(net, training) for training in (True, False, True)], net, log)
 
 
 @program(differs="Stock does not guard on the hooks of modules: code that was compiled without one does not call it.")
@@ -198,12 +209,14 @@ def lazy_module() -> Made:
 @program(backend="aot")
 def optimizer_inside() -> Made:
     """A training step with SGD and momentum inside the function."""
-    net = Net()
+    net = nn.Linear(4, 4)
+    nn.init.eye_(net.weight)
+    nn.init.zeros_(net.bias)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
 
     def step(x: Tensor) -> Tensor:
         optimizer.zero_grad()
-        loss = net(x).pow(2).mean()
+        loss: Tensor = net(x).pow(2).mean()
         loss.backward()
         optimizer.step()
         return loss.detach()
@@ -214,10 +227,9 @@ def optimizer_inside() -> Made:
 @program(backend="aot")
 def optimizer_step() -> Made:
     """Only the step of Adam is compiled."""
-    net = nn.Linear(4, 2)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.fill_(0.5)
+    net = nn.Linear(4, 4)
+    nn.init.eye_(net.weight)
+    nn.init.zeros_(net.bias)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
 
     def call(fn: Function) -> object:
@@ -266,18 +278,15 @@ def mixed_precision() -> Made:
         scaler.update()
         return loss.detach()
 
-    return Made(
-        forward, [lambda fn: call(fn, 1.0), lambda fn: call(fn, float("inf"))], (net, optimizer, scaler)
-    )
+    return Made(forward, [lambda fn: call(fn, 1.0), lambda fn: call(fn, float("inf"))], (net, optimizer, scaler))
 
 
 @program(backend="aot")
 def accumulation_and_clipping() -> Made:
     """Gradients of two micro-batches, clipped, with an averaged copy of the model."""
     net = nn.Linear(4, 4)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.fill_(0.5)
+    nn.init.eye_(net.weight)
+    nn.init.zeros_(net.bias)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     average = torch.optim.swa_utils.AveragedModel(net)
 

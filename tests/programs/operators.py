@@ -1,4 +1,4 @@
-"""Programs about operators and modes: higher-order ones, custom ones, functions kept from Dynamo, modes of the user's."""
+"""Programs about operators, functions that are kept from Dynamo, and modes of the user's."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def kept_from_dynamo() -> Made:
     """Functions that Dynamo is told to leave alone, in the middle and at the end, which raise in every third call."""
     log: list[str] = []
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no annotations here
     def noted(x: Tensor) -> Tensor:
         log.append("noted")
         if x.sum() > 9:
@@ -111,7 +111,8 @@ def kept_from_dynamo() -> Made:
         return x + 1
 
     def step(x: Tensor) -> Tensor:
-        return noted(noted(x / 2).cos()) * 2
+        out: Tensor = noted(noted(x / 2).cos())
+        return out * 2
 
     return Made(step, [called(X), called(X * 5), called(X)], log=log)
 
@@ -120,7 +121,7 @@ def kept_from_dynamo() -> Made:
 def constant_result() -> Made:
     """A function that is evaluated once and for all, and one that goes into the graph as it is."""
 
-    @torch._dynamo.assume_constant_result
+    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # the same
     def size() -> int:
         return 3
 
@@ -166,6 +167,7 @@ def function_mode_outside() -> Made:
 @program()
 def function_mode_inside() -> Made:
     """A TorchFunctionMode that the function enters itself."""
+
     class Negate(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
@@ -191,7 +193,7 @@ def dispatch_mode() -> Made:
 
     def noted(fn: Function) -> object:
         log.clear()
-        with Dispatched():
+        with Dispatched():  # type: ignore[no-untyped-call]  # torch has no annotations here
             out = fn(X)
         return out, tuple(log)
 

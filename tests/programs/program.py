@@ -1,4 +1,4 @@
-"""The definition of a program: a function to compile, the calls made of it, and the state worth looking at afterwards."""
+"""A program: a function to compile, calls of it, and the state that they leave behind."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -164,7 +164,7 @@ def _run(
                 made.log.clear()
             worked, booked = _work(backend), stats() if stats else None
             result = _outcome(call, function)
-            generators = torch.get_rng_state(), random.getstate(), np.random.get_state()[1:]  # noqa: NPY002  # programs may use it
+            generators = torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002  # programs may use it
             run.seen.append(Seen(result, frozen(made.watched), frozen(made.log), frozen(generators), _modes()))
             run.work.append(Work(*(after - before for after, before in zip(_work(backend), worked, strict=True))))
             run.ran_as.append(_ran_as(booked, stats()) if stats and booked else "")
@@ -223,26 +223,28 @@ def _type(value: object) -> str:
 
 
 def frozen(value: object) -> object:
-    """A copy of a value that can be compared later: nested tuples of tensors and plain objects, with type names."""
+    """A copy of a value for later comparison: nested tuples of type names, tensors and plain objects."""
     if isinstance(value, Tensor):
         return _frozen_tensor(value)
     if isinstance(value, (np.ndarray, np.generic)):
         return _type(value), str(value.dtype), torch.as_tensor(value.copy())
+    parts = _parts(value)
+    return value if parts is None else (_type(value), [(key, frozen(part)) for key, part in parts])
+
+
+def _parts(value: object) -> Iterable[tuple[object, object]] | None:
+    """The parts of a value, read past the methods of subclasses, or None if it is plain."""
     if isinstance(value, torch.nn.Module):
-        hooked = [(name, frozen(p)) for name, p in value.named_parameters()]
-        return _type(value), value.training, hooked, [(name, frozen(b)) for name, b in value.named_buffers()]
+        return [("training", value.training), *value.named_parameters(), *value.named_buffers()]
     if hasattr(value, "state_dict"):
-        return _type(value), frozen(value.state_dict())
-    if isinstance(value, BaseException):
-        return _type(value), frozen(value.args)
+        return _parts(value.state_dict())
     if isinstance(value, dict):
-        return _type(value), [(frozen(key), frozen(dict.__getitem__(value, key))) for key in dict.__iter__(value)]
+        return [(key, dict.__getitem__(value, key)) for key in dict.__iter__(value)]
     if isinstance(value, (list, tuple)):
-        items: Iterator[object] = list.__iter__(value) if isinstance(value, list) else tuple.__iter__(value)
-        return _type(value), [frozen(item) for item in items]
+        return enumerate(list.__iter__(value) if isinstance(value, list) else tuple.__iter__(value))
     if dataclasses.is_dataclass(value):
-        return _type(value), [(f.name, frozen(getattr(value, f.name))) for f in dataclasses.fields(value)]
-    return value
+        return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+    return None
 
 
 @torch.no_grad()

@@ -99,7 +99,8 @@ def complex_numbers() -> Made:
 
     def step(x: Tensor) -> Tensor:
         y = torch.fft.fft(x.to(torch.complex64)) * w
-        return y.abs() + y.real.sin() + torch.view_as_real(y)[:, 1]
+        out: Tensor = y.abs() + y.real.sin() + torch.view_as_real(y)[:, 1]
+        return out
 
     return Made(step, [differentiated(X)] * 2, w)
 
@@ -170,7 +171,7 @@ class Plain(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_function__(func, types, args, kwargs or {})
+        out = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # as above
         return out + 1 if func is Tensor.sin else out
 
 
@@ -184,32 +185,31 @@ def own_torch_function() -> Made:
 class Scaled(Tensor):
     """A traceable wrapper: a tensor and a number by which it is scaled."""
 
-    inner: Tensor
-    scale: float
-
     @staticmethod
     def __new__(cls, inner: Tensor, scale: float) -> Any:
-        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        return Tensor._make_wrapper_subclass(
             cls, inner.shape, dtype=inner.dtype, device=inner.device, requires_grad=inner.requires_grad
         )
 
     def __init__(self, inner: Tensor, scale: float) -> None:
-        self.inner, self.scale = inner, scale
+        self.tensor, self.scale = inner, scale
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch's would read the data
         return f"Scaled({self.scale})"
 
     def __tensor_flatten__(self) -> tuple[list[str], float]:
-        return ["inner"], self.scale
+        return ["tensor"], self.scale
 
     @staticmethod
     def __tensor_unflatten__(tensors: dict[str, Tensor], scale: float, *_: object) -> Scaled:
-        return Scaled(tensors["inner"], scale)
+        return Scaled(tensors["tensor"], scale)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # the base class's is no class method
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         scales = [x.scale for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Scaled)]
-        plain = torch.utils._pytree.tree_map_only(Scaled, lambda x: x.inner, (args, kwargs or {}))
+        plain = torch.utils._pytree.tree_map_only(Scaled, lambda x: x.tensor, (args, kwargs or {}))
         out = func(*plain[0], **plain[1])
         wrapped = torch.utils._pytree.tree_map_only(Tensor, lambda x: Scaled(x, max(scales)), out)
         return return_and_correct_aliasing(func, args, kwargs or {}, wrapped)
@@ -224,7 +224,7 @@ def wrapper_subclass() -> Made:
 @contextlib.contextmanager
 def one_rank() -> Iterator[None]:
     """A process group of one rank, without a network."""
-    store = torch.distributed.HashStore()
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # it is there
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield
