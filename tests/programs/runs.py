@@ -79,13 +79,21 @@ class Raised(NamedTuple):
     cause: str
 
 
+class Generators(NamedTuple):
+    """Hashes of the states of the random generators."""
+
+    torch: int
+    random: int
+    numpy: int
+
+
 class Seen(NamedTuple):
     """A user's view of one call."""
 
     result: object
     watched: object
     log: object
-    random: object
+    generators: Generators
     modes: object
 
 
@@ -164,8 +172,7 @@ def _run(
                 made.log.clear()
             worked, booked = _work(backend), stats() if stats else None
             result = _outcome(call, function)
-            generators = torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002  # programs may use it
-            run.seen.append(Seen(result, frozen(made.watched), frozen(made.log), frozen(generators), _modes()))
+            run.seen.append(Seen(result, frozen(made.watched), frozen(made.log), _generators(), _modes()))
             run.work.append(Work(*(after - before for after, before in zip(_work(backend), worked, strict=True))))
             run.ran_as.append(_ran_as(booked, stats()) if stats and booked else "")
     torch._dynamo.reset()
@@ -176,6 +183,12 @@ def _seed(number: int) -> None:
     torch.manual_seed(number)
     random.seed(number)
     np.random.seed(number)  # noqa: NPY002  # programs may use it
+
+
+def _generators() -> Generators:
+    _, key, position, *_ = np.random.get_state()  # noqa: NPY002  # programs may use it
+    numpy = hash((np.asarray(key).tobytes(), position))
+    return Generators(hash(torch.get_rng_state().numpy().tobytes()), hash(random.getstate()), numpy)
 
 
 def _work(backend: Backend | None) -> Work:
