@@ -12,7 +12,7 @@ X = torch.arange(6.0)
 
 @program(given_up="Stock never compiles again what has raised once.")
 def exception_after_break() -> Made:
-    """An exception of the program's own with two arguments, raised between two graphs in every second call."""
+    """An exception of the program's own with two arguments, raised between two graphs in every third call."""
 
     class Trouble(Exception):
         pass
@@ -27,7 +27,7 @@ def exception_after_break() -> Made:
             raise Trouble("no", 7)
         return y.cos()
 
-    return Made(step, [called(X, True), called(X, False), called(X, True)], log=log)
+    return Made(step, [called(X, True), called(X, True), called(X, False)], log=log)
 
 
 @program()
