@@ -69,7 +69,7 @@ class Baselines(NamedTuple):
         ]
 
     def not_recovered(self, run: Run, program: Program) -> list[str]:
-        """What is missing in the last round of calls: a graph that stock runs there, or a state that says so.
+        """The last round of calls is short of a graph that stock runs, or the state does not say what is true.
 
         If stock runs no graphs any more, the state may be any in which no retry is to come.
         """

@@ -14,7 +14,7 @@ X = torch.arange(6.0)
 
 
 def weight() -> Tensor:
-    """A square matrix that wants a gradient."""
+    """A square matrix that requires a gradient."""
     return torch.randn(6, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
 
@@ -94,7 +94,7 @@ def backward_with_notes() -> Made:
 
 @program(backend="aot")
 def hook_on_a_leaf() -> Made:
-    """A hook of the caller's on a parameter, which scales its gradient and takes note, and one after accumulation."""
+    """A hook of the caller's on a parameter, which scales its gradient and logs the call, and another hook after accumulation."""
     w, log = weight(), list[str]()
 
     def scale(grad: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ def inference_mode() -> Made:
 
 
 def masks_agree(loss: Tensor, w: Tensor) -> tuple[bool, object]:
-    """Whether the gradient of a loss that is linear in the sum of w fits the loss: it does if both saw one mask."""
+    """Compare the gradient of a loss that is linear in w.sum() with the loss: they fit if both passes saw one mask."""
     w.grad = None
     torch.manual_seed(1000)  # a draw of the caller's between the passes must not matter
     loss.backward()
@@ -284,7 +284,7 @@ def reentrant_checkpoint_inside() -> Made:
 
 @program(backend="aot")
 def checkpoint_inside_without_generator() -> Made:
-    """A checkpointed block without draws that says so, inside."""
+    """A checkpointed block with `preserve_rng_state=False`, inside."""
     w = weight()
 
     def step(x: Tensor) -> Tensor:
@@ -331,7 +331,7 @@ def reentrant_checkpoint_outside() -> Made:
 
 @program(backend="aot")
 def selective_checkpoint() -> Made:
-    """A checkpoint that keeps the matrix products and computes the rest again."""
+    """A checkpoint that saves the matrix products and recomputes the rest."""
     w = weight()
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -367,7 +367,7 @@ def saved_tensors_hooks() -> Made:
 
 @program(backend="aot")
 def anomaly_mode() -> Made:
-    """Anomaly detection of the caller's, with a gradient that is not a number in the second call."""
+    """Anomaly detection of the caller's, with NaN gradients in the second call."""
     w = weight()
 
     def call(fn: Function, x: Tensor) -> object:

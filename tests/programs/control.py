@@ -15,13 +15,13 @@ X = torch.arange(6.0)
 
 @program()
 def one_graph() -> Made:
-    """Nothing in the way of one graph."""
+    """A function that is one graph."""
     return Made(lambda x: x.sin().cos(), [called(X), called(X + 1)])
 
 
 @program(options={"fullgraph": True})
 def fullgraph() -> Made:
-    """One graph that has to be one."""
+    """A function that is one graph, under fullgraph=True."""
     return Made(lambda x, y: x @ y, [called(X, X)])
 
 
@@ -41,7 +41,7 @@ def graph_break() -> Made:
 
 @program()
 def break_in_callee() -> Made:
-    """A graph break in a function that is called twice, with a note of when it came by."""
+    """A graph break in a function that is called twice, with a log entry at each break."""
     log: list[str] = []
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no annotations here
@@ -158,13 +158,13 @@ def static_shapes() -> Made:
 
 @program(options={"dynamic": False})
 def over_the_recompile_limit() -> Made:
-    """More numbers than Dynamo makes graphs for: the last ones run eagerly under stock too."""
+    """More constants than the recompile limit allows: the last ones run eagerly under stock too."""
     return Made(lambda x, k: x.sin() * k, [called(X, k) for k in range(10)])
 
 
 @program()
 def generator_inside() -> Made:
-    """A generator that is made and consumed inside, not to its end, and closed."""
+    """A generator created inside, partly consumed, and closed."""
     log: list[object] = []
 
     def parts(x: Tensor) -> Generator[Tensor, None, None]:
@@ -252,7 +252,7 @@ def traced_context_manager() -> Made:
 
 @program(backend="aot")
 def autocast() -> Made:
-    """Autocast inside and round the function, with a region that switches it off."""
+    """Autocast inside and around the function, with a region that disables it."""
     w = (torch.eye(6) * 2).requires_grad_()  # small integers: nothing is rounded
 
     def step(x: Tensor) -> Tensor:

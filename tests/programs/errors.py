@@ -91,7 +91,7 @@ def index_error_caught() -> Made:
 
 @program(backend="aot")
 def index_error() -> Made:
-    """A dimension out of range that Dynamo lets pass and only the backend notices."""
+    """A dimension out of range that only the backend notices."""
 
     def step(x: Tensor, dim: int) -> Tensor:
         return torch.softmax(x, dim=dim)

@@ -14,7 +14,7 @@ X = torch.arange(12.0).reshape(3, 4) / 10
 
 
 class Net(nn.Module):
-    """A layer with another one that can be put into it."""
+    """A linear layer followed by any other module."""
 
     def __init__(self, inner: nn.Module | None = None) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def training_and_evaluation() -> Made:
 
 @program(backend="aot")
 def dropout() -> Made:
-    """Dropout in a module, with the mask read back from the gradient."""
+    """Dropout in a module, with its gradient."""
     net = Net(nn.Dropout(0.5))
 
     def call(fn: Function) -> object:
@@ -79,7 +79,7 @@ def dropout() -> Made:
 
 @program(backend="aot")
 def module_hooks() -> Made:
-    """Hooks before and after forward, and on backward, that change values and take notes."""
+    """Hooks before and after forward, and on backward, that change values and log the call."""
     net, log = Net(), list[str]()
 
     def before(module: nn.Module, args: Any) -> Any:
@@ -283,7 +283,7 @@ def mixed_precision() -> Made:
 
 @program(backend="aot")
 def accumulation_and_clipping() -> Made:
-    """Gradients of two micro-batches, clipped, with an averaged copy of the model."""
+    """Gradients of two micro-batches, clipped, and an averaged copy of the model."""
     net = nn.Linear(4, 4)
     nn.init.eye_(net.weight)
     nn.init.zeros_(net.bias)

@@ -1,4 +1,4 @@
-"""Programs about operators, functions that are kept from Dynamo, and modes of the user's."""
+"""Programs about operators, functions hidden from Dynamo, and the user's own modes."""
 
 from __future__ import annotations
 
@@ -93,14 +93,14 @@ def _(x: Tensor, k: float) -> Tensor:
 
 @program(backend="aot")
 def custom_operator() -> Made:
-    """An operator of the program's own, with a kernel that takes notes."""
+    """An operator of the program's own, with a kernel that logs each call."""
     LOG.clear()
     return Made(lambda x: scale(x.sin(), 3.0) + 1, [called(X)] * 2, log=LOG)
 
 
 @program()
 def kept_from_dynamo() -> Made:
-    """Functions that Dynamo is told to leave alone, in the middle and at the end, which raise in every third call."""
+    """A function that Dynamo is told to leave alone, called twice, which raises in the second of three calls."""
     log: list[str] = []
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no annotations here
@@ -119,7 +119,7 @@ def kept_from_dynamo() -> Made:
 
 @program()
 def constant_result() -> Made:
-    """A function that is evaluated once and for all, and one that goes into the graph as it is."""
+    """A function evaluated at compile time, and one that enters the graph untraced."""
 
     @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # the same
     def size() -> int:
@@ -140,7 +140,7 @@ def compiled_inside() -> Made:
 
 
 class Notes(TorchFunctionMode):
-    """A mode that takes note of each function."""
+    """A mode that logs each function."""
 
     def __init__(self, log: list[str]) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Notes(TorchFunctionMode):
 
 @program()
 def function_mode_outside() -> Made:
-    """A TorchFunctionMode of the caller's that takes notes."""
+    """A TorchFunctionMode of the caller's that logs each function."""
 
     def call(fn: Function) -> object:
         log: list[str] = []
@@ -183,7 +183,7 @@ def function_mode_inside() -> Made:
 
 @program(given_up="Stock never compiles again what has been called under a dispatch mode once.")
 def dispatch_mode() -> Made:
-    """A TorchDispatchMode of the caller's that takes notes, round one of the calls."""
+    """A TorchDispatchMode of the caller's that logs each operator, around one of the calls."""
     log: list[str] = []
 
     class Dispatched(TorchDispatchMode):
@@ -213,7 +213,7 @@ def device_context() -> Made:
 
 @program()
 def compiler_flags() -> Made:
-    """A function that asks if it is being compiled, and does the same either way."""
+    """A function that checks `is_compiling()`, and computes the same either way."""
 
     def step(x: Tensor) -> Tensor:
         return x.sin() * 2 if torch.compiler.is_compiling() else x.sin() + x.sin()

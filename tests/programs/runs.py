@@ -214,7 +214,7 @@ def _outcome(call: Call, function: Function) -> object:
 
 
 def _modes() -> object:
-    """The modes of this thread, which are put back as they should be for the next call."""
+    """The modes of this thread. Resets them for the next call."""
     seen = (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),

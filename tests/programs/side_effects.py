@@ -1,4 +1,4 @@
-"""Programs about Python around the tensors: side effects, arguments and results of all types, random numbers."""
+"""Programs about the Python around tensors: side effects, arguments and results of all types, random numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ X = torch.arange(6.0)
 
 @program()
 def lists_and_dicts() -> Made:
-    """Containers of the caller's that are appended to, updated and turned over."""
+    """Containers of the caller's that are appended to, updated and reversed."""
     log: list[object] = []
     table: dict[str, Any] = {"k2": X.sum()}
 
@@ -118,7 +118,7 @@ def random_numbers() -> Made:
 
 @program()
 def random_module() -> Made:
-    """Draws from the random module that decide about the work."""
+    """Draws from Python's random module."""
 
     def step(x: Tensor) -> Tensor:
         y = x * random.random()
@@ -163,7 +163,7 @@ class Mode(enum.Enum):
 
 @program()
 def flags() -> Made:
-    """Arguments that are no tensors: an enum, numbers, strings, None, a tuple, a dtype, a slice, a set."""
+    """Arguments other than tensors: an enum, numbers, strings, extra positional ones, a dtype, a slice."""
 
     def step(x: Tensor, mode: Mode, k: float = 1.0, name: str = "sin", *rest: int, **named: Any) -> object:
         y = getattr(x, name)() * k + sum(rest)
@@ -238,7 +238,7 @@ def model_output() -> Made:
 
 
 class LazyList(list[Any]):
-    """A list that takes note of what is asked for, and does not do slices."""
+    """A list that logs which items are read, and rejects slices."""
 
     def __init__(self, items: list[Any], log: list[int]) -> None:
         super().__init__(items)
@@ -252,7 +252,7 @@ class LazyList(list[Any]):
 
 
 class Angry(dict[str, Any]):
-    """A dict that wants to be read key by key."""
+    """A dict that can only be read key by key."""
 
     def values(self) -> Any:
         raise RuntimeError("read the items one by one")
@@ -274,7 +274,7 @@ def dict_with_ideas() -> Made:
 
 @program()
 def deque_and_set() -> Made:
-    """A deque that turns over and a set that changes."""
+    """A deque that rotates and a set that toggles an item."""
     window = deque([X, X + 1])
     names = {"a"}
 

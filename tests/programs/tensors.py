@@ -78,7 +78,7 @@ def input_returned() -> Made:
 
 @program(differs="Stock raises the error of a fake tensor past the program's `except`.")
 def leaf_in_place() -> Made:
-    """A leaf that wants a gradient and is written to, which autograd forbids."""
+    """An in-place write to a leaf that requires a gradient, which autograd forbids."""
     w = X.clone().requires_grad_()
     log: list[str] = []
 
@@ -248,7 +248,7 @@ def sharded() -> Made:
 
 @program(within=one_rank)
 def collective() -> Made:
-    """A collective inside, which one rank may run alone."""
+    """A collective inside, in a group of one rank."""
 
     def step(x: Tensor) -> Tensor:
         y = x.sin()
