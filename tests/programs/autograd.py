@@ -94,7 +94,7 @@ def backward_with_notes() -> Made:
 
 @program(backend="aot")
 def hook_on_a_leaf() -> Made:
-    """A hook of the caller's on a parameter, which scales its gradient and logs the call, and another hook after accumulation."""
+    """Hooks of the caller's on a parameter: one scales and logs its gradient, one runs after accumulation."""
     w, log = weight(), list[str]()
 
     def scale(grad: Tensor) -> Tensor:
