@@ -1,0 +1,144 @@
+"""Many small programs: healthy they run as under stock torch.compile, and after a failure as in eager."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from compile_retry import CompileState
+from programs import PROGRAMS
+from programs.program import Program
+from programs.runs import ROUNDS, Raised, Run, Seen, Work, difference, eagerly, ours, stock
+from support import no_log_records
+
+# Prototype features warn, and as an error a warning would be one more exception of the program's.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+every_program = pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with no_log_records():
+        yield
+
+
+class Baselines(NamedTuple):
+    """A program's runs without the library."""
+
+    eager: Run
+    stock: Run
+
+    def differences(self) -> list[str]:
+        """The calls in which stock torch.compile does not do what eager does."""
+        pairs = enumerate(zip(self.eager.seen, self.stock.seen, strict=True), 1)
+        return [found for n, (a, b) in pairs if (found := difference(a, b, f"call {n}"))]
+
+    def expected(self, call: int, ran_as: str) -> tuple[Seen, ...]:
+        """The outcomes that are right for a call.
+
+        Eager's if it ran eagerly, or raises in eager: stock may wrap the exception. Otherwise stock's, and eager's too,
+        since a retry compiles later than stock does, and some of the call may have run eagerly.
+        """
+        eager, stock = self.eager.seen[call], self.stock.seen[call]
+        return (eager,) if ran_as == "eager" or isinstance(eager.result, Raised) else (stock, eager)
+
+    def wrong(self, run: Run) -> list[str]:
+        """The first call of a run whose outcome is not right."""
+        for call, (seen, ran_as) in enumerate(zip(run.seen, run.ran_as, strict=True)):
+            found = [difference(seen, right) for right in self.expected(call, ran_as)]
+            if all(found):
+                return [f"call {call + 1} ({ran_as}){found[0]}"]
+        return []
+
+    def raised_by_stock(self, call: int) -> bool:
+        """True where stock raises an error that is not eager's, and the library runs the call eagerly."""
+        eager, stock = self.eager.seen[call].result, self.stock.seen[call].result
+        return isinstance(stock, Raised) and difference(eager, stock) is not None
+
+    def other_work(self, run: Run) -> list[str]:
+        """The calls in which a run asks for other numbers of graphs, runs others or breaks more often than stock."""
+        return [
+            f"call {call + 1}: {ours}, stock {stock}"
+            for call, (ours, stock) in enumerate(zip(run.work, self.stock.work, strict=True))
+            if ours != stock and not self.raised_by_stock(call)
+        ]
+
+    def not_recovered(self, run: Run, program: Program) -> list[str]:
+        """The last round of calls is short of a graph that stock runs, or the state does not say what is true.
+
+        If stock runs no graphs any more, the state may be any in which no retry is to come.
+        """
+        ours, stock = last_round(run), last_round(self.stock)
+        problems = []
+        if ours.ran < stock.ran if program.given_up else ours != stock:
+            problems.append(f"last round {ours}, stock {stock}")
+        if (run.state is not CompileState.COMPILED) if stock.ran else (run.state is CompileState.FALLBACK):
+            problems.append(f"ends as {run.state}, last failure {run.last_failure}")
+        return problems
+
+    def failures(self, run: Run, attempt: int) -> int:
+        """The failures to be booked: one, or none if the attempt is made in a call that raises in eager too."""
+        made = itertools.accumulate(work.asked for work in run.work)
+        call = next((call for call, total in enumerate(made) if total >= attempt), None)
+        return 0 if call is not None and isinstance(self.eager.seen[call].result, Raised) else 1
+
+
+@functools.cache
+def baselines(program: Program) -> Baselines:
+    return Baselines(eagerly(program), stock(program))
+
+
+def first_round(run: Run) -> list[Work]:
+    return run.work[: len(run.work) // ROUNDS]
+
+
+def last_round(run: Run) -> Work:
+    """The compiler's part in the calls of the last round, added up."""
+    return Work(*map(sum, zip(*run.work[-len(run.work) // ROUNDS :], strict=True)))
+
+
+def attempts_to_fail(known: Baselines) -> list[int]:
+    """The first two attempts that stock makes in the first round, and the last."""
+    made = sum(work.asked for work in first_round(known.stock))
+    return sorted({1, 2, made} & set(range(1, made + 1)))
+
+
+@every_program
+def test_stock_is_eager(program: Program) -> None:
+    """Stock torch.compile does what eager does, or the program says why it does not."""
+    found = baselines(program).differences()
+    assert bool(found) == bool(program.differs), found
+
+
+@every_program
+def test_healthy(program: Program) -> None:
+    """A healthy program compiles, breaks and runs as many graphs as under stock torch.compile, and does the same."""
+    known = baselines(program)
+    run = ours(program)
+    problems = known.wrong(run)
+    if not program.given_up:
+        problems += known.other_work(run)
+    elif not any(ours.ran > stock.ran for ours, stock in zip(run.work, known.stock.work, strict=True)):
+        problems.append("no call runs more graphs than under stock")
+    assert not problems, "\n".join(problems)
+
+
+@every_program
+def test_failing(program: Program) -> None:
+    """A failed attempt changes no outcome, and the last of three rounds runs the graphs that stock runs."""
+    known = baselines(program)
+    problems = []
+    for attempt in attempts_to_fail(known):
+        run = ours(program, failing=attempt)
+        found = known.wrong(run)
+        if not any(known.raised_by_stock(call) for call in range(len(run.work))):  # that is permanent, and given up
+            found += known.not_recovered(run, program)
+            if run.failures != known.failures(run, attempt):
+                found.append(f"{run.failures} failures are booked, last {run.last_failure}")
+        problems += [f"attempt {attempt}: {text}" for text in found]
+    assert not problems, "\n".join(problems)
