@@ -1,22 +1,16 @@
-"""What an attempt costs: a retry against a first compile, and what keeping a graph's eager copy adds to it."""
+"""The cost of an attempt: a retry against a first compile."""
 
 from __future__ import annotations
 
-import copy
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-import torch._dynamo
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 from children import child
 from compile_retry import RetryPolicy, compile_with_fallback
-from compile_retry._backend import KeptGraph
 from compile_retry.testing import fail_compiles
 from subjects import BARE
 
@@ -76,32 +70,3 @@ def test_an_attempt(benchmark: BenchmarkFixture, tmp_path: Path, what: str, lap:
             trainer.ask("fail", what == "retry")
         benchmark.extra_info.update(table="attempt", row="four layers, forward and backward", column=what, lap=lap)
         benchmark.pedantic(trainer.ask, args=("bare" if what == BARE.name else "ours",), rounds=1)
-
-
-@pytest.mark.parametrize("layers", [4, 500])
-def test_keeping_a_graph(benchmark: BenchmarkFixture, layers: int) -> None:
-    """A graph's eager copy, against what even the cheapest compiler takes: Dynamo and a backend that does nothing."""
-    graphs: list[GraphModule] = []
-
-    def backend(graph_module: GraphModule, inputs: list[Tensor]) -> Any:
-        graphs.append(copy.deepcopy(graph_module))
-        return graph_module.forward
-
-    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)))
-    step = torch.compile(lambda x: model(x).sum(), backend=backend)
-    benchmark.extra_info.update(table="kept graph", row=f"{2 * layers} parameters", column="eager copy")
-    step(torch.ones(2, 4))
-    benchmark.pedantic(KeptGraph, setup=lambda: ((copy.deepcopy(graphs[0]),), {}), rounds=20)
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("layers", [4, 500])
-def test_compiling_a_graph(benchmark: BenchmarkFixture, layers: int, backend: str) -> None:
-    """What the copy is to be compared with."""
-    if (layers, backend) == (500, "inductor"):
-        pytest.skip("takes minutes, and the copy is small change against less")
-    torch._dynamo.reset()
-    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)))
-    step = torch.compile(lambda x: model(x).sum(), backend=backend)
-    benchmark.extra_info.update(table="kept graph", row=f"{2 * layers} parameters", column=f"compile, {backend}")
-    benchmark.pedantic(step, args=(torch.ones(2, 4),), rounds=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import logging
 import tracemalloc
 from collections.abc import Callable
@@ -86,6 +87,64 @@ def many_parameters(parameters: int) -> Work:
     return Work(step, (torch.ones(2, 4),), calls=5, rounds=10, options={"backend": "eager"})
 
 
+def held_off_shape() -> Work:
+    """Thirty layers and three arguments. The shape in `arguments` is held off; another one is compiled."""
+    layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(30))
+
+    def step(model: nn.ModuleList, x: Tensor, target: Tensor) -> Tensor:
+        for layer in model:
+            x = layer(x)
+        return (x - target).sum()
+
+    return Work(step, (layers, torch.ones(5, 4), torch.ones(4)), calls=40, rounds=5, options={"dynamic": False})
+
+
+def fails_for_five_rows(graph_module: torch.fx.GraphModule, inputs: list[Tensor]) -> Step:
+    if any(isinstance(value, Tensor) and value.shape[:1] == (5,) for value in inputs):
+        raise OSError(28, "No space left on device")
+    return graph_module.forward
+
+
+def answers_at_once(step: Step, **options: Any) -> Step:
+    """The floor: a frame callback that has every frame but the first one asked about run eagerly, and knows nothing."""
+    from compile_retry import _torch_internals as internals
+
+    compiled = torch.compile(step, **options)
+    asked = itertools.count()
+
+    def wrap(inner: internals.FrameCallback) -> internals.FrameCallback:
+        def answer(
+            frame: internals.Frame, cache_entry: object, frame_state: internals.FrameState
+        ) -> internals.ConvertFrameReturn:
+            if next(asked) == 0:
+                return inner(frame, cache_entry, frame_state)
+            return internals.run_eagerly(inner_frames=None)
+
+        return answer
+
+    internals.interpose(compiled, wrap)
+    return compiled
+
+
+FLOOR = Subject("callback that answers at once", answers_at_once)
+
+
+@functools.cache
+def beside_compiled_code(subject: Subject) -> tuple[Step, Work]:
+    """A subject that has compiled code for three rows, and holds five rows off."""
+    torch.manual_seed(0)
+    work = held_off_shape()
+    model, inputs, target = work.arguments
+    options: dict[str, Any] = {**work.options, "backend": fails_for_five_rows}
+    if subject is OURS:
+        options["policy"] = RetryPolicy(wait=1e9)
+    step = subject.make(fresh(work.step), **options)
+    step(model, inputs[:3], target)
+    for _ in range(100):
+        step(*work.arguments)
+    return step, work
+
+
 WORKS: dict[str, Callable[[], Work]] = {
     "15 µs function": small,
     "5 ms train step": medium,
@@ -152,6 +211,14 @@ def test_a_call_with_a_broken_compiler(benchmark: BenchmarkFixture, subject: Sub
         work = work._replace(calls=5, rounds=1)
     with subject.setting():
         measure(benchmark, step, work, table="held off", row="15 µs function", column=subject.name, lap=lap)
+
+
+@pytest.mark.parametrize("subject", [EAGER, FLOOR, OURS], ids=str)
+@pytest.mark.parametrize("lap", LAPS)
+def test_a_held_off_shape_beside_compiled_ones(benchmark: BenchmarkFixture, subject: Subject, lap: int) -> None:
+    step, work = beside_compiled_code(subject)
+    row = "30 layers, three arguments"
+    measure(benchmark, step, work, table="held off beside compiled", row=row, column=subject.name, lap=lap)
 
 
 @pytest.mark.parametrize("subject", [BARE, OURS], ids=str)

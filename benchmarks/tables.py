@@ -44,10 +44,12 @@ TABLES = {
     "floor, compiled": Table("What the parts of a compiled call cost", BARE, ("difference",)),
     "held off": Table("A call while the compiler is broken", EAGER, ("difference", "ratio")),
     "floor, held off": Table("What the parts of a held-off call cost", EAGER, ("difference",)),
+    "held off beside compiled": Table(
+        "A call of a shape that is held off while another one is compiled", EAGER, ("difference", "ratio")
+    ),
     "scale": Table("Many graphs, many parameters: a compiled call", BARE, ("difference", "ratio")),
     "memory": Table("Memory kept after the first calls, Python objects only", unit="kB"),
     "attempt": Table("An attempt, in a fresh process with an empty cache", BARE, ("ratio",)),
-    "kept graph": Table("Keeping a graph's eager copy, and compiling it", "eager copy", ("ratio",)),
     "recovered": Table("A train step after a recovery, against one that never failed", "never failed", ("ratio",)),
     "bad day, 10 min": Table("A bad day of 10 minutes, simulated: time to finish against an ideal"),
     "bad day, 1 h": Table("A bad day of 1 hour, simulated: time to finish against an ideal"),

@@ -163,7 +163,7 @@ class Journal:
         )
 
     def swept_away(self, tally: Tally, time: float) -> None:
-        message = "what had fallen back is gone, as after torch.compiler.reset(); called again, it is compiled anew"
+        message = "nothing is left to try: what had fallen back is gone, or torch.compile passes it over"
         self._note(SweptAway, tally, message, logging.INFO, time)
 
     @property

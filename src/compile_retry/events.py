@@ -132,7 +132,7 @@ class Recovered(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class SweptAway(Event):
-    """What had fallen back is gone without having been compiled, as after ``torch.compiler.reset()``."""
+    """Nothing is left to try: a graph is gone, as after ``torch.compiler.reset()``, or Dynamo skips the frame."""
 
     kind = "swept away"
 

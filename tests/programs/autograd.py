@@ -73,7 +73,10 @@ def own_backward() -> Made:
 
 @program()
 def backward_with_notes() -> Made:
-    """An autograd.Function that writes into a list, forward and backward, which Dynamo may not trace."""
+    """An autograd.Function that writes into a list, forward and backward, which Dynamo may not trace.
+
+    What runs in its forward may be a checkpoint's, so a retry waits for an optimizer to step.
+    """
     log: list[str] = []
 
     class Noted(torch.autograd.Function):
@@ -89,7 +92,14 @@ def backward_with_notes() -> Made:
 
     w = weight()
     apply: Function = Noted.apply
-    return Made(lambda x: apply(x @ w).sin(), [differentiated(X)] * 2, w, log)
+    optimizer, differentiate = torch.optim.SGD([w], lr=0.0), differentiated(X)
+
+    def call(fn: Function) -> object:
+        outcome = differentiate(fn)
+        optimizer.step()
+        return outcome
+
+    return Made(lambda x: apply(x @ w).sin(), [call] * 2, w, log)
 
 
 @program(backend="aot")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
@@ -111,11 +112,16 @@ class Switchboard:
 
     def _settle(self) -> None:
         with self._lock:
-            if not self._settled:  # otherwise another thread was faster
+            if self._settled:  # another thread was faster
+                return
+            before = random.getstate()  # rich, which structlog imports, draws from it when it is imported
+            try:
                 for switch in self._switches.values():
                     if switch.wanted and not switch.running:
                         switch.start()
-                self._settled = True
+            finally:
+                random.setstate(before)
+            self._settled = True
 
     def switch(self, names: tuple[str, ...], *, on: bool) -> None:
         if unknown := set(names) - set(self._switches):
