@@ -205,14 +205,16 @@ class Control:
                 self.turns.due_moment_used(key.steady, last.failed_in_call, self.ledger.waits)
         kind: FailureKind = "transient" if retry else "permanent"
         failure = self._book(doubt, kind, attempt, tally)
-        whole_code = False
+        how_long = ""
         if not retry and not is_strict():
             self.turns.served(key.steady)
-            whole_code = self.ledger.give_up(key)
+            how_long = "however it is called" if self.ledger.give_up(key) else "when it is called like this"
+            if not doubt.can_be_retried:
+                how_long = "until torch.compiler.reset()"
             self.breaker.refused(conversion.began + doubt.seconds, doubt.seconds)
             if tally.probing is last:
                 tally.probing = self.breaker.episode  # the same, but that the time counts
-        self.journal.failed(tally, failure, began=conversion.began, seconds=doubt.seconds, whole_code=whole_code)
+        self.journal.failed(tally, failure, began=conversion.began, seconds=doubt.seconds, how_long=how_long)
 
     def _book(self, doubt: Doubt, kind: FailureKind, attempt: int, tally: Tally) -> CompileFailure:
         next(self.books.attempts)

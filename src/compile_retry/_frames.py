@@ -151,7 +151,9 @@ class FrameConverter:
             if conversion.gave_way:
                 control.turns.ask(asked.key.steady, tally.call)
                 return self._eagerly(asked)
-            if not control.collectives or is_strict():
+            if control.collectives and is_strict():
+                raise  # at once: run here alone, the frame could hang
+            if not control.collectives:
                 control.doubt(exc, conversion, tally)
                 return self._eagerly(asked)
             control.failed_in_place(exc, conversion, tally)

@@ -102,7 +102,7 @@ class Journal:
         message = f"compiled in call {tally.call}"
         self._note(Compiled, tally, message, logging.INFO if first else None, graph=graph, seconds=seconds)
 
-    def failed(self, tally: Tally, failure: CompileFailure, *, began: float, seconds: float, whole_code: bool) -> None:
+    def failed(self, tally: Tally, failure: CompileFailure, *, began: float, seconds: float, how_long: str) -> None:
         """Noted when the call is over, with the time at which the attempt failed.
 
         Args:
@@ -110,7 +110,7 @@ class Journal:
             failure: What is known of it.
             began: The policy's clock when the attempt began.
             seconds: How long it took.
-            whole_code: Whether the frame's code is given up now, however it is called.
+            how_long: If it will not be tried again: when it runs eagerly.
         """
         time = began + seconds
         if failure.attempt == 1:
@@ -121,10 +121,7 @@ class Journal:
             message, gave_up = f"{what}; strict mode raises", ""
         elif failure.kind == "permanent":
             message = what
-            which = (
-                "it runs eagerly however it is called" if whole_code else "it runs eagerly when it is called like this"
-            )
-            gave_up = f"{where} cannot be compiled: {failure}; {which} and will not be tried again"
+            gave_up = f"{where} cannot be compiled: {failure}; it runs eagerly {how_long} and will not be tried again"
         elif due is None and self._breaker.episode is not None:
             message, gave_up = what, f"{what}; giving up, running eagerly until reset() or retry_now()"
         else:
