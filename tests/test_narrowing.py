@@ -88,8 +88,8 @@ def test_eleven_of_twelve_blocks(bad: int, how: str, policy: RetryPolicy, caplog
     assert compiler.ran - ran >= 11
     assert (fn.stats.mixed_calls - before.mixed_calls, fn.stats.attempts - before.attempts) == (1, 0)
     assert (fn.state, fn.next_retry) == (CompileState.GAVE_UP, None)
-    narrowest = "Cosine.forward" if how == "part" else "Block.forward"
-    assert narrowest in caplog.records[-1].getMessage()
+    narrowest = f"blocks.{bad}.part" if how == "part" else f"blocks.{bad}"
+    assert f"forward of {narrowest} (" in caplog.records[-1].getMessage()
 
 
 def test_a_module_that_is_decorated_itself() -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from types import CodeType
 from typing import NamedTuple
 
+import torch
+
 from . import _torch_internals as internals
 from ._call import Conversion, Location, Tally
 from ._control import Control
@@ -20,6 +22,7 @@ from ._healing import heal
 from ._ranks import settle_together
 from ._steps import UNSEEN
 from ._strict import is_strict
+from ._torch_eager import path_of_module
 from ._torch_internals import ConvertFrameReturn, Frame, FrameCallback, FrameState
 
 
@@ -69,7 +72,7 @@ class FrameConverter:
             return internals.run_eagerly(inner_frames=False)
         control, code = self._control, frame.f_code
         if code in self._entry_frames:
-            return internals.leave_to_itself()
+            return internals.run_eagerly(inner_frames=None)  # until that sets a callback of its own
         known = self._known.get(id(frame_state)) or self._known.setdefault(id(frame_state), _Known(frame_state))
         if not (known.is_ours or self._is_ours(known, frame)):
             return self._pass_over(frame, cache_entry, frame_state)
@@ -151,6 +154,7 @@ class FrameConverter:
             if conversion.gave_way:
                 control.turns.ask(asked.key.steady, tally.call)
                 return self._eagerly(asked)
+            conversion.location = _with_path(conversion.location, asked.frame)
             if control.collectives and is_strict():
                 raise  # at once: run here alone, the frame could hang
             if not control.collectives:
@@ -227,3 +231,11 @@ def _passed_over(result: ConvertFrameReturn) -> ConvertFrameReturn:
 
 def _location(code: CodeType) -> Location:
     return getattr(code, "co_qualname", code.co_name), code.co_filename, code.co_firstlineno
+
+
+def _with_path(location: Location, frame: Frame) -> Location:
+    """Add which part of a model a method belongs to, where the model is a variable of one of its callers."""
+    module = frame.f_locals.get("self")
+    path = path_of_module(module) if issubclass(type(module), torch.nn.Module) else ""
+    function, file, line = location
+    return (f"{function} of {path}", file, line) if path else location

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 import torch
@@ -45,6 +48,23 @@ def is_from_torch_compile(module: torch.nn.Module) -> bool:
     By the name of its class: the class itself is Dynamo's. Without it such a module would be compiled twice over.
     """
     return type(module).__name__ == "OptimizedModule"
+
+
+def path_of_module(module: torch.nn.Module) -> str:
+    """The name of a part within the model that it is part of, as in ``layers.3``, for people; empty if unknown.
+
+    The model is the outermost module that contains it among the variables of what is running in this thread.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    path = ""
+    while frame is not None:
+        for value in tuple(frame.f_locals.values()):
+            if issubclass(type(value), torch.nn.Module) and value is not module:
+                with suppress(Exception):  # a module with ideas of its own
+                    parts = torch.nn.Module.named_modules(value)
+                    path = next((name for name, part in parts if part is module), path)
+        frame = frame.f_back
+    return path
 
 
 def may_run_again() -> bool:

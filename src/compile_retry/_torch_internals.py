@@ -89,7 +89,6 @@ __all__ = [
     "is_skipped_file",
     "is_skipped_whatever_frame",
     "isolates_recompiles",
-    "leave_to_itself",
     "make_compiler",
     "mentions_torch",
     "run_directly",
@@ -338,13 +337,6 @@ _EAGERLY = {
 }
 
 
-def leave_to_itself() -> ConvertFrameReturn:
-    """Tell Dynamo to run this frame as it stands, and to look at no frame below it until another callback is set."""
-    count_for_fullgraph()
-    strategy = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.SKIP)
-    return ConvertFrameReturn(frame_exec_strategy=strategy, apply_to_code=False)
-
-
 def count_for_fullgraph() -> bool:
     """Keep ``fullgraph=True`` from raising "found no compiled frames" after the body has run, which loses its result.
 
@@ -395,8 +387,8 @@ def settings_for_compile(compiles: int) -> AbstractContextManager[object]:
 
     With `suppress_errors`, which users set, an error would skip the frame's code for good. Since 2.0.
     `accumulated_recompile_limit` counts the compiles of a code object and its cache entries, whichever wrapper they are
-    of and also where they run a graph eagerly, so that the wrappers of one function would use it up for each other.
-    Here it holds for what one wrapper has compiled. Since 2.6.
+    of, so that the wrappers of one function would use it up for each other. Here it holds for what one wrapper has
+    compiled. Since 2.6.
 
     Args:
         compiles: How often this wrapper's frames of that code were compiled.
