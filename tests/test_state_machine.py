@@ -2,7 +2,7 @@
 
 `make test` makes the same twenty runs every time. To look for something new, which takes as long as it is given::
 
-    HYPOTHESIS_PROFILE=long python -m pytest tests/test_state_machine.py
+    HYPOTHESIS_PROFILE=long python -m pytest -o faulthandler_timeout=0 tests/test_state_machine.py
 
 A run that fails is printed as the calls that lead to it; as a test of its own it belongs in test_counter_examples.py.
 """
@@ -28,7 +28,6 @@ from compile_retry.testing import FakeClock, record_events
 from reference_model import SCHEDULES, Config, Model
 from support import process_state
 from training_bench import (
-    GRAPHS,
     PERMANENT,
     Bench,
     DeepNet,
@@ -38,6 +37,7 @@ from training_bench import (
     Trouble,
     armed,
     assert_same,
+    deep,
     expected_graphs,
     flat,
     in_thread_or_not,
@@ -51,10 +51,10 @@ DUE_MOMENTS = 6
 # Chances are uneven on purpose: what fails must be called again, or nothing is retried.
 configs = st.builds(
     Config,
-    rows=st.sampled_from([3, 3, 5]),
-    grad=st.sampled_from([True, True, False]),
-    training=st.sampled_from([True, True, False]),
-    tag=st.sampled_from(["plain", "plain", "other"]),
+    rows=st.sampled_from([3, 3, 3, 5]),
+    grad=st.sampled_from([True, True, True, False]),
+    training=st.sampled_from([True, True, True, False]),
+    tag=st.sampled_from(["plain", "plain", "plain", "other"]),
 )
 subjects = st.sampled_from([0, 0, 0, 1, 2])
 errors = st.sampled_from([Trouble("no", 1), OSError(28, "No space left on device"), NotImplementedError("not this")])
@@ -62,10 +62,13 @@ faults = st.builds(
     Fault,
     stage=st.sampled_from(["backend", "backend", "trace", "torch.compile"]),
     kind=st.sampled_from([OSError, OSError, MemoryError, *PERMANENT]),
-    graph=st.sampled_from([None, None, "sin", "cos", "tanh"]),
+    graph=st.sampled_from([None, "sin", "cos", "tanh", "sigmoid"]),
     rows=st.sampled_from([None, None, 3]),
     tag=st.sampled_from([None, None, "plain"]),
     times=st.sampled_from([1, 2, 10**9]),
+)
+moments = st.tuples(
+    configs, st.none() | faults, st.sampled_from([0.0, 10.0, 100.0]), st.sampled_from([False, False, True])
 )
 interventions = st.sampled_from(["retry_now", "retry_now", "reset", "torch._dynamo.reset", "copy"])
 
@@ -85,7 +88,7 @@ class TrainingMachine(RuleBasedStateMachine):
         self.overruled = 0  # how many events had been told when the user last changed the state, which is not an event
 
     @initialize(
-        body=st.sampled_from(list(GRAPHS)),
+        body=st.sampled_from([flat, deep, deep]),
         module=st.booleans(),
         schedule=st.sampled_from(sorted(SCHEDULES)),
         seconds=st.sampled_from([0.0, 2.0]),
@@ -118,6 +121,17 @@ class TrainingMachine(RuleBasedStateMachine):
         self.bench.fault = copy.copy(fault)
         for _ in range(times):
             self.check_step(self.subject(which), config)
+
+    @rule(which=subjects, moments=st.lists(moments, min_size=4, max_size=8))
+    def a_bad_hour(self, which: int, moments: list[tuple[Config, Fault | None, float, bool]]) -> None:
+        """One thing after the other: what fails and does not, errors of the program in the midst of it."""
+        for config, fault, seconds, raises in moments:
+            self.bench.fault = copy.copy(fault) or self.bench.fault
+            self.clock.advance(seconds)
+            if raises:
+                self.a_step_raises(which, config, "between", Trouble("no", 2))
+            else:
+                self.check_step(self.subject(which), config)
 
     @rule(which=subjects, one=configs, other=configs, seconds=st.sampled_from([0.0, 4.0, 10.0]))
     def steps_in_turn(self, which: int, one: Config, other: Config, seconds: float) -> None:
