@@ -144,6 +144,21 @@ def test_a_retry_that_fails_inside_dynamo_leaves_nothing_waiting(in_dynamo: str)
     assert (fn.state, fn.next_retry) == (CompileState.GAVE_UP, None)
 
 
+def test_a_failure_round_a_call_of_the_function_itself_is_held_off() -> None:
+    """The inner call, which ends first, settles nothing of what the outer one has left in doubt."""
+
+    def step(x: torch.Tensor, depth: int) -> torch.Tensor:
+        y = x.sin()
+        torch._dynamo.graph_break()
+        return fn(y, depth - 1).cos() if depth else y
+
+    compiler = Compiler(lambda inputs: full_disk())
+    fn = compile_with_fallback(step, backend=compiler, dynamic=False, policy=RetryPolicy(wait=1000))
+    for _ in range(3):
+        fn(X, 2)
+    assert (compiler.asked, fn.stats.failures, fn.state) == (1, 1, CompileState.FALLBACK)
+
+
 def test_an_episode_that_a_reset_of_dynamo_ends_is_told() -> None:
     """A graph that nobody's frame asked for is gone: no recovery, but no silence either."""
     fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: full_disk()), policy=EVERY_CALL)

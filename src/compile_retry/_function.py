@@ -140,9 +140,11 @@ class CompiledFunction(Generic[P, R]):
     def _watched(self, number: int, tally: Tally, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
         """A call that may be an attempt, is timed, or is made within another one."""
         control, run, probe, began = self._control, self._compiled, None, None
-        outer = tally.call, tally.compiled, tally.eager, tally.doubt
+        outer = tally.call, tally.compiled, tally.eager
+        left_open = tally.doubt, tally.skipped, tally.unsettled
         try:
-            tally.call, tally.compiled, tally.eager, tally.doubt = number, 0, 0, None
+            tally.call, tally.compiled, tally.eager = number, 0, 0
+            tally.doubt, tally.skipped, tally.unsettled = None, [], False
             episode = self._breaker.episode
             is_timed = number >= self._history.next_call
             if episode is not None:
@@ -165,7 +167,8 @@ class CompiledFunction(Generic[P, R]):
                 raise
             self._over(tally, probing=probe is not None, raised=False, began=began)
         finally:
-            tally.call, compiled, eager, tally.doubt = outer
+            tally.call, compiled, eager = outer
+            tally.doubt, tally.skipped, tally.unsettled = left_open
             if tally.call:  # what it has run, the other has run too
                 tally.compiled, tally.eager = tally.compiled + compiled, tally.eager + eager
         if episode is not None:
