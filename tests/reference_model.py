@@ -24,7 +24,7 @@ CREATION: Key = ("torch.compile",)
 # runs as it stands, its rest is not a frame of its own. Those that it calls are.
 REST_OF = {"cos": "sin", "sigmoid": "tanh"}
 
-# After so many calls that ran compiled from end to end, what has failed and was not seen again is forgotten.
+# After so many calls that ran compiled but for what is given up, what has failed and was not seen again is forgotten.
 CLEAN_CALLS = 64
 
 # What cannot be compiled is given up by its exact look; after so many looks of one function, however it looks.
@@ -280,6 +280,7 @@ class Model:
             raised: Whether the program raised. Then what failed was no compile failure, but the program's own error.
         """
         expected, failure = list(graphs), self.call.failure
+        compilable = runs_of(expected, lambda graph: not self.is_given_up(self.call.config.key(graph)))
         if not runs:
             self.eager += 1
         elif raised and self.call.config.tag.startswith("raise"):
@@ -294,7 +295,7 @@ class Model:
             if failure.outcome == "transient":
                 return
         if self.episode is not None and self.call.due:
-            self._maybe_recovered(clean=runs == expected and not raised)
+            self._maybe_recovered(clean=bool(runs) and runs == compilable and failure is None and not raised)
 
     def clear_up(self, compiled: int) -> None:
         """Take the function's word for the calls that are unclear."""

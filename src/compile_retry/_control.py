@@ -59,7 +59,8 @@ class Control:
         self.skipped: dict[CodeType, dict[object, object]] = {}
         # All that Dynamo has cached for this function.
         self.entries: list[CachedFrame] = []
-        # Since the last failure: whether something was compiled, and for how many calls everything that ran was.
+        # Since the last failure: whether something was compiled, and for how many calls everything that ran was, or is
+        # given up.
         self._progress = False
         self._clean_calls = 0
 
@@ -225,7 +226,7 @@ class Control:
 
         Args:
             tally: Of this thread.
-            clean: Whether it ran compiled code only.
+            clean: Whether it ran compiled code, and nothing else but what is given up.
         """
         probed, tally.probing, tally.claims = tally.probing, None, frozenset()
         self.breaker.probe_ended()

@@ -109,7 +109,9 @@ class FrameConverter:
             return None
         if not may_hold_tensors(frame.f_locals) and not internals.mentions_torch(frame):
             return internals.run_eagerly(inner_frames=True)  # Dynamo would pass it over
-        if not control.ledger.is_given_up(key):
+        if control.ledger.is_given_up(key):
+            tally.given_up += 1
+        else:
             control.turns.ask(key.steady, tally.call)
         return self._eagerly(key, tally)
 

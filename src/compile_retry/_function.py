@@ -140,10 +140,10 @@ class CompiledFunction(Generic[P, R]):
     def _watched(self, number: int, tally: Tally, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
         """A call that may be an attempt, is timed, or is made within another one."""
         control, run, probe, began = self._control, self._compiled, None, None
-        outer = tally.call, tally.compiled, tally.eager
+        outer = tally.call, tally.compiled, tally.eager, tally.given_up
         left_open = tally.doubt, tally.skipped, tally.unsettled
         try:
-            tally.call, tally.compiled, tally.eager = number, 0, 0
+            tally.call, tally.compiled, tally.eager, tally.given_up = number, 0, 0, 0
             tally.doubt, tally.skipped, tally.unsettled = None, [], False
             episode = self._breaker.episode
             is_timed = number >= self._history.next_call
@@ -167,10 +167,11 @@ class CompiledFunction(Generic[P, R]):
                 raise
             self._over(tally, probing=probe is not None, raised=False, began=began)
         finally:
-            tally.call, compiled, eager = outer
+            tally.call, compiled, eager, given_up = outer
             tally.doubt, tally.skipped, tally.unsettled = left_open
             if tally.call:  # what it has run, the other has run too
                 tally.compiled, tally.eager = tally.compiled + compiled, tally.eager + eager
+                tally.given_up += given_up
         if episode is not None:
             control.hold_off(episode, number)
         return result
@@ -189,7 +190,7 @@ class CompiledFunction(Generic[P, R]):
         try:
             if tally.unsettled:
                 control.settle(tally, program_raised=raised)
-            clean = path == "compiled" and not raised
+            clean = not raised and path != "eager" and tally.eager == tally.given_up
         finally:
             next(control.books.calls[path])
             if probing:
