@@ -280,7 +280,7 @@ class Model:
             raised: Whether the program raised. Then what failed was no compile failure, but the program's own error.
         """
         expected, failure = list(graphs), self.call.failure
-        compilable = runs_of(expected, lambda graph: not self.is_given_up(self.call.config.key(graph)))
+        compilable = runs_of(expected, self._can_be_compiled)
         if not runs:
             self.eager += 1
         elif raised and self.call.config.tag.startswith("raise"):
@@ -339,9 +339,13 @@ class Model:
                 self.complaints.append(f"{key(graph)} has lost its code")
         if call.before is not None or not call.affords or call.in_backward or call.failure is not None:
             return
-        wanted = runs_of(expected, lambda graph: self.created and not self.is_given_up(key(graph)))
+        wanted = runs_of(expected, self._can_be_compiled) if self.created else []
         if runs != wanted:
             self.complaints.append(f"{runs} ran compiled, and nothing kept {wanted} from it")
+
+    def _can_be_compiled(self, graph: str) -> bool:
+        key = self.call.config.key(graph)
+        return key in self.code or not self.is_given_up(key)
 
     def _maybe_recovered(self, *, clean: bool) -> None:
         self.clean_calls += clean

@@ -56,13 +56,19 @@ configs = st.builds(
     training=st.sampled_from([True, True, True, False]),
     tag=st.sampled_from(["plain", "plain", "plain", "other"]),
 )
+many_configs = st.lists(
+    st.builds(Config, st.sampled_from([3, 5]), st.booleans(), st.booleans(), st.sampled_from(["plain", "other"])),
+    min_size=5,
+    max_size=12,
+)
 subjects = st.sampled_from([0, 0, 0, 1, 2])
 errors = st.sampled_from([Trouble("no", 1), OSError(28, "No space left on device"), NotImplementedError("not this")])
+graphs = st.sampled_from([None, "sin", "cos", "tanh", "sigmoid"])
 faults = st.builds(
     Fault,
     stage=st.sampled_from(["backend", "backend", "trace", "torch.compile"]),
     kind=st.sampled_from([OSError, OSError, MemoryError, *PERMANENT]),
-    graph=st.sampled_from([None, "sin", "cos", "tanh", "sigmoid"]),
+    graph=graphs,
     rows=st.sampled_from([None, None, 3]),
     tag=st.sampled_from([None, None, "plain"]),
     times=st.sampled_from([1, 2, 10**9]),
@@ -91,7 +97,7 @@ class TrainingMachine(RuleBasedStateMachine):
         body=st.sampled_from([flat, deep, deep]),
         module=st.booleans(),
         schedule=st.sampled_from(sorted(SCHEDULES)),
-        seconds=st.sampled_from([0.0, 2.0]),
+        seconds=st.sampled_from([0.0, 2.0, 2.0]),
     )
     def decorate(self, body: Callable[..., torch.Tensor], module: bool, schedule: str, seconds: float) -> None:
         self.bench.seconds = seconds
@@ -132,6 +138,13 @@ class TrainingMachine(RuleBasedStateMachine):
                 self.a_step_raises(which, config, "between", Trouble("no", 2))
             else:
                 self.check_step(self.subject(which), config)
+
+    @rule(which=subjects, configs=many_configs, stage=st.sampled_from(["backend", "trace"]), graph=st.none() | graphs)
+    def nothing_can_be_compiled(self, which: int, configs: list[Config], stage: str, graph: str | None) -> None:
+        """Or one graph cannot, however it looks."""
+        self.bench.fault = Fault(stage, NotImplementedError, graph)
+        for config in configs:
+            self.check_step(self.subject(which), config)
 
     @rule(which=subjects, one=configs, other=configs, seconds=st.sampled_from([0.0, 4.0, 10.0]))
     def steps_in_turn(self, which: int, one: Config, other: Config, seconds: float) -> None:
