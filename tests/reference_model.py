@@ -220,6 +220,12 @@ class Model:
         looks = [known for known in self.given_up if known[0] == key[0]]
         return key in looks or len(looks) >= MOST_LOOKS
 
+    @property
+    def waits_out_of_reach(self) -> bool:
+        """Whether the rest of a function waits, of which the first part has been given up since."""
+        firsts = {key: (REST_OF[graph], *key[1:]) for key in self.waiting if (graph := str(key[0])) in REST_OF}
+        return any(first not in self.code and self.is_given_up(first) for first in firsts.values())
+
     # What happens to it
 
     def begin(self, config: Config, *, in_backward: bool = False) -> None:
@@ -295,7 +301,8 @@ class Model:
             if failure.outcome == "transient":
                 return
         if self.episode is not None and self.call.due:
-            self._maybe_recovered(clean=bool(runs) and runs == compilable and failure is None and not raised)
+            clean = runs == compilable and failure is None and not raised
+            self._maybe_recovered(clean=clean, compiled=bool(runs))
 
     def clear_up(self, compiled: int) -> None:
         """Take the function's word for the calls that are unclear."""
@@ -347,12 +354,12 @@ class Model:
         key = self.call.config.key(graph)
         return key in self.code or not self.is_given_up(key)
 
-    def _maybe_recovered(self, *, clean: bool) -> None:
+    def _maybe_recovered(self, *, clean: bool, compiled: bool) -> None:
         self.clean_calls += clean
         if not self.waiting or self.clean_calls >= CLEAN_CALLS:
             self.waiting = set()
             self.episode = None
-            self.recoveries += self.progress or clean
+            self.recoveries += self.progress or (clean and compiled)
 
     # What users do to it
 

@@ -178,6 +178,24 @@ def test_what_is_given_up_does_not_keep_an_episode_from_ending() -> None:
     assert (fn.state, fn.next_retry) == (CompileState.GAVE_UP, None)
 
 
+def test_the_rest_of_a_function_does_not_wait_for_ever_for_what_is_given_up() -> None:
+    """It has failed; then all code was dropped, and now the first part cannot be compiled, so it is not reached."""
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        y = x.sin()
+        torch._dynamo.graph_break()
+        return y.cos()
+
+    compiler = ByGraph("cos")
+    fn = compile_with_fallback(step, backend=compiler, dynamic=False, policy=EVERY_CALL)
+    fn(X)
+    torch._dynamo.reset()
+    compiler.failing, compiler.exc = {"sin"}, NotImplementedError
+    for _ in range(1 + 64):
+        fn(X)
+    assert (fn.state, fn.next_retry, fn.stats.recoveries) == (CompileState.GAVE_UP, None, 0)
+
+
 def test_an_episode_that_a_reset_of_dynamo_ends_is_told() -> None:
     """A graph that nobody's frame asked for is gone: no recovery, but no silence either."""
     fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: full_disk()), policy=EVERY_CALL)

@@ -289,6 +289,8 @@ class TrainingMachine(RuleBasedStateMachine):
     def come_back(self, subject: Subject) -> None:
         """With everything repaired, what has ever been called is compiled within so many due moments."""
         self.bench.fault = None
+        if subject.model.waits_out_of_reach:
+            subject.tell("retry_now")
         for _ in range(DUE_MOMENTS):
             self.make_due(subject)
             for config in subject.seen:

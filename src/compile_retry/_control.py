@@ -226,7 +226,7 @@ class Control:
 
         Args:
             tally: Of this thread.
-            clean: Whether it ran compiled code, and nothing else but what is given up.
+            clean: Whether all that it ran was compiled, or is given up.
         """
         probed, tally.probing, tally.claims = tally.probing, None, frozenset()
         self.breaker.probe_ended()
@@ -240,7 +240,7 @@ class Control:
             return
         self.ledger.forget(waiting=True)
         self.turns.forget()
-        if self._progress or clean:
+        if self._progress or (clean and tally.compiled):
             next(self.books.recoveries)
             self.journal.recovered(tally, probed, now)
         elif not self.ledger.given_up:

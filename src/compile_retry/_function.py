@@ -190,7 +190,7 @@ class CompiledFunction(Generic[P, R]):
         try:
             if tally.unsettled:
                 control.settle(tally, program_raised=raised)
-            clean = not raised and path != "eager" and tally.eager == tally.given_up
+            clean = not raised and tally.eager == tally.given_up and bool(tally.compiled or tally.given_up)
         finally:
             next(control.books.calls[path])
             if probing:
