@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tenacity import stop_after_attempt, wait_exponential, wait_fixed
@@ -16,9 +16,22 @@ from compile_retry import CompileState, NextRetry, RetryPolicy
 
 Outcome = Literal["code", "transient", "permanent"]
 Stage = Literal["torch.compile", "trace", "backend"]
+Key = tuple[object, ...]
 
-# The library looks at calls this coarsely, and for so many calls, before it believes that a failed graph is not needed.
-WATCHED_CALLS = 64
+CREATION: Key = ("torch.compile",)
+
+# The rest of a function after a graph break, and what must be compiled for there to be such a frame: where a function
+# runs as it stands, its rest is not a frame of its own. Those that it calls are.
+REST_OF = {"cos": "sin", "sigmoid": "tanh"}
+
+# After so many calls that ran compiled but for what is given up, what has failed and was not seen again is forgotten.
+CLEAN_CALLS = 64
+
+# What cannot be compiled is given up by its exact look; after so many looks of one function, however it looks.
+MOST_LOOKS = 8
+
+# So many failures in a row that are not worth another attempt cost nothing; after that, the policy's share is theirs.
+FREE_REFUSALS = 4
 
 
 @dataclass(frozen=True)
@@ -31,17 +44,18 @@ class Config:
     tag: str = "plain"
 
     def key(self, graph: str) -> Key:
-        """Of these, what the graph's code depends on."""
+        """Of these, what the frame that holds the graph can see, and is known by."""
         inner = graph in ("tanh", "sigmoid")
         return (graph, self.rows, self.grad) if inner else (graph, self.rows, self.grad, self.training, self.tag)
 
-    def looks(self) -> tuple[object, ...]:
-        """By which the library tells what a failed graph was needed for: here, all of it."""
-        return self.rows, self.grad, self.training, self.tag
 
-
-Key = tuple[object, ...]
-CREATION: Key = ("torch.compile",)
+def runs_of(graphs: Iterable[str], is_compiled: Callable[[str], bool]) -> list[str]:
+    """Those of these graphs that run compiled, in their order, if this says which frames have compiled code."""
+    runs: list[str] = []
+    for graph in graphs:
+        if is_compiled(graph) and REST_OF.get(graph) in (None, *runs):
+            runs.append(graph)
+    return runs
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,11 @@ class Schedule:
 
     def with_clock(self, clock: Callable[[], float]) -> Schedule:
         return replace(self, policy=replace(self.policy, clock=clock))
+
+    def pause(self, elapsed: float, spent: float, last: float) -> float:
+        """Until one more failure, as long as the last, leaves all of them within their share of the time."""
+        share = self.policy.max_overhead or math.inf
+        return max(0.0, (spent + last) / share - last - elapsed)
 
 
 def doubling(first: float, most: float = math.inf) -> Callable[[int], float]:
@@ -75,6 +94,9 @@ SCHEDULES = {
     "three attempts": Schedule(
         RetryPolicy(wait=None, wait_calls=2, stop=stop_after_attempt(3)), calls=lambda attempt: 2, most=3
     ),
+    "two calls, a fifth of the time": Schedule(
+        RetryPolicy(wait=None, wait_calls=2, max_overhead=0.2), calls=lambda attempt: 2
+    ),
 }
 
 
@@ -83,9 +105,39 @@ class Episode:
     """From a first failure to the recovery."""
 
     failures: int
+    began: float
+    spent: float
     due_call: float
     due_time: float
+    not_before: float  # even if the calls are over
     stopped: bool
+
+    def is_due(self, call: int, now: float) -> bool:
+        return (call >= self.due_call and now >= self.not_before) or now >= self.due_time
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """Failures that are not worth another attempt."""
+
+    in_a_row: int = 0
+    since: float = 0.0
+    spent: float = 0.0
+    last: float = 0.0
+
+    def with_another(self, now: float, seconds: float) -> Refusals:
+        since = self.since if self.spent or self.last or self.in_a_row else now
+        return Refusals(self.in_a_row + 1, since, self.spent + seconds, seconds)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An attempt that failed: in doubt until the call is over."""
+
+    key: Key
+    outcome: Outcome
+    time: float
+    seconds: float
 
 
 @dataclass
@@ -93,19 +145,19 @@ class Call:
     """The call that is under way.
 
     Attributes:
-        due: Whether nothing is held off, or an attempt is due.
-        open: Whether it may attempt what is held off.
-        before: What was held off before it, to come back to if a failure turns out to be the program's own error.
-        failed: What has failed in it.
-        doubts: What has failed inside Dynamo.
+        before: What was held off when it began.
+        due: Whether nothing was, or an attempt was due.
+        in_backward: Whether it runs again what a forward pass has run.
+        affords: Whether an attempt may be made although it may be refused as those before it.
+        failure: What has failed in it. There is no second one.
     """
 
     config: Config
-    due: bool
-    open: bool
-    before: Episode | None
-    failed: list[Key] = field(default_factory=list)
-    doubts: list[Key] = field(default_factory=list)
+    before: Episode | None = None
+    due: bool = True
+    in_backward: bool = False
+    affords: bool = True
+    failure: Failure | None = None
 
 
 class Model:
@@ -114,16 +166,18 @@ class Model:
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self.episode: Episode | None = None
+        self.refusals = Refusals()
         self.calls = self.compiled = self.mixed = self.eager = 0
         self.attempts = self.failures = self.recoveries = 0
+        self.seconds = 0.0
         self.unclear = 0  # calls that Dynamo leaves by an error it has seen coming: compiled or mixed
         self.created = self.has_code = False
         self.code: set[Key] = set()
-        self.waiting: dict[Key, tuple[Stage, tuple[object, ...]]] = {}
-        self.permanent: dict[Key, Stage] = {}
+        self.waiting: set[Key] = set()
+        self.given_up: set[Key] = set()
         self.progress = False
         self.clean_calls = 0
-        self.call = Call(Config(), due=True, open=True, before=None)
+        self.call = Call(Config())
         self.complaints: list[str] = []
 
     # What the function says of itself
@@ -132,20 +186,21 @@ class Model:
     def state(self) -> CompileState:
         if self.episode is not None:
             return CompileState.GAVE_UP if self.episode.stopped else CompileState.FALLBACK
-        if self.permanent:
+        if self.given_up:
             return CompileState.GAVE_UP
         return CompileState.COMPILED if self.has_code else CompileState.PENDING
 
     @property
     def next_retry(self) -> NextRetry | None:
-        if self.episode is None or self.episode.stopped:
+        episode, now = self.episode, self.now
+        if episode is None or episode.stopped:
             return None
-        calls = None if math.isinf(self.episode.due_call) else int(max(1, self.episode.due_call - self.calls))
-        by_clock = self.episode.due_time != math.inf
-        return NextRetry(calls, max(0.0, self.episode.due_time - self.now) if by_clock else None)
+        calls = None if math.isinf(episode.due_call) else int(max(1, episode.due_call - self.calls))
+        seconds = None if episode.due_time == math.inf else max(0.0, episode.due_time - now)
+        return NextRetry(calls, seconds, max(0.0, episode.not_before - now))
 
     @property
-    def books(self) -> dict[str, int]:
+    def books(self) -> dict[str, float]:
         return {
             "calls": self.calls,
             "compiled_calls": self.compiled,
@@ -154,74 +209,73 @@ class Model:
             "attempts": self.attempts,
             "failures": self.failures,
             "recoveries": self.recoveries,
+            "compile_seconds": self.seconds,
         }
-
-    @property
-    def is_healthy(self) -> bool:
-        """Whether nothing is left to fall back."""
-        return self.episode is None and not self.permanent
 
     @property
     def now(self) -> float:
         return self.schedule.policy.clock()
 
+    def is_given_up(self, key: Key) -> bool:
+        looks = [known for known in self.given_up if known[0] == key[0]]
+        return key in looks or len(looks) >= MOST_LOOKS
+
+    @property
+    def waits_out_of_reach(self) -> bool:
+        """Whether the rest of a function waits, of which the first part has been given up since."""
+        firsts = {key: (REST_OF[graph], *key[1:]) for key in self.waiting if (graph := str(key[0])) in REST_OF}
+        return any(first not in self.code and self.is_given_up(first) for first in firsts.values())
+
     # What happens to it
 
     def begin(self, config: Config, *, in_backward: bool = False) -> None:
-        """A call begins. Under a backward pass nothing that is held off may be attempted."""
+        """A call begins."""
         self.calls += 1
-        episode = self.episode
-        due = episode is None or self.calls >= episode.due_call or self.now >= episode.due_time
-        self.call = Call(config, due, open=due and not in_backward, before=episode)
+        due = self.episode is None or self.episode.is_due(self.calls, self.now)
+        self.call = Call(config, self.episode, due, in_backward, self._affords_a_refusal())
 
-    def attempt(self, graph: str, outcome: Outcome, stage: Stage) -> None:
-        """The compiler runs, or Dynamo does and fails."""
+    def _affords_a_refusal(self) -> bool:
+        refusals = self.refusals
+        if refusals.in_a_row < FREE_REFUSALS:
+            return True
+        return self.schedule.pause(self.now - refusals.since, refusals.spent, refusals.last) <= 0
+
+    def attempt(self, graph: str, outcome: Outcome, stage: Stage, seconds: float) -> None:
+        """The compiler has run, or Dynamo has and failed."""
         key = CREATION if stage == "torch.compile" else self.call.config.key(graph)
         self._complain_of(key)
+        if outcome != "code":
+            self.call.failure = Failure(key, outcome, self.now, seconds)
+            return
         self.attempts += 1
-        if outcome == "code":
-            self._compiled(key)
-            return
-        self.failures += 1
-        self.call.failed.append(key)
-        if stage == "trace":
-            self.call.doubts.append(key)
-        if outcome == "permanent":
-            self.waiting.pop(key, None)
-            self.permanent[key] = stage
-            return
-        self.waiting[key] = stage, self.call.config.looks()
-        self.progress, self.clean_calls = False, 0
-        self._hold_off()
+        self.seconds += seconds
+        self.has_code = self.progress = True
+        self.refusals = replace(self.refusals, in_a_row=0)
+        self.code.add(key)
+        self.waiting.discard(key)
 
     def _complain_of(self, key: Key) -> None:
-        call, held_off = self.call, self.episode is not None
-        if held_off and not call.open:
+        call = self.call
+        if call.before is not None and not call.due:
             self.complaints.append(f"an attempt of {key} before it was due")
-        if held_off and (key in call.failed or (call.failed and call.before is None)):
+        if call.before is None and not call.affords and self.refusals.in_a_row >= FREE_REFUSALS:
+            self.complaints.append(f"an attempt of {key} that cannot be afforded")
+        if call.in_backward:
+            self.complaints.append(f"an attempt of {key}, which the forward pass ran eagerly")
+        if call.failure is not None:
             self.complaints.append(f"an attempt of {key} after a failure in the same call")
         if key in self.code:
             self.complaints.append(f"an attempt of {key}, which was compiled")
-        if key in self.permanent:
+        if self.is_given_up(key):
             self.complaints.append(f"an attempt of {key}, which was given up")
-
-    def _compiled(self, key: Key) -> None:
-        self.has_code = self.progress = True
-        self.code.add(key)
-        self.waiting.pop(key, None)
 
     def was_created(self) -> None:
         """``torch.compile`` itself has returned."""
         self.created = True
-        if self.waiting.pop(CREATION, None):
+        if CREATION in self.waiting:
+            self.waiting.discard(CREATION)
             self.progress = True
-
-    def _hold_off(self) -> None:
-        failures = self.episode.failures + 1 if self.episode else 1
-        stopped = failures >= self.schedule.most
-        due_call = math.inf if stopped else self.calls + self.schedule.calls(failures)
-        due_time = math.inf if stopped else self.now + self.schedule.seconds(failures)
-        self.episode = Episode(failures, due_call, due_time, stopped)
+            self.refusals = replace(self.refusals, in_a_row=0)
 
     def end(self, graphs: Iterable[str], runs: list[str], *, raised: bool) -> None:
         """The call ends.
@@ -229,11 +283,10 @@ class Model:
         Args:
             graphs: What eager would have run as graphs.
             runs: Those of which compiled code ran.
-            raised: Whether the program raised.
+            raised: Whether the program raised. Then what failed was no compile failure, but the program's own error.
         """
-        expected = list(graphs)
-        if raised and self.call.doubts:
-            self._withdraw()
+        expected, failure = list(graphs), self.call.failure
+        compilable = runs_of(expected, self._can_be_compiled)
         if not runs:
             self.eager += 1
         elif raised and self.call.config.tag.startswith("raise"):
@@ -242,9 +295,14 @@ class Model:
             self.compiled += 1
         else:
             self.mixed += 1
-        self._complain_of_lost_code(expected, runs)
-        if self.episode is not None and self.call.due and not self._failed_transiently():
-            self._maybe_recovered(clean=runs == expected and not raised)
+        self._complain_of_runs(expected, runs)
+        if failure is not None and not raised:
+            self._failed(failure)
+            if failure.outcome == "transient":
+                return
+        if self.episode is not None and self.call.due:
+            clean = runs == compilable and failure is None and not raised
+            self._maybe_recovered(clean=clean, compiled=bool(runs))
 
     def clear_up(self, compiled: int) -> None:
         """Take the function's word for the calls that are unclear."""
@@ -253,58 +311,74 @@ class Model:
         self.mixed += self.unclear - more
         self.unclear = 0
 
-    def _failed_transiently(self) -> bool:
-        return any(key in self.waiting for key in self.call.failed)
-
-    def _withdraw(self) -> None:
-        """Eager raises as well: what failed inside Dynamo was the program's own error."""
-        for key in self.call.doubts:
-            self.failures -= 1
-            self.attempts -= 1
-            self.waiting.pop(key, None)
-            self.permanent.pop(key, None)
-            self.call.failed.remove(key)
-        if not self.call.failed:
-            self.episode = self.call.before
-
-    def _complain_of_lost_code(self, expected: list[str], runs: list[str]) -> None:
-        """Compiled code is lost if it does not run, though what leads to it was compiled too."""
-        for graph in expected:
-            if graph in runs:
-                continue
-            if self.call.config.key(graph) in self.code:
-                self.complaints.append(f"{self.call.config.key(graph)} has lost its code")
+    def _failed(self, failure: Failure) -> None:
+        self.attempts += 1
+        self.failures += 1
+        self.seconds += failure.seconds
+        if failure.outcome == "transient":
+            self.waiting.add(failure.key)
+            self.progress, self.clean_calls = False, 0
+            self._hold_off(failure)
             return
+        self.waiting.discard(failure.key)
+        self.given_up.add(failure.key)
+        self.refusals = self.refusals.with_another(failure.time, failure.seconds)
+        if self.episode is not None:
+            self.episode = replace(self.episode, spent=self.episode.spent + failure.seconds)
 
-    def _maybe_recovered(self, *, clean: bool) -> None:
-        if clean:
-            self.clean_calls += 1
-            if self.progress:
-                looks = self.call.config.looks()
-                self.waiting = {key: value for key, value in self.waiting.items() if value[1] != looks}
-        if not self.waiting or self.clean_calls >= WATCHED_CALLS:
-            self.waiting = {}
+    def _hold_off(self, failure: Failure) -> None:
+        last, now = self.episode, failure.time
+        failures = last.failures + 1 if last else 1
+        began = last.began if last else now
+        spent = failure.seconds + (last.spent if last else 0)
+        stopped = failures >= self.schedule.most
+        due_call = math.inf if stopped else self.calls + self.schedule.calls(failures)
+        pause = self.schedule.pause(now - began, spent, failure.seconds)
+        due_time = math.inf if stopped else now + max(pause, self.schedule.seconds(failures))
+        not_before = now + pause if pause and due_call < math.inf else -math.inf
+        self.episode = Episode(failures, began, spent, due_call, due_time, not_before, stopped)
+
+    def _complain_of_runs(self, expected: list[str], runs: list[str]) -> None:
+        """Of compiled code that did not run, and of what was not compiled though nothing spoke against it."""
+        call, key = self.call, self.call.config.key
+        for graph in runs_of(expected, lambda graph: key(graph) in self.code):
+            if graph not in runs:
+                self.complaints.append(f"{key(graph)} has lost its code")
+        if call.before is not None or not call.affords or call.in_backward or call.failure is not None:
+            return
+        wanted = runs_of(expected, self._can_be_compiled) if self.created else []
+        if runs != wanted:
+            self.complaints.append(f"{runs} ran compiled, and nothing kept {wanted} from it")
+
+    def _can_be_compiled(self, graph: str) -> bool:
+        key = self.call.config.key(graph)
+        return key in self.code or not self.is_given_up(key)
+
+    def _maybe_recovered(self, *, clean: bool, compiled: bool) -> None:
+        self.clean_calls += clean
+        if not self.waiting or self.clean_calls >= CLEAN_CALLS:
+            self.waiting = set()
             self.episode = None
-            self.recoveries += self.progress or clean
+            self.recoveries += self.progress or (clean and compiled)
 
     # What users do to it
 
     def retry_now(self) -> None:
-        self.permanent = {}
+        self.given_up = set()
+        self.refusals = replace(self.refusals, in_a_row=0)
         if self.episode is not None:
             by_calls, by_clock = self.schedule.policy.wait_calls is not None, self.schedule.policy.wait is not None
             self.episode = replace(
                 self.episode,
                 due_call=0 if by_calls else math.inf,
                 due_time=-math.inf if by_clock else math.inf,
+                not_before=-math.inf,
                 stopped=False,
             )
 
     def reset(self) -> None:
-        self.permanent, self.waiting, self.episode = {}, {}, None
+        self.given_up, self.waiting, self.episode, self.refusals = set(), set(), None, Refusals()
 
     def dynamo_reset(self) -> None:
-        """All code is gone, and all that ran eagerly because a backend had failed on it."""
+        """All code is gone. What has failed has failed all the same."""
         self.code = set()
-        self.permanent = {key: stage for key, stage in self.permanent.items() if stage != "backend"}
-        self.waiting = {key: value for key, value in self.waiting.items() if value[0] != "backend"}

@@ -144,6 +144,58 @@ def test_a_retry_that_fails_inside_dynamo_leaves_nothing_waiting(in_dynamo: str)
     assert (fn.state, fn.next_retry) == (CompileState.GAVE_UP, None)
 
 
+def test_a_failure_round_a_call_of_the_function_itself_is_held_off() -> None:
+    """The inner call, which ends first, settles nothing of what the outer one has left in doubt."""
+
+    def step(x: torch.Tensor, depth: int) -> torch.Tensor:
+        y = x.sin()
+        torch._dynamo.graph_break()
+        return fn(y, depth - 1).cos() if depth else y
+
+    compiler = Compiler(lambda inputs: full_disk())
+    fn = compile_with_fallback(step, backend=compiler, dynamic=False, policy=RetryPolicy(wait=1000))
+    for _ in range(3):
+        fn(X, 2)
+    assert (compiler.asked, fn.stats.failures, fn.state) == (1, 1, CompileState.FALLBACK)
+
+
+def test_what_is_given_up_does_not_keep_an_episode_from_ending() -> None:
+    """A last, smaller batch has failed and does not come again, in a step of which a part can never be compiled."""
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        y = x.sin()
+        torch._dynamo.graph_break()
+        return y.cos()
+
+    compiler = ByGraph("cos", exc=NotImplementedError)
+    fn = compile_with_fallback(step, backend=compiler, dynamic=False, policy=EVERY_CALL)
+    fn(X), fn(X)
+    compiler.failing, compiler.exc = {"sin"}, OSError
+    fn(torch.ones(2))
+    assert fn.state is CompileState.FALLBACK
+    for _ in range(64):
+        fn(X)
+    assert (fn.state, fn.next_retry) == (CompileState.GAVE_UP, None)
+
+
+def test_the_rest_of_a_function_does_not_wait_for_ever_for_what_is_given_up() -> None:
+    """It has failed; then all code was dropped, and now the first part cannot be compiled, so it is not reached."""
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        y = x.sin()
+        torch._dynamo.graph_break()
+        return y.cos()
+
+    compiler = ByGraph("cos")
+    fn = compile_with_fallback(step, backend=compiler, dynamic=False, policy=EVERY_CALL)
+    fn(X)
+    torch._dynamo.reset()
+    compiler.failing, compiler.exc = {"sin"}, NotImplementedError
+    for _ in range(1 + 64):
+        fn(X)
+    assert (fn.state, fn.next_retry, fn.stats.recoveries) == (CompileState.GAVE_UP, None, 0)
+
+
 def test_an_episode_that_a_reset_of_dynamo_ends_is_told() -> None:
     """A graph that nobody's frame asked for is gone: no recovery, but no silence either."""
     fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: full_disk()), policy=EVERY_CALL)

@@ -19,6 +19,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.utils.checkpoint import checkpoint
 
 from compile_retry import CompiledFunction, compiled_function
+from compile_retry.testing import FakeClock
 from reference_model import Config, Model, Outcome
 
 LEARNING_RATE = 0.1
@@ -141,9 +142,15 @@ class Fault:
 
 
 class Bench:
-    """Where compiles are made to fail, and where it is seen what is compiled and what runs."""
+    """Where compiles are made to fail, and where it is seen what is compiled and what runs.
 
-    def __init__(self) -> None:
+    Args:
+        clock: What moves when something is compiled.
+    """
+
+    def __init__(self, clock: FakeClock) -> None:
+        self.clock = clock
+        self.seconds = 0.0  # that an attempt takes
         self.fault: Fault | None = None
         self.model: Model | None = None  # of the function that is called now
         self.runs: list[str] = []
@@ -162,10 +169,12 @@ class Bench:
         model, fault = self.model, self.fault
         assert model is not None
         if fault is not None and fault.strikes(stage, graph, model.call.config):
-            model.attempt(graph, fault.outcome, stage)
+            self.clock.advance(self.seconds)
+            model.attempt(graph, fault.outcome, stage, self.seconds)
             raise fault.kind("simulated")
         if stage == "backend":
-            model.attempt(graph, "code", stage)
+            self.clock.advance(self.seconds)
+            model.attempt(graph, "code", stage, self.seconds)
 
     def translate(self, run: Callable[[Any], None], translator: InstructionTranslator) -> None:
         name = translator.f_code.co_name.partition("_at_")[0]

@@ -107,6 +107,7 @@ class Tally:
         "doubt",
         "eager",
         "exclusive",
+        "given_up",
         "probing",
         "skipped",
         "untold",
@@ -116,6 +117,7 @@ class Tally:
         self.call = 0  # its number; 0 if there is none
         self.compiled = 0  # graphs that ran compiled
         self.eager = 0  # graphs and frames that ran eagerly
+        self.given_up = 0  # of these, the frames that are given up, where the call is watched
         self.attempts = 0  # of all this thread's calls
         self.probing: Episode | None = None  # let through during this one
         # In a probe: who has a claim to an attempt, and whether nobody else may make one.

@@ -63,7 +63,8 @@ class Control:
         self.skipped: dict[CodeType, dict[object, object]] = {}
         # All that Dynamo has cached for this function.
         self.entries: list[CachedFrame] = []
-        # Since the last failure: whether something was compiled, and for how many calls everything that ran was.
+        # Since the last failure: whether something was compiled, and for how many calls everything that ran was, or is
+        # given up.
         self._progress = False
         self._clean_calls = 0
 
@@ -258,7 +259,7 @@ class Control:
 
         Args:
             tally: Of this thread.
-            clean: Whether it ran compiled code only.
+            clean: Whether all that it ran was compiled, or is given up.
         """
         probed, tally.probing, tally.claims = tally.probing, None, frozenset()
         self.breaker.probe_ended()
@@ -272,7 +273,7 @@ class Control:
             return
         self.ledger.forget(waiting=True)
         self.turns.forget()
-        if self._progress or clean:
+        if self._progress or (clean and tally.compiled):
             next(self.books.recoveries)
             self.journal.recovered(tally, probed, now)
         elif not self.ledger.given_up:

@@ -115,7 +115,9 @@ class FrameConverter:
             return None
         if asked.would_be_passed_over():
             return internals.run_eagerly(inner_frames=True)
-        if not control.ledger.is_given_up(key):
+        if control.ledger.is_given_up(key):
+            tally.given_up += 1
+        else:
             control.turns.ask(key.steady, tally.call)
         return self._eagerly(asked)
 

@@ -140,9 +140,11 @@ class CompiledFunction(Generic[P, R]):
     def _watched(self, number: int, tally: Tally, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
         """A call that may be an attempt, is timed, or is made within another one."""
         control, probe, began = self._control, None, None
-        outer = tally.call, tally.compiled, tally.eager, tally.doubt, tally.skipped
+        outer = tally.call, tally.compiled, tally.eager, tally.given_up
+        left_open = tally.doubt, tally.skipped
         try:
-            tally.call, tally.compiled, tally.eager, tally.doubt, tally.skipped = number, 0, 0, None, []
+            tally.call, tally.compiled, tally.eager, tally.given_up = number, 0, 0, 0
+            tally.doubt, tally.skipped = None, []
             episode = self._breaker.episode
             is_timed = number >= self._history.next_call
             straight = control.eager_together
@@ -163,9 +165,11 @@ class CompiledFunction(Generic[P, R]):
                 raise
             self._over(tally, probing=probe is not None, raised=False, began=began)
         finally:
-            tally.call, compiled, eager, tally.doubt, tally.skipped = outer
+            tally.call, compiled, eager, given_up = outer
+            tally.doubt, tally.skipped = left_open
             if tally.call:  # what it has run, the other has run too
                 tally.compiled, tally.eager = tally.compiled + compiled, tally.eager + eager
+                tally.given_up += given_up
         if episode is not None:
             control.hold_off(episode, number)
         return result
@@ -191,7 +195,7 @@ class CompiledFunction(Generic[P, R]):
         try:
             if tally.doubt is not None or tally.skipped:
                 control.settle(tally, program_raised=raised)
-            clean = path == "compiled" and not raised
+            clean = not raised and tally.eager == tally.given_up and bool(tally.compiled or tally.given_up)
         finally:
             next(control.books.calls[path])
             if probing:
