@@ -72,6 +72,17 @@ class Meta(type):
         raise RuntimeError("not telling")
 
 
+class NoHash(type):
+    __hash__ = None  # type: ignore[assignment]  # what Python itself does where only `__eq__` is defined
+
+    def __eq__(cls, other: object) -> bool:
+        raise RuntimeError("not telling")
+
+
+class Unhashable(metaclass=NoHash):
+    """An object whose class cannot be a key."""
+
+
 class Odd(metaclass=Meta):
     """An object whose class is of no use."""
 
@@ -100,6 +111,14 @@ def test_values_with_ideas_of_their_own(make: Callable[[], Any]) -> None:
     for _ in range(9):
         torch.testing.assert_close(fn(make(), X), X + 1)
     assert (fn.stats.failures, fn.stats.recoveries, fn.state) == (2, 1, CompileState.COMPILED)
+
+
+def test_a_class_that_cannot_be_hashed() -> None:
+    """Dynamo cannot compile it. The call survives that, in the hold-off too."""
+    fn = compile_with_fallback(add, backend=Compiler(), policy=HELD_OFF)
+    for _ in range(9):
+        torch.testing.assert_close(fn(Unhashable(), X), X + 1)
+    assert fn.stats.eager_calls == 9
 
 
 @pytest.mark.parametrize("fails", [0, 2])

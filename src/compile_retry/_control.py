@@ -213,7 +213,7 @@ class Control:
             if not doubt.can_be_retried:
                 how_long = "until torch.compiler.reset()"
             self.breaker.refused(conversion.began + doubt.seconds, doubt.seconds)
-            if tally.probing is last:
+            if last is not None and tally.probing is last:
                 tally.probing = self.breaker.episode  # the same, but that the time counts
         self.journal.failed(tally, failure, began=conversion.began, seconds=doubt.seconds, how_long=how_long)
 

@@ -54,7 +54,7 @@ class _Member(NamedTuple):
 
 
 class _Instance(NamedTuple):
-    kind: type
+    kind: type | int
     training: object  # of a module
     attributes: Looks  # flags, numbers, short strings, functions; of a module also the classes of what it is made of
 
@@ -116,9 +116,9 @@ def _look(value: Any, depth: int) -> Look:
             return _Items(kind, kind.__len__(value), looks)
         if issubclass(kind, enum.Enum):
             return _Member(kind, id(value))
-        return kind if issubclass(kind, torch.Tensor) else _look_of_instance(value)
+        return _class(kind) if issubclass(kind, torch.Tensor) else _look_of_instance(value)
     except Exception:  # an object with ideas of its own
-        return kind
+        return _class(kind)
 
 
 def _look_of_instance(value: object) -> Look:
@@ -126,16 +126,21 @@ def _look_of_instance(value: object) -> Look:
     items = [(name, item) for name, item in islice(attributes.items(), _LENGTH) if type(item) not in _TABLES]
     looks = tuple([(name, _look_of_attribute(item)) for name, item in items])
     if not issubclass(kind, torch.nn.Module):
-        return _Instance(kind, None, looks)
+        return _Instance(_class(kind), None, looks)
     parts = attributes.get("_modules")
-    classes = tuple(map(type, islice(dict.values(parts), _LENGTH))) if type(parts) is dict else ()
-    return _Instance(kind, attributes.get("training"), (*looks, classes))
+    classes = tuple(_class(type(part)) for part in islice(dict.values(parts), _LENGTH)) if type(parts) is dict else ()
+    return _Instance(_class(kind), attributes.get("training"), (*looks, classes))
+
+
+def _class(kind: type) -> type | int:
+    """A class as part of a key. One whose own class compares or hashes it in another way is known by its identity."""
+    return kind if type(kind).__hash__ is type.__hash__ else id(kind)
 
 
 def _look_of_attribute(value: Any) -> Look:
     if _is_plain(value):
         return _Plain(type(value), value)
-    return value.__code__ if type(value) is FunctionType else type(value)
+    return value.__code__ if type(value) is FunctionType else _class(type(value))
 
 
 def _is_plain(value: Any) -> bool:
