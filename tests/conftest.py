@@ -58,6 +58,12 @@ def _unmeasured() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def measuring() -> dict[str, str]:
+    """The environment of a process that is to be measured, for fixtures that outlive a test."""
+    return _MEASURED
+
+
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Except those in which code runs that runs nowhere else."""

@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
+from coverage import Coverage
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._C._distributed_c10d import TCPStore
@@ -338,6 +339,9 @@ def main(port: str, rank: str, size: str, timeout: str, *scenarios: str) -> None
             break
     sys.stdout.write(json.dumps(results))
     sys.stdout.flush()
+    if (measured := Coverage.current()) is not None:
+        measured.stop()
+        measured.save()
     os._exit(0)  # gloo's threads may abort a regular exit (PyTorch 2.13)
 
 

@@ -344,7 +344,7 @@ def test_old_torch() -> None:
 
 
 def test_torch_without_newer_internals() -> None:
-    """What only newer versions have is done without: the check of fullgraph=True."""
+    """The check of fullgraph=True, which only newer versions have, is done without."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(torch._C._dynamo.eval_frame, "set_fullgraph_compiled_frame_count", raising=False)
         fn = compile_with_fallback(sine, backend=Compiler(lambda inputs: full_disk()), dynamic=False)

@@ -1,8 +1,9 @@
-"""G2 where there is no frame of ours: stances that compile later, and compiled autograd; and without guards."""
+"""G2 without a frame of ours: stances that compile later, compiled autograd, guards that are switched off."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -85,6 +86,23 @@ def test_a_graph_that_takes_sizes_is_not_retried() -> None:
     assert fn.state is not CompileState.GAVE_UP
     fn(X)
     assert fn.state is CompileState.COMPILED
+
+
+def test_a_graph_with_graphs_and_tensors_of_its_own() -> None:
+    """Its copy runs, too: a branch of `torch.cond` is a graph within the graph."""
+    weight = torch.tensor([1.0, 2.0, 3.0])
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = torch.cond(x.sum() > 0, lambda t: t.sin(), lambda t: t.cos(), (x * weight,))
+        return y + torch.tensor(1.0)
+
+    fn = compile_with_fallback(
+        step, backend=Compiler(first(1)), dynamic=False, policy=RetryPolicy(wait=None, wait_calls=3)
+    )
+    with torch.compiler.set_stance("eager_then_compile"):
+        for sign in (1, 1, -1, 1, -1, 1, -1):
+            torch.testing.assert_close(fn(sign * X), step(sign * X))
+    assert (fn.stats.failures, fn.stats.recoveries) == (1, 1)
 
 
 def test_held_off_there_too() -> None:
@@ -182,6 +200,14 @@ def test_compiled_autograd(failing: tuple[int, ...]) -> None:
     assert (ours.stats.failures, len(recovered)) == (len(failing), int(bool(failing)))
 
 
+def test_a_torch_compile_that_returns_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Users may patch it: what it returns is called."""
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: functools.partial(fn))
+    fn = compile_with_fallback(sine, backend=Compiler())
+    torch.testing.assert_close(fn(X), X.sin())
+    assert fn.stats.eager_calls == 1
+
+
 @pytest.mark.parametrize("dynamic", [False, None])
 def test_guards_that_are_switched_off(dynamic: bool | None) -> None:
     """They keep no due attempt from being made, and no shape that is held off runs another one's code."""
@@ -198,7 +224,7 @@ def test_guards_that_are_switched_off(dynamic: bool | None) -> None:
 
 
 def test_guards_that_are_switched_off_beside_what_is_given_up() -> None:
-    """What can never be compiled goes on running eagerly."""
+    """Frames that can never be compiled go on running eagerly."""
     compiler = Compiler(lambda inputs: NotImplementedError() if inputs[0].shape[0] == 5 else None)
     fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=EVERY_CALL)
     a, b = torch.ones(4), torch.ones(5)

@@ -1,4 +1,4 @@
-"""G6a: where a frame can never be compiled, what it calls is compiled on its own, and asking about it has bounds."""
+"""G6a: the callees of a frame that can never be compiled are compiled on their own, within bounds."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_module_that_is_decorated_itself() -> None:
 
 
 def test_one_failure_in_a_call() -> None:
-    """What a frame calls is compiled from the next call on: in the one that failed nothing else is attempted."""
+    """In the call that failed nothing else is attempted. From the next one on, the frame's callees are compiled."""
     compiler = NoCosine()
 
     def inner(x: torch.Tensor) -> torch.Tensor:
@@ -152,7 +152,7 @@ def test_a_compiler_that_refuses_everything() -> None:
 
 
 def test_a_success_ends_the_row_of_refusals() -> None:
-    """Where some functions can be compiled and others cannot, none waits for the others' sake."""
+    """Functions that can be compiled do not wait for the sake of those that cannot."""
     clock, compiler = FakeClock(), NoCosine()
     namespace: dict[str, Any] = {"torch": torch}
     functions = 40

@@ -572,10 +572,10 @@ class Run:
         return [result[scenario] for result in self.results]
 
 
-def train(size: int, timeout: float, *scenarios: str) -> Run:
+def train(measuring: dict[str, str], size: int, timeout: float, *scenarios: str) -> Run:
     """One process for each rank, with the store in this one, as an agent of torchrun has it."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, **measuring, "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen(
             [sys.executable, PROGRAM, str(store.port), str(rank), str(size), str(timeout), *scenarios],
@@ -600,13 +600,13 @@ def train(size: int, timeout: float, *scenarios: str) -> Run:
 
 
 @pytest.fixture(scope="module")
-def two_ranks() -> Run:
-    return train(2, 10, *PASSES, *SHARED, *ALONE, "first_attempt_stays")
+def two_ranks(measuring: dict[str, str]) -> Run:
+    return train(measuring, 2, 10, *PASSES, *SHARED, *ALONE, "first_attempt_stays")
 
 
 @pytest.fixture(scope="module")
-def four_trained() -> Run:
-    return train(4, 12, "recompile_passes", "recompile_shared", "recompile_stays")
+def four_trained(measuring: dict[str, str]) -> Run:
+    return train(measuring, 4, 12, "recompile_passes", "recompile_shared", "recompile_stays")
 
 
 def assert_as_eager(run: Run, scenario: str, last: str, others: str) -> None:

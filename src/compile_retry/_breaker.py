@@ -111,7 +111,7 @@ class Refusals:
         self._in_a_row = 0
 
     def affords_another(self, policy: RetryPolicy) -> bool:
-        """Whether one more would be among the first few, or keep all of them within their share of the time."""
+        """Allow the first few in a row, and later ones as long as all of them keep to their share of the time."""
         if self._since is None or self._in_a_row < _FREE_REFUSALS:
             return True
         return pause(policy, policy.clock() - self._since, self._spent, self._last) <= 0
@@ -190,7 +190,7 @@ class Breaker:
 
     @property
     def is_in_doubt(self) -> bool:
-        """Whether an attempt has failed in a call that is not over."""
+        """True while a call is under way in which an attempt has failed."""
         doubt = self._doubt() if self._doubt is not None else None
         return doubt is not None and doubt.is_open
 
@@ -211,7 +211,7 @@ class Breaker:
                 self._begin(self.episode._replace(spent=self.episode.spent + seconds))
 
     def affords_another_refusal(self) -> bool:
-        """Whether an attempt may be made although it may be refused, as those before it."""
+        """Allow an attempt that may be refused like those before it."""
         return self.refusals.affords_another(self.policy)
 
     def failed(self, exc: BaseException, call: int, began: float, cost: float) -> tuple[int, bool]:

@@ -90,7 +90,7 @@ class Doubt:
 
     @property
     def is_open(self) -> bool:
-        """Whether its call is still under way: a forked child does not have the thread that would say otherwise."""
+        """False in a forked child: it does not have the thread whose call this is."""
         return self._process == os.getpid()
 
 

@@ -259,7 +259,7 @@ class Control:
 
         Args:
             tally: Of this thread.
-            clean: Whether all that it ran was compiled, or is given up.
+            clean: It ran nothing eagerly except what is given up.
         """
         probed, tally.probing, tally.claims = tally.probing, None, frozenset()
         self.breaker.probe_ended()

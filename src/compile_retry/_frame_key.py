@@ -60,7 +60,7 @@ class _Instance(NamedTuple):
 
 
 class FrameKey(NamedTuple):
-    """What one compile of a frame is known by.
+    """Identifies one compile of a frame.
 
     Attributes:
         code: The frame's code, or that of a graph without a frame; None where ``torch.compile`` itself is called.
@@ -100,7 +100,7 @@ def key_of(code: CodeType, variables: Mapping[str, object]) -> FrameKey:
 
 
 def may_hold_tensors(variables: Mapping[str, object]) -> bool:
-    """Whether Dynamo would find anything of torch's or NumPy's among these, so that it would compile the frame."""
+    """Look for anything of torch's or NumPy's, without which Dynamo does not compile a frame."""
     return any(_may_hold_tensors(value, 2 * _DEPTH) for value in variables.values())
 
 
@@ -149,7 +149,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _items(value: Any) -> Iterator[Any] | None:
-    """What a container of an exact class holds."""
+    """Iterate over a container of an exact class; None for anything else."""
     kind = type(value)
     if kind is dict:
         return iter(dict.values(value))

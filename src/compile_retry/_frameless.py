@@ -81,13 +81,11 @@ class FramelessGraph:
             return None
         try:
             code = self._compile(graph_module, example_inputs, conversion, tally)
-        except internals.CONTROL_FLOW:
-            raise
         except Exception as exc:
-            if is_fatal(exc) or internals.becomes_graph_break(exc):
+            if is_fatal(exc) or internals.is_for_dynamo(exc):
                 raise
             control.doubt(exc, conversion, tally, can_be_retried=not self._has_numbers)
-            if not tally.call:  # in a backward pass after the call: nobody will say that it is over
+            if not tally.call:  # pragma: no cover  # torch asks within calls only, today; nothing else would settle it
                 control.settle(tally, program_raised=False)
             return None
         control.compiled(conversion)

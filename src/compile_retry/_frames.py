@@ -16,7 +16,7 @@ import torch
 from . import _torch_internals as internals
 from ._call import Conversion, Location, Tally
 from ._control import Control
-from ._failures import is_fatal, release
+from ._failures import is_fatal
 from ._frame_key import FrameKey, key_of, may_hold_tensors
 from ._healing import heal
 from ._ranks import settle_together
@@ -53,7 +53,7 @@ class _Asked(NamedTuple):
     tally: Tally
 
     def would_be_passed_over(self) -> bool:
-        """Whether Dynamo finds nothing in it to compile."""
+        """True if Dynamo finds nothing in it to compile."""
         return not (may_hold_tensors(self.frame.f_locals) or internals.mentions_torch(self.frame))
 
 
@@ -75,7 +75,7 @@ class FrameConverter:
             return internals.run_eagerly(inner_frames=None)  # until that sets a callback of its own
         known = self._known.get(id(frame_state)) or self._known.setdefault(id(frame_state), _Known(frame_state))
         if not (known.is_ours or self._is_ours(known, frame)):
-            return self._pass_over(frame, cache_entry, frame_state)
+            return _passed_over(self._inner(frame, cache_entry, frame_state))
         if control.skipped and control.skipped.get(code) is frame_state:
             return _passed_over(internals.skip_for_good())
         asked = _Asked(frame, cache_entry, known, key_of(code, frame.f_locals), control.calls.tally)
@@ -91,20 +91,6 @@ class FrameConverter:
         if is_ours or internals.is_skipped_whatever_frame(frame.f_code):
             known.is_ours = is_ours
         return is_ours
-
-    def _pass_over(self, frame: Frame, cache_entry: object, frame_state: FrameState) -> ConvertFrameReturn:
-        """Let Dynamo say that this frame is none of its business.
-
-        On the way to that it may fail all the same, for one over how DistributedDataParallel divides its buckets. It
-        fails over that again in a frame that does concern it, and there it counts.
-        """
-        try:
-            return _passed_over(self._inner(frame, cache_entry, frame_state))
-        except Exception as exc:
-            if is_strict() or is_fatal(exc) or internals.is_deliberate_limit(exc):
-                raise
-            release(exc)
-            return internals.run_eagerly(inner_frames=True)
 
     def _held_off(self, asked: _Asked) -> ConvertFrameReturn | None:
         """Run the frame as it stands if it may not be compiled now."""
@@ -149,7 +135,8 @@ class FrameConverter:
         try:
             return self._attempt(asked, conversion)
         except Exception as exc:
-            if is_fatal(exc) or internals.is_deliberate_limit(exc):
+            # In strict mode the end of the call is soon enough, unless the frame would hang where it runs alone.
+            if is_fatal(exc) or internals.is_deliberate_limit(exc) or (control.collectives and is_strict()):
                 raise
             if internals.is_recompile_limit(exc) and not is_strict():
                 return self._over_limit(asked, conversion)
@@ -157,8 +144,6 @@ class FrameConverter:
                 control.turns.ask(asked.key.steady, tally.call)
                 return self._eagerly(asked)
             conversion.location = _with_path(conversion.location, asked.frame)
-            if control.collectives and is_strict():
-                raise  # at once: run here alone, the frame could hang
             if not control.collectives:
                 control.doubt(exc, conversion, tally)
                 return self._eagerly(asked)
@@ -206,7 +191,7 @@ class FrameConverter:
         return internals.run_eagerly(inner_frames=False)
 
     def _settle_together(self, asked: _Asked, failed: Conversion) -> ConvertFrameReturn:
-        """Where data moves between ranks, run eagerly on all of them or on none: see `_ranks`."""
+        """Run a frame that moves data between ranks eagerly on all of them or on none: see `_ranks`."""
         control, tally = self._control, asked.tally
 
         def try_again() -> ConvertFrameReturn:

@@ -175,7 +175,7 @@ class CompiledFunction(Generic[P, R]):
         return result
 
     def _way(self, tally: Tally, *, straight: bool) -> Callable[..., R]:
-        """What a watched call runs: the eager function, or what ``torch.compile`` has returned."""
+        """Choose between the eager function and the one that ``torch.compile`` returned."""
         if straight:
             tally.eager = 1
             return self.eager
@@ -206,13 +206,12 @@ class CompiledFunction(Generic[P, R]):
 
     def _is_within_probe(self, tally: Tally) -> bool:
         """Whether this call is made within one that has been let through."""
-        if tally.probing:
-            frame, calls = cast("FrameType | None", sys._getframe()), 0
-            while frame is not None:
-                calls += frame.f_code is CALL and frame.f_locals.get("self") is self
-                if calls == 2:
-                    return True
-                frame = frame.f_back
+        frame, calls = cast("FrameType | None", sys._getframe()), 0
+        while frame is not None and calls < 2 and tally.probing:
+            calls += frame.f_code is CALL and frame.f_locals.get("self") is self
+            frame = frame.f_back
+        if calls == 2:
+            return True
         tally.probing = None  # an interrupt may have left it
         return False
 

@@ -16,7 +16,7 @@ MOST_LOOKS = 8
 
 
 class Ledger:
-    """What waits and what is given up, for one decorated function.
+    """The ledger of one decorated function.
 
     Attributes:
         given_up: For each code, what its frames looked like that are never tried again.
@@ -61,15 +61,15 @@ class Ledger:
             self.given_up = {known: looks for known, looks in self.given_up.items() if known is not code}
 
     def any_waiting(self) -> bool:
-        """Whether anything waits for another attempt."""
+        """True if anything waits for another attempt."""
         return bool(self._waiting)
 
     def waits(self, key: FrameKey) -> bool:
-        """Whether this frame has failed and waits for another attempt."""
+        """True if this frame has failed and waits for another attempt."""
         return key.steady in self._waiting
 
     def is_given_up(self, key: FrameKey) -> bool:
-        """Whether this frame is never tried again."""
+        """True if this frame is never tried again."""
         looks = self.given_up.get(key.code)
         return looks is not None and (key.exact in looks or len(looks) >= MOST_LOOKS)
 

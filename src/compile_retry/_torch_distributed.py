@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
 # Operator namespaces whose operators communicate. Dynamo rewrites `dist.all_reduce` and the other in-place collectives
-# to the functional ones (`traceable_collective_remaps`, torch >= 2.1) and breaks the graph at those that it cannot
+# to the functional ones (`traceable_collective_remaps`, torch >= 2.1) and breaks the graph at those it cannot
 # rewrite: asynchronous ones, broadcast, barrier, send and receive. "c10d" is what a graph made by hand would contain.
 _NAMESPACES = frozenset(
     {"_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "c10d", "symm_mem", "_dtensor"}

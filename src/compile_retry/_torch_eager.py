@@ -51,7 +51,7 @@ def is_from_torch_compile(module: torch.nn.Module) -> bool:
 
 
 def path_of_module(module: torch.nn.Module) -> str:
-    """The name of a part within the model that it is part of, as in ``layers.3``, for people; empty if unknown.
+    """Name a part of a model the way ``named_modules()`` does, as in ``layers.3``; empty if the model is unknown.
 
     The model is the outermost module that contains it among the variables of what is running in this thread.
     """

@@ -60,7 +60,6 @@ from torch._functorch._aot_autograd import graph_compile
 from torch.fx import GraphModule
 
 __all__ = [
-    "CONTROL_FLOW",
     "CachedFrame",
     "Compiler",
     "ConvertFrameReturn",
@@ -70,7 +69,6 @@ __all__ = [
     "UnsupportedTorchError",
     "abandon",
     "backends",
-    "becomes_graph_break",
     "compile_lock",
     "compiling_backward_too",
     "count_compiles",
@@ -84,6 +82,7 @@ __all__ = [
     "interpose",
     "is_deliberate_limit",
     "is_disabled",
+    "is_for_dynamo",
     "is_inline_wrapper",
     "is_recompile_limit",
     "is_skipped_file",
@@ -104,7 +103,7 @@ __all__ = [
 
 _LOOKS_AT_FRAMES = "frame" in signature(_is_skipped_file).parameters  # since 2.12
 
-CONTROL_FLOW: tuple[type[Exception], ...] = (RestartAnalysis, SkipFrame)
+_GRAPH_BREAKS: tuple[type[Exception], ...] = getattr(torch._dynamo.exc, "exceptions_allowed_to_be_fallback", ())
 
 Frame: TypeAlias = Any
 FrameState: TypeAlias = dict[Any, Any]
@@ -246,12 +245,12 @@ def interpose(compiled: object, wrap: Callable[[FrameCallback], FrameCallback]) 
 
 
 def skips_guards() -> bool:
-    """Whether the user has switched guards off: `set_stance(skip_guard_eval_unsafe=True)`. Since 2.6."""
+    """True under `set_stance(skip_guard_eval_unsafe=True)`, which switches guards off. Since 2.6."""
     return bool(getattr(torch._dynamo.eval_frame._stance, "skip_guard_eval_unsafe", False))
 
 
 def with_guards(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """What ``torch.compile`` has returned, with guards evaluated in any case.
+    """Make a twin of a compiled function whose guards are always evaluated.
 
     Without guards Dynamo runs code that it has for other arguments, or raises because it has none, where we run
     eagerly. The function that ``torch.compile`` returns asks for the stance in each call, by a global name; so this is
@@ -272,31 +271,31 @@ def with_guards(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_skipped_file(frame: Frame) -> bool:
-    """Whether Dynamo passes over this frame because of the file that its code is in."""
+    """True if Dynamo passes over this frame because of the file of its code."""
     named = {"frame": frame} if _LOOKS_AT_FRAMES else {}
     return bool(_is_skipped_file(frame.f_code, **named))
 
 
 def is_skipped_whatever_frame(code: CodeType) -> bool:
-    """Whether that is so for all frames of this code: some of torch.nn's it takes up if their module has hooks."""
+    """True if that holds for all frames of this code. Dynamo takes some of torch.nn's up if their module has hooks."""
     return code.co_name != "forward"
 
 
 def mentions_torch(frame: Frame) -> bool:
-    """Whether the frame's code names torch or NumPy, which is reason enough for Dynamo to compile it."""
+    """True if the frame's code names torch or NumPy: reason enough for Dynamo to compile it."""
     modules = (value for name in frame.f_code.co_names if type(value := frame.f_globals.get(name)) is ModuleType)
     return any(module.__name__.partition(".")[0] in ("torch", "numpy") for module in modules)
 
 
 def has_dynamic_shapes(graph_module: GraphModule) -> bool:
-    """Whether a graph was captured for more sizes than those of its example inputs: it takes some as arguments."""
+    """True if a graph takes sizes as arguments, so that it fits more than its example inputs."""
     inputs = graph_module.graph.find_nodes(op="placeholder")
     return any(isinstance(node.meta.get("example_value"), torch.SymInt) for node in inputs)
 
 
-def becomes_graph_break(exc: BaseException) -> bool:
-    """Whether Dynamo makes a graph break of this when a backend raises it. Since 2.1; elsewhere it is a failure."""
-    return isinstance(exc, getattr(torch._dynamo.exc, "exceptions_allowed_to_be_fallback", ()))
+def is_for_dynamo(exc: BaseException) -> bool:
+    """True if Dynamo makes a graph break of this, or restarts its analysis, when a backend raises it. Since 2.1."""
+    return isinstance(exc, (RestartAnalysis, SkipFrame, *_GRAPH_BREAKS))
 
 
 def run_directly(runner: Callable[..., Any], code: CodeType, names: dict[str, object]) -> None:
@@ -373,7 +372,7 @@ def hit_recompile_limit(result: ConvertFrameReturn) -> bool:
 
 
 def is_recompile_limit(exc: BaseException) -> bool:
-    """Whether Dynamo has given a frame up because it was recompiled too often, under ``fullgraph=True``."""
+    """True if Dynamo gave a frame up because it was recompiled too often, under ``fullgraph=True``."""
     return isinstance(exc, FailOnRecompileLimitHit)
 
 
