@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from functools import partial
     from types import CodeType
-    from typing import Any
 
     from ._breaker import Episode
     from ._failures import FailureStage
@@ -108,6 +108,7 @@ class Tally:
         "eager",
         "exclusive",
         "given_up",
+        "models",
         "probing",
         "skipped",
         "untold",
@@ -124,6 +125,8 @@ class Tally:
         self.claims: frozenset[Hashable] = frozenset()
         self.exclusive = False
         self.conversion: Conversion | None = None
+        # Modules among the variables of frames that ran eagerly, outermost first: parts of theirs have a name.
+        self.models: list[weakref.ref[Any]] = []
         # What is left to settle when the call is over.
         self.doubt: Doubt | None = None
         self.skipped: list[tuple[CodeType, dict[object, object]]] = []

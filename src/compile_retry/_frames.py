@@ -6,6 +6,7 @@ same: the frame runs as it stands, once, as its own bytecode. There is no other 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from types import CodeType
@@ -22,7 +23,7 @@ from ._healing import heal
 from ._ranks import settle_together
 from ._steps import UNSEEN
 from ._strict import is_strict
-from ._torch_eager import path_of_module
+from ._torch_eager import path_of_part
 from ._torch_internals import ConvertFrameReturn, Frame, FrameCallback, FrameState
 
 
@@ -55,6 +56,12 @@ class _Asked(NamedTuple):
     def would_be_passed_over(self) -> bool:
         """True if Dynamo finds nothing in it to compile."""
         return not (may_hold_tensors(self.frame.f_locals) or internals.mentions_torch(self.frame))
+
+    def named(self, location: Location) -> Location:
+        """Add to a method's name which part of a model it belongs to, where frames above this one know the model."""
+        path = path_of_part(self.frame.f_locals.get("self"), self.tally.models)
+        function, file, line = location
+        return (f"{function} of {path}", file, line) if path else location
 
 
 class FrameConverter:
@@ -112,6 +119,9 @@ class FrameConverter:
         inner_frames = self._control.is_open(asked.tally)
         self._control.step.ran_eagerly(asked.key.code, *(() if inner_frames else (UNSEEN,)))
         asked.tally.eager += 1
+        if inner_frames:
+            variables = asked.frame.f_locals.values()
+            asked.tally.models += [weakref.ref(v) for v in variables if issubclass(type(v), torch.nn.Module)]
         if not inner_frames and self._codes_compiled == bool(asked.known.compiles):
             return internals.run_eagerly(inner_frames=None)  # there is no code that frames below could use
         return internals.run_eagerly(inner_frames=inner_frames)
@@ -143,7 +153,7 @@ class FrameConverter:
             if conversion.gave_way:
                 control.turns.ask(asked.key.steady, tally.call)
                 return self._eagerly(asked)
-            conversion.location = _with_path(conversion.location, asked.frame)
+            conversion.location = asked.named(conversion.location)
             if not control.collectives:
                 control.doubt(exc, conversion, tally)
                 return self._eagerly(asked)
@@ -218,11 +228,3 @@ def _passed_over(result: ConvertFrameReturn) -> ConvertFrameReturn:
 
 def _location(code: CodeType) -> Location:
     return getattr(code, "co_qualname", code.co_name), code.co_filename, code.co_firstlineno
-
-
-def _with_path(location: Location, frame: Frame) -> Location:
-    """Add which part of a model a method belongs to, where the model is a variable of one of its callers."""
-    module = frame.f_locals.get("self")
-    path = path_of_module(module) if issubclass(type(module), torch.nn.Module) else ""
-    function, file, line = location
-    return (f"{function} of {path}", file, line) if path else location

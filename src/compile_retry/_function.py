@@ -144,7 +144,7 @@ class CompiledFunction(Generic[P, R]):
         left_open = tally.doubt, tally.skipped
         try:
             tally.call, tally.compiled, tally.eager, tally.given_up = number, 0, 0, 0
-            tally.doubt, tally.skipped = None, []
+            tally.doubt, tally.skipped, tally.models = None, [], []
             episode = self._breaker.episode
             is_timed = number >= self._history.next_call
             straight = control.eager_together
@@ -206,7 +206,7 @@ class CompiledFunction(Generic[P, R]):
 
     def _is_within_probe(self, tally: Tally) -> bool:
         """Whether this call is made within one that has been let through."""
-        frame, calls = cast("FrameType | None", sys._getframe()), 0
+        frame, calls = cast("FrameType | None", sys._getframe(1)), 0  # not this one: it would keep itself alive
         while frame is not None and calls < 2 and tally.probing:
             calls += frame.f_code is CALL and frame.f_locals.get("self") is self
             frame = frame.f_back

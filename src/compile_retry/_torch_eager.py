@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from types import FrameType
 from typing import Any
 
 import torch
@@ -50,21 +48,20 @@ def is_from_torch_compile(module: torch.nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule"
 
 
-def path_of_module(module: torch.nn.Module) -> str:
-    """Name a part of a model the way ``named_modules()`` does, as in ``layers.3``; empty if the model is unknown.
+def path_of_part(part: object, models: Iterable[weakref.ref[Any]]) -> str:
+    """Name a part of one of these models the way ``named_modules()`` does, as in ``layers.3``; empty if it is in none.
 
-    The model is the outermost module that contains it among the variables of what is running in this thread.
+    Args:
+        part: Anything.
+        models: In which to look, the first one first.
     """
-    frame: FrameType | None = sys._getframe(1)
-    path = ""
-    while frame is not None:
-        for value in tuple(frame.f_locals.values()):
-            if issubclass(type(value), torch.nn.Module) and value is not module:
-                with suppress(Exception):  # a module with ideas of its own
-                    parts = torch.nn.Module.named_modules(value)
-                    path = next((name for name, part in parts if part is module), path)
-        frame = frame.f_back
-    return path
+    for model in models:
+        with suppress(Exception):  # it is gone, or a module with ideas of its own
+            parts = torch.nn.Module.named_modules(model())  # type: ignore[arg-type]
+            names: list[str] = [name for name, module in parts if module is part]
+            if names:
+                return names[0]
+    return ""
 
 
 def may_run_again() -> bool:
