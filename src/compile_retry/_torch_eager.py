@@ -55,12 +55,9 @@ def path_of_part(part: object, models: Iterable[weakref.ref[Any]]) -> str:
         part: Anything.
         models: In which to look, the first one first.
     """
-    for model in models:
-        with suppress(Exception):  # it is gone, or a module with ideas of its own
-            parts = torch.nn.Module.named_modules(model())  # type: ignore[arg-type]
-            names: list[str] = [name for name, module in parts if module is part]
-            if names:
-                return names[0]
+    with suppress(Exception):  # it is in none, or a model is gone or has ideas of its own
+        trees = (torch.nn.Module.named_modules(model()) for model in models)  # type: ignore[arg-type]
+        return next(str(name) for tree in trees for name, module in tree if module is part)
     return ""
 
 
