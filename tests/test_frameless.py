@@ -88,6 +88,20 @@ def test_a_graph_that_takes_sizes_is_not_retried() -> None:
     assert fn.state is CompileState.COMPILED
 
 
+def test_nor_is_one_that_was_held_off() -> None:
+    """It is not attempted when the function is due again: its sizes are arguments, whether it has failed or not."""
+    compiler = Compiler(first(1))
+    fn = compile_with_fallback(sine, backend=compiler, dynamic=True, policy=RetryPolicy(wait=None, wait_calls=4))
+    fn(X)
+    with torch.compiler.set_stance("eager_then_compile"):
+        for n in (4, 5, 6, 7, 8, 9):
+            torch.testing.assert_close(fn(torch.ones(n)), torch.ones(n).sin())
+    assert (compiler.asked, fn.state) == (1, CompileState.FALLBACK)
+    torch.compiler.reset()
+    fn(X)
+    assert (compiler.asked, fn.state) == (2, CompileState.COMPILED)
+
+
 def test_a_graph_with_graphs_and_tensors_of_its_own() -> None:
     """Its copy runs, too: a branch of `torch.cond` is a graph within the graph."""
     weight = torch.tensor([1.0, 2.0, 3.0])
