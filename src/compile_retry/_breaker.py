@@ -221,7 +221,7 @@ class Breaker:
             exc: The root cause.
             call: The call in which it failed.
             began: The clock when it began.
-            cost: Seconds that it took.
+            cost: Seconds it took.
 
         Returns:
             The attempt's number within the episode, and whether this failure is worth another attempt.

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
+from ._torch_eager import without_torch_function
+
 # Of one value: one of the records below, or its class.
 Look: TypeAlias = object
 Looks: TypeAlias = tuple[Look, ...]
@@ -91,7 +93,7 @@ def key_of(code: CodeType, variables: Mapping[str, object]) -> FrameKey:
     Numbers in enclosing functions are left out: that is where calls are counted.
     """
     outer = code.co_freevars
-    with torch._C.DisableTorchFunction():
+    with without_torch_function():
         looks = (
             type(value) if name in outer and type(value) in _NUMBERS else _look(value, _DEPTH)
             for name, value in variables.items()

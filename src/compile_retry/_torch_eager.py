@@ -15,6 +15,10 @@ from torch.utils.hooks import RemovableHandle
 saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 has_forward_gradients = torch._C._is_fwd_grad_enabled
 
+# Under it, reading a tensor's metadata runs neither a subclass's `__torch_function__` nor the user's modes. Since 1.0,
+# and for modes since 2.0. Essential: looking at arguments must not run anybody's code.
+without_torch_function = torch._C.DisableTorchFunction
+
 
 def in_backward() -> bool:
     """Whether this thread is inside a backward pass. Since 2.0. Essential.
