@@ -402,12 +402,16 @@ def seen(fn: Callable[..., object], *args: object) -> list[tuple[str, ...]]:
     return found
 
 
-def all_reduce(x: torch.Tensor, group: object = None) -> torch.Tensor:
-    return functional.all_reduce(x, "sum", group or dist.group.WORLD)  # type: ignore[no-any-return, arg-type]
+def all_reduce(x: torch.Tensor, group: Any = None) -> torch.Tensor:
+    everyone: Any = dist.group.WORLD
+    reduced: torch.Tensor = functional.all_reduce(x, "sum", group or everyone)
+    return reduced
 
 
 def all_gather(x: torch.Tensor) -> torch.Tensor:
-    return functional.all_gather_tensor_autograd(x, 0, dist.group.WORLD)  # type: ignore[no-any-return, arg-type]
+    everyone: Any = dist.group.WORLD
+    gathered: torch.Tensor = functional.all_gather_tensor_autograd(x, 0, everyone)
+    return gathered
 
 
 def reduce_gradient(x: torch.Tensor) -> object:
