@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import gc
 import logging
+import sys
 import threading
-import weakref
 from pathlib import Path
 from typing import Any
 
 import prometheus_client
 import pytest
 import structlog
-import torch
 
-from compile_retry import compile_with_fallback, compiled_function, instrumentation
-from compile_retry._record import live as _live
-from episodes import ALL, X, episode, run, sine
-from support import wait_until_in
+from compile_retry import compile_with_fallback, instrumentation
+from compile_retry.events import AttemptStarted, Event, register_hook
+from episodes import ALL, X, episode, run
 
 pytestmark = pytest.mark.usefixtures("integrations", "measured")
 
@@ -72,23 +68,39 @@ def test_an_event_while_the_integrations_start(monkeypatch: pytest.MonkeyPatch) 
     """In another thread: it waits until they are there, and none is started twice."""
     instrumentation.disable()
     instrumentation.enable()
-    other = threading.Thread(target=episode, args=("other",))
+    other, began = threading.Thread(target=episode, args=("other",)), threading.Event()
     register, registered = prometheus_client.REGISTRY.register, []
 
     def register_slowly(collector: Any) -> None:
         registered.append(collector)
         if len(registered) == 1:
             other.start()
-            wait_until_in(other, "_settle")
+            assert began.wait(60)
+            wait_until_told(other)
         register(collector)
 
+    def note(event: Event) -> None:
+        if isinstance(event, AttemptStarted) and event.function == "other":
+            began.set()
+
     monkeypatch.setattr(prometheus_client.REGISTRY, "register", register_slowly)
-    with structlog.testing.capture_logs() as logs:
+    with structlog.testing.capture_logs() as logs, register_hook(note):
         episode("one")
         other.join(60)
     assert len(registered) == 1
     assert instrumentation.active() == ALL
     assert [log["function"] for log in logs].count("other") == [log["function"] for log in logs].count("one") == 9
+
+
+def wait_until_told(thread: threading.Thread) -> None:
+    """Spin until the integrations are being told of something that happened in the thread."""
+    for _ in range(10**7):
+        frame = sys._current_frames().get(thread.ident or 0)
+        while frame is not None:
+            if str(frame.f_globals.get("__name__")).startswith(instrumentation.__name__):
+                return
+            frame = frame.f_back
+    raise AssertionError(f"{thread.name} had nothing to tell")
 
 
 @pytest.mark.parametrize("switch", [instrumentation.enable, instrumentation.disable])
@@ -155,18 +167,3 @@ def test_first_events_in_many_threads() -> None:
             thread.join(60)
     told = sorted((log["function"], log["event"]) for log in logs)
     assert told == sorted((f"t{n}", kind) for n in range(8) for kind in ("attempt started", "compiled"))
-
-
-def test_live_functions() -> None:
-    """In order of creation, copies and modules too; those that are dropped are not kept."""
-    before = _live.functions()
-    a = compile_with_fallback(sine, backend="eager")
-    module = compile_with_fallback(torch.nn.Linear(3, 3), backend="eager")
-    twin = copy.deepcopy(module)
-    made = [function for function in _live.functions() if function not in before]
-    assert made == [a, compiled_function(module), compiled_function(twin)]
-    gone = weakref.ref(a)
-    del a, made
-    gc.collect()
-    assert gone() is None
-    assert [f for f in _live.functions() if f not in before] == [compiled_function(module), compiled_function(twin)]

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import prometheus_client
 import prometheus_client.parser
 import pytest
+from prometheus_client.registry import Collector
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback, instrumentation
 from compile_retry.testing import FakeClock
@@ -122,12 +123,20 @@ def test_prometheus_is_off(scrape: Scrapes) -> None:
     assert scrape()["attempts_total", "off"] == 6
 
 
-def test_prometheus_registry_that_was_cleared(scrape: Scrapes) -> None:
+def test_prometheus_registry_that_was_cleared(scrape: Scrapes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody has taken the collector out: nothing to take back."""
+    instrumentation.disable()
+    instrumentation.enable()
+    registered, register = list[Collector](), prometheus_client.REGISTRY.register
+
+    def note(collector: Collector) -> None:
+        registered.append(collector)
+        register(collector)
+
+    monkeypatch.setattr(prometheus_client.REGISTRY, "register", note)
     episode("cleared")
-    for collector in {*prometheus_client.REGISTRY._collector_to_names}:
-        if "compile_retry" in type(collector).__module__:
-            prometheus_client.REGISTRY.unregister(collector)
+    (collector,) = registered
+    prometheus_client.REGISTRY.unregister(collector)
     instrumentation.disable("prometheus")
     assert "prometheus" not in instrumentation.active()
 

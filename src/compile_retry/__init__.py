@@ -5,6 +5,7 @@ import torch
 if torch.__version__ < "2.10":  # compares as a version
     raise ImportError(f"compile_retry needs torch 2.10 or later, this is {torch.__version__}")
 
+from . import instrumentation as instrumentation  # writes the log, too
 from ._compile.checkpointing import mark_step_end
 from ._decorator import compile_with_fallback, compiled_function
 from ._failures import CompileFailure, is_transient

@@ -58,11 +58,11 @@ class Journal:
         """Tell what has been noted in this thread. To be called where no lock is held."""
         while tally.untold:
             make, level = tally.untold.pop(0)
-            self._publish(make() if "state" in make.keywords else make(state=self._state()), level)
+            self._publish(make(state=self._state(), level=level))
 
-    def _publish(self, event: Event, level: int | None) -> None:
+    def _publish(self, event: Event) -> None:
         self.history.add_event(event)
-        publish(event, level, self.hooks)
+        publish(event, self.hooks)
 
     def _note(
         self,
@@ -92,10 +92,11 @@ class Journal:
                 time=self.history.clock(),
                 state=self._state(),
                 message=message,
+                level=logging.WARNING,
                 graph=graph,
                 seconds=seconds,
             )
-            self._publish(event, logging.WARNING)
+            self._publish(event)
 
         return heartbeat(still)
 
