@@ -104,6 +104,16 @@ def test_prometheus_and_functions_of_one_name(scrape: Scrapes) -> None:
     assert scrape()["calls_total", "twin", "compiled"] == 4
 
 
+def test_prometheus_and_a_name_that_is_changed(scrape: Scrapes) -> None:
+    """A function counts under the name that it had at first, which is that in the log."""
+    fn = episode("at first")
+    fn.name = "later"
+    fn(X)
+    seen = scrape()
+    assert (seen["attempts_total", "at first"], seen["state", "at first", "compiled"]) == (3, 1)
+    assert ("attempts_total", "later") not in seen
+
+
 def test_prometheus_and_functions_that_are_gone(scrape: Scrapes) -> None:
     """Before a scrape has seen them: what was attempted counts."""
     episode("gone")

@@ -23,8 +23,8 @@ from ._compile.control import Control
 from ._compile.frame_key import CREATION
 from ._failures import CompileFailure, is_fatal
 from ._locks import Lock
-from ._record import live as _live
 from ._record.history import Began, CallPath
+from ._record.live import WeakRegistry
 from ._schedule.breaker import NextRetry
 from ._schedule.policy import RetryPolicy
 from ._stats import CompileState, CompileStats
@@ -56,6 +56,7 @@ class CompiledFunction(Generic[P, R]):
     __slots__ = (
         "__dict__",
         "__weakref__",
+        "_books",
         "_breaker",
         "_calls",
         "_clock",
@@ -86,6 +87,7 @@ class CompiledFunction(Generic[P, R]):
         self.name = name if name is not None else _name_of(fn)
         self._options = options
         self._control = control = Control(self.name, _location(fn), policy)
+        self._books = control.books  # for instrumentation
         # What each call needs, close at hand.
         self._numbers, self._calls, self._breaker = control.numbers, control.calls, control.breaker
         self._ledger, self._history = control.ledger, control.journal.history
@@ -104,7 +106,7 @@ class CompiledFunction(Generic[P, R]):
             # Dynamo's marks are about the function that they are on.
             if not hasattr(type(self), attribute) and not attribute.startswith("_torchdynamo_"):
                 vars(self).setdefault(attribute, value)
-        _live.register(self)
+        live_functions.register(self)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:  # each line of it costs every call
         if is_dynamo_compiling():  # an outer compile traces through: be the plain function
@@ -358,6 +360,8 @@ class CompiledFunction(Generic[P, R]):
     def __repr__(self) -> str:
         return f"<CompiledFunction {self.name}: {self.state.value}>"
 
+
+live_functions: WeakRegistry[CompiledFunction[..., Any]] = WeakRegistry()
 
 CALL = CompiledFunction.__call__.__code__
 # Frames on the way into a decorated function. Traced alone they would turn it into the plain one for the caller.

@@ -1,28 +1,28 @@
-"""Which decorated functions there are. Keeps none of them alive."""
+"""Objects that are still alive."""
 
 from __future__ import annotations
 
 import itertools
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Generic, TypeVar
 
-if TYPE_CHECKING:
-    from compile_retry._function import CompiledFunction
-
-# By number, in order of creation. Only touched by dictionary methods that are one C call each: a lock would be of no
-# use, since functions are collected in the middle of whatever a thread does, also while it holds the lock.
-_live: dict[int, weakref.ref[CompiledFunction[..., Any]]] = {}
-_next_number = itertools.count().__next__
+T = TypeVar("T")
 
 
-def register(function: CompiledFunction[..., Any]) -> None:
-    """Count a function among the live ones for as long as it lives."""
-    number = _next_number()
-    _live[number] = weakref.ref(function, partial(_live.pop, number))
+class WeakRegistry(Generic[T]):
+    """Remembers objects in the order of their registration, and keeps none of them alive."""
 
+    def __init__(self) -> None:
+        # Only touched by dictionary methods that are one C call each: a lock would be of no use, since objects are
+        # collected in the middle of whatever a thread does, also while it holds the lock.
+        self._references: dict[int, weakref.ref[T]] = {}
+        self._next_number = itertools.count().__next__
 
-def functions() -> list[CompiledFunction[..., Any]]:
-    """All decorated functions that are alive, in order of creation."""
-    found = (reference() for reference in _live.copy().values())
-    return [function for function in found if function is not None]
+    def register(self, item: T) -> None:
+        number = self._next_number()
+        self._references[number] = weakref.ref(item, partial(self._references.pop, number))
+
+    def alive(self) -> list[T]:
+        found = (reference() for reference in self._references.copy().values())
+        return [item for item in found if item is not None]
