@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,11 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
 from compile_retry.__main__ import main
 from compile_retry._doctor import checks as _doctor
@@ -72,11 +75,27 @@ def scalar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 
-def doctor(*arguments: str) -> Result:
-    before = dict(os.environ)
-    result = CliRunner().invoke(main, ["doctor", *arguments])
+@dataclass
+class Result:
+    exit_code: int | str | None
+    stdout: str
+    stderr: str
+
+
+def command(*arguments: str) -> Result:
+    """What the command line makes of these."""
+    before, out, err = dict(os.environ), io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            status: int | str | None = main(arguments)
+        except SystemExit as exit_:
+            status = exit_.code
     assert dict(os.environ) == before
-    return result
+    return Result(status, out.getvalue(), err.getvalue())
+
+
+def doctor(*arguments: str) -> Result:
+    return command("doctor", *arguments)
 
 
 def checks_of(output: str) -> dict[str, dict[str, Any]]:
@@ -87,7 +106,7 @@ def checks_of(output: str) -> dict[str, dict[str, Any]]:
 
 def examine(*arguments: str, status: int) -> dict[str, dict[str, Any]]:
     result = doctor("--json", *arguments)
-    assert result.exit_code == status, result.output
+    assert result.exit_code == status, result
     assert json.loads(result.stdout)["ok"] is (status == 0)
     return checks_of(result.stdout)
 
@@ -116,8 +135,8 @@ def install_compiler(place: Path, script: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("measured")
 def test_a_healthy_machine(place: Path) -> None:
-    command = [sys.executable, "-m", "compile_retry", "doctor", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    command_line = [sys.executable, "-m", "compile_retry", "doctor", "--json"]
+    done = subprocess.run(command_line, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout
     checks = checks_of(done.stdout)
     assert {check["status"] for check in checks.values()} <= {"ok", "warning", "skipped"}
@@ -226,8 +245,9 @@ def test_interrupted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     interrupter = threading.Thread(target=interrupt)
     interrupter.start()
-    assert doctor().exit_code == 1
+    result = doctor()
     interrupter.join()
+    assert (result.exit_code, result.stderr) == (1, "Aborted!\n")
     assert not is_alive(int(pid.read_text()))
     assert_nothing_is_left(place)
 
@@ -380,15 +400,34 @@ def _nothing() -> _doctor_process.Findings:
     return _doctor_process.Findings({}, "elsewhere", "it took too long")
 
 
-@pytest.mark.parametrize("arguments", [["--timeout", "soon"], ["--timeout", "0"], ["--no-such-option"]])
-def test_wrong_usage(arguments: list[str]) -> None:
-    assert doctor(*arguments).exit_code == 2
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["surgeon"], "invalid choice: 'surgeon' (choose from "),
+        *(
+            (
+                ["doctor", "--timeout", wrong],
+                f"argument --timeout: must be a number of seconds, at least 1, not {wrong}",
+            )
+            for wrong in ("soon", "0", "nan", "inf")
+        ),
+        (["doctor", "--time", "60"], "unrecognized arguments: --time 60"),
+        (["doctor", "--no-such-option"], "unrecognized arguments: --no-such-option"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], said: str) -> None:
+    """Nothing is checked, and what is wrong is said in the last line."""
+    result = command(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr.splitlines()[-1]
+    assert result.stderr.startswith("usage: python -m compile_retry ")
 
 
-@pytest.mark.usefixtures("measured")
-def test_without_the_extra() -> None:
-    """It says how to install it."""
-    code = "import runpy, sys; sys.modules['click'] = None; runpy.run_module('compile_retry', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 2
-    assert done.stderr == 'The command line needs the extra "cli": pip install "compile-retry[cli]"\n'
+def test_help_and_version() -> None:
+    """The commands, the options with their defaults, and the version of the distribution."""
+    assert command("--version") == Result(0, f"python -m compile_retry, version {version('compile-retry')}\n", "")
+    assert "doctor" in command("--help").stdout
+    told = " ".join(doctor("--help").stdout.split())
+    assert "--timeout SECONDS End the checks after this time, at least 1 (default: 180)." in told
+    assert "Exit status: 0 if it would, 1 if a check failed, 2 if the command itself is wrong." in told
