@@ -1,1 +1,1 @@
-"""What a function remembers and tells: events, log lines, samples of its calls."""
+"""The history of each function: its events, and samples of its calls."""

@@ -19,7 +19,7 @@ _NOTHING = CompileStats(**dict.fromkeys((field.name for field in fields(CompileS
 
 @dataclass(frozen=True)
 class Reading:
-    """How the functions of one name stand, taken together.
+    """State and books of the functions of one name, taken together.
 
     Attributes:
         function: Their name.
@@ -37,7 +37,7 @@ class Reading:
 
     @property
     def calls(self) -> dict[str, int]:
-        """How many calls took which path."""
+        """Number of calls by the path that they took."""
         stats = self.stats
         return {"compiled": stats.compiled_calls, "mixed": stats.mixed_calls, "eager": stats.eager_calls}
 

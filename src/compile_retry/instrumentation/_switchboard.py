@@ -45,13 +45,13 @@ def _ignore(event: Event) -> None: ...
 
 
 class Switch:
-    """A hook that is one integration while that is on, and another hook while it is off.
+    """Calls one integration while it is on, and another hook while it is off.
 
     Args:
         name: Its name for users.
         make: Imports the package.
         modules: If one of these is missing, the package is not installed.
-        otherwise: The hook while it is off.
+        otherwise: Called while it is off.
     """
 
     def __init__(self, name: str, make: Callable[[], Integration], *modules: str, otherwise: Hook = _ignore) -> None:
@@ -90,7 +90,7 @@ class Switch:
 
 
 class Switchboard:
-    """The hook behind which all integrations are."""
+    """Hands each event on to all integrations, and starts them before the first one."""
 
     def __init__(self, *switches: Switch) -> None:
         self._switches = {switch.name: switch for switch in switches}
