@@ -319,7 +319,7 @@ def test_two_threads_call_a_new_function() -> None:
     def slow(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         second.start()
-        wait_until_in(second, "_create")
+        wait_until_in(second, "create")
         return real(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -71,7 +71,7 @@ def test_what_is_kept_is_bounded() -> None:
         for _ in range(1000):
             fn(X)
             clock.advance(5)
-    history = fn._control.journal.history
+    history = fn._journal.history
     assert len(history.samples) <= 512
     assert len(history.events) <= 256
     still = History(clock)

@@ -56,8 +56,7 @@ class Ledger:
         with self._lock:
             functions = _live.functions()
             for function in functions:
-                control = function._control
-                self._books.setdefault(weakref.ref(function), (control.name, control.books))
+                self._books.setdefault(weakref.ref(function), (function.name, function._books))
             for ref in [ref for ref in self._books if ref() is None]:
                 name, books = self._books.pop(ref)
                 self._gone[name] = _sum(self._gone.get(name, _NOTHING), books.snapshot())
@@ -72,7 +71,7 @@ class Ledger:
                 stats[name] = _sum(stats.get(name, _NOTHING), books.snapshot())
         by_name: dict[str, list[CompiledFunction[..., Any]]] = {name: [] for name in stats}
         for function in functions:
-            by_name[function._control.name].append(function)
+            by_name[function.name].append(function)
         return [_reading(name, stats[name], functions) for name, functions in by_name.items()]
 
 
