@@ -55,7 +55,7 @@ TABLES = {
     "bad day, 1 h": Table("A bad day of 1 hour, simulated: time to finish against an ideal"),
     "bad day, 8 h": Table("A bad day of 8 hours, simulated: time to finish against an ideal"),
     "bad day, for real": Table("A bad day of two minutes, for real", "ideal", ("ratio",)),
-    "import": Table("Importing, torch being there", "", ()),
+    "import": Table("Importing, with torch already imported", "", ()),
     "decorating": Table("Decorating a thousand functions", BARE, ("ratio",), unit="bytes"),
 }
 
