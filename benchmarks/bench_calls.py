@@ -107,7 +107,7 @@ def fails_for_five_rows(graph_module: torch.fx.GraphModule, inputs: list[Tensor]
 
 def answers_at_once(step: Step, **options: Any) -> Step:
     """The floor: a frame callback that has every frame but the first one asked about run eagerly, and knows nothing."""
-    from compile_retry import _torch_internals as internals
+    from compile_retry._torch import dynamo as internals
 
     compiled = torch.compile(step, **options)
     asked = itertools.count()

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from bench_calls import COPIES, LAPS, elementwise, fresh, measure, small
-from compile_retry._torch_eager import may_run_again
+from compile_retry._torch.eager import may_run_again
 from subjects import BARE, EAGER, OURS, Step
 
 

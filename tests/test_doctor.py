@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from compile_retry import _doctor, _doctor_process
 from compile_retry.__main__ import main
+from compile_retry._doctor import checks as _doctor
+from compile_retry._doctor import process as _doctor_process
 
 NAMES = [
     "environment",

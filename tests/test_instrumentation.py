@@ -15,7 +15,8 @@ import pytest
 import structlog
 import torch
 
-from compile_retry import _live, compile_with_fallback, compiled_function, instrumentation
+from compile_retry import compile_with_fallback, compiled_function, instrumentation
+from compile_retry._record import live as _live
 from episodes import ALL, X, episode, run, sine
 from support import wait_until_in
 

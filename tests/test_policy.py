@@ -203,7 +203,7 @@ def test_next_retry_in_words() -> None:
 )
 def test_the_schedule_is_the_model(waits: list[float], calls: int, fails: int) -> None:
     """Attempts happen exactly where a reference model of the schedule puts them."""
-    from compile_retry._breaker import Breaker
+    from compile_retry._schedule.breaker import Breaker
 
     policy = RetryPolicy(wait=None, wait_calls=lambda s: waits[min(s.attempt_number, len(waits)) - 1])
     breaker, made, left = Breaker(policy), [], fails

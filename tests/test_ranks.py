@@ -27,9 +27,9 @@ from torch.fx import Graph, GraphModule, symbolic_trace
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
-from compile_retry import _torch_distributed as distributed
-from compile_retry._ranks import RanksDisagreeError, settle_together
-from compile_retry._torch_distributed import World, collectives_in
+from compile_retry._compile.ranks import RanksDisagreeError, settle_together
+from compile_retry._torch import distributed
+from compile_retry._torch.distributed import World, collectives_in
 
 FRAME = ("Block.forward", "/somewhere/model.py", 12)
 SECONDS = 60.0

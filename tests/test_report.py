@@ -105,7 +105,7 @@ def test_show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 
 def test_nothing_to_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Says so, everywhere."""
-    monkeypatch.setattr("compile_retry._live._live", {})
+    monkeypatch.setattr("compile_retry._record.live._live", {})
     report, out = compile_retry.report(), io.StringIO()
     Console(file=out).print(report)
     assert str(report) == out.getvalue().strip() == "compile_retry: no decorated function is alive"

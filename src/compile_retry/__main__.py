@@ -13,7 +13,7 @@ except ImportError:
     sys.stderr.write('The command line needs the extra "cli": pip install "compile-retry[cli]"\n')
     sys.exit(2)
 
-from ._doctor import Check, Status, examine
+from ._doctor.checks import Check, Status, examine
 
 if TYPE_CHECKING:
     from rich.console import Console

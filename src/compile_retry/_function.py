@@ -17,18 +17,18 @@ import torch
 from torch.compiler import is_dynamo_compiling, is_exporting
 from torch.utils.hooks import RemovableHandle
 
-from . import _live
-from ._breaker import NextRetry
-from ._call import Conversion, Location, Tally
-from ._control import Control
+from ._compile.call import Conversion, Location, Tally
+from ._compile.checkpointing import UNSEEN
+from ._compile.control import Control
+from ._compile.frame_key import CREATION
 from ._failures import CompileFailure, is_fatal
-from ._frame_key import CREATION
-from ._history import Began, CallPath
 from ._locks import Lock
-from ._policy import RetryPolicy
+from ._record import live as _live
+from ._record.history import Began, CallPath
+from ._schedule.breaker import NextRetry
+from ._schedule.policy import RetryPolicy
 from ._stats import CompileState, CompileStats
-from ._steps import UNSEEN
-from ._torch_eager import compiled_call_of, has_forward_gradients, saved_tensors_hooks, set_compiled_call
+from ._torch.eager import compiled_call_of, has_forward_gradients, saved_tensors_hooks, set_compiled_call
 from .events import Hook
 
 if TYPE_CHECKING:
@@ -251,10 +251,10 @@ class CompiledFunction(Generic[P, R]):
 
     def _torch_compile(self) -> str | None:
         # Imports torch._dynamo, which takes a second and may itself fail, for want of a cache directory for example.
-        from . import _torch_internals as internals
-        from ._backend import GraphBackend
-        from ._frames import FrameConverter
-        from ._healing import working_cache
+        from ._compile.backend import GraphBackend
+        from ._compile.frames import FrameConverter
+        from ._compile.healing import working_cache
+        from ._torch import dynamo as internals
 
         control, options = self._control, dict(self._options)
         if options.get("options") is not None:

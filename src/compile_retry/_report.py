@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ._breaker import NextRetry
 from ._failures import CompileFailure, summary
-from ._live import functions
+from ._record.live import functions
+from ._schedule.breaker import NextRetry
 from ._stats import CompileState, CompileStats
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import ClassVar, Protocol
 
 from torch.utils.hooks import RemovableHandle
 
-from ._breaker import NextRetry
 from ._failures import CompileFailure
+from ._schedule.breaker import NextRetry
 from ._stats import CompileState
 from .instrumentation._switchboard import switchboard
 

@@ -9,7 +9,7 @@ import torch
 
 from ._decorator import function_of
 from ._function import CompiledFunction
-from ._history import CallPath, Sample
+from ._record.history import CallPath, Sample
 from .events import AttemptFailed, Compiled, Event, GaveUp, Recovered
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from compile_retry import _live
 from compile_retry._function import CompiledFunction
 from compile_retry._locks import Lock
+from compile_retry._record import live as _live
 from compile_retry._stats import Books, CompileState, CompileStats
 
 N = TypeVar("N", int, float)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from ._locks import Lock
+from compile_retry._locks import Lock
 
 # Seconds until it is said for the first time; then after twice that, and so on.
 FIRST = 60.0

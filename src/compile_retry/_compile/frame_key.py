@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from ._torch_eager import without_torch_function
+from compile_retry._torch.eager import without_torch_function
 
 # Of one value: one of the records below, or its class.
 Look: TypeAlias = object

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from ._failures import qualified_name, root_cause
+from compile_retry._failures import qualified_name, root_cause
 
 Facts = dict[str, Any]
 
@@ -44,8 +44,10 @@ _MEGABYTE = 2**20
 
 
 def _versions() -> Facts:
-    from . import _torch_import  # noqa: F401  # survives a cache directory that cannot be made
-    from . import _torch_inductor as inductor
+    from compile_retry._torch import (
+        first_import,  # noqa: F401  # survives a cache directory that cannot be made
+        inductor,
+    )
 
     inductor.check_supported()
     own = metadata.version("compile-retry")
@@ -53,7 +55,7 @@ def _versions() -> Facts:
 
 
 def _cache_directory() -> Facts:
-    from ._torch_inductor import cache_directory
+    from compile_retry._torch.inductor import cache_directory
 
     directory = cache_directory()
     return {"path": directory, **_writable(directory)}
@@ -78,7 +80,7 @@ def _writable(directory: str) -> Facts:
 
 def _compiler() -> Facts:
     """Compile, link, load and run a few lines: a compiler that knows its version may lack all the rest."""
-    from ._torch_inductor import cxx_compiler
+    from compile_retry._torch.inductor import cxx_compiler
 
     command = cxx_compiler()
     said = _run(command, "--version")
@@ -105,7 +107,7 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
 
 def _vector_instructions() -> Facts:
     """Where inductor finds fewer than there are, ask once more where no damaged file can answer."""
-    from . import _torch_inductor as inductor
+    from compile_retry._torch import inductor
 
     sets = inductor.instruction_sets()
     facts = {"processor": sets.flags, "found": sets.usable}
@@ -129,14 +131,14 @@ def _cached_compile() -> Facts:
 
 
 def _compile_afresh(device: str) -> Facts:
-    from . import _torch_inductor as inductor
+    from compile_retry._torch import inductor
 
     with _workspace(inductor.cache_directory()) as directory, inductor.caching_in(directory, headers=True):
         return _compile_and_compare(random.SystemRandom().uniform(0.1, 2.0), device)
 
 
 def _compile_and_compare(scale: float, device: str) -> Facts:
-    from ._torch_inductor import count_compiles, forget_failures
+    from compile_retry._torch.inductor import count_compiles, forget_failures
 
     def step(x: torch.Tensor) -> torch.Tensor:
         return ((scale * x).sin() * x.exp() + x).sum()
@@ -181,7 +183,7 @@ def _of_gpu(accelerator: torch.device) -> Facts:  # pragma: no cover  # not run 
 
 
 def _triton() -> Facts:  # pragma: no cover  # not run on a GPU yet
-    from ._torch_inductor import triton_works
+    from compile_retry._torch.inductor import triton_works
 
     try:
         version = import_module("triton").__version__
@@ -196,7 +198,7 @@ def _elsewhere() -> Facts:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory
         if "TRITON_CACHE_DIR" in os.environ:
             os.environ["TRITON_CACHE_DIR"] = str(Path(directory, "triton"))
-        from . import _torch_inductor as inductor
+        from compile_retry._torch import inductor
 
         try:
             return _compile_and_compare(0.5, "cpu")

@@ -30,12 +30,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from . import _torch_distributed as distributed
-from ._failures import in_words, is_fatal, qualified_name, release, root_cause
-from .events import log
+from compile_retry._failures import in_words, is_fatal, qualified_name, release, root_cause
+from compile_retry._torch import distributed
+from compile_retry.events import log
 
 if TYPE_CHECKING:
-    from ._call import Location
+    from .call import Location
 
 T = TypeVar("T")
 

@@ -8,13 +8,14 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import GraphModule
 
-from . import _torch_internals as internals
-from ._call import Attempt, Calls, Conversion, Tally
-from ._control import Control
-from ._frameless import FramelessGraph
-from ._healing import find_vector_instructions, heal, working_cache
-from ._torch_distributed import collectives_in
-from ._torch_inductor import spare_other_threads
+from compile_retry._torch import dynamo as internals
+from compile_retry._torch.distributed import collectives_in
+from compile_retry._torch.inductor import spare_other_threads
+
+from .call import Attempt, Calls, Conversion, Tally
+from .control import Control
+from .frameless import FramelessGraph
+from .healing import find_vector_instructions, heal, working_cache
 
 Code: TypeAlias = Callable[..., Any]
 

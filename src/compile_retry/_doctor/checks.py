@@ -1,6 +1,6 @@
 """Would ``torch.compile`` work here? The checks, each a function of what the child process has found.
 
-Nothing here asks torch itself: see `_doctor_child`, and `_doctor_process` for how it is run and ended.
+Nothing here asks torch itself: see `child`, and `process` for how it is run and ended.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ._doctor_process import Findings, ask
+from .process import Findings, ask
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 Facts = Mapping[str, Any]

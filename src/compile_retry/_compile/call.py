@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from functools import partial
     from types import CodeType
 
-    from ._breaker import Episode
-    from ._failures import FailureStage
-    from ._frame_key import FrameKey
-    from .events import Event
+    from compile_retry._failures import FailureStage
+    from compile_retry._schedule.breaker import Episode
+    from compile_retry.events import Event
+
+    from .frame_key import FrameKey
 
 # Function, file and line.
 Location: TypeAlias = tuple[str, str, int]

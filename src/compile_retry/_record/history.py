@@ -10,8 +10,8 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
-from ._locks import Lock
-from .events import Event
+from compile_retry._locks import Lock
+from compile_retry.events import Event
 
 CallPath: TypeAlias = Literal["compiled", "mixed", "eager"]
 

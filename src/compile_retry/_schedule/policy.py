@@ -19,7 +19,7 @@ from tenacity import (
     wait_exponential,
 )
 
-from ._failures import is_transient
+from compile_retry._failures import is_transient
 
 WaitStrategy: TypeAlias = Callable[[RetryCallState], float]
 StopStrategy: TypeAlias = Callable[[RetryCallState], bool]

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ._function import CompiledFunction
+    from compile_retry._function import CompiledFunction
 
 # By number, in order of creation. Only touched by dictionary methods that are one C call each: a lock would be of no
 # use, since functions are collected in the middle of whatever a thread does, also while it holds the lock.

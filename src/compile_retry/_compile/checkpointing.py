@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
-from ._locks import Lock
-from ._torch_eager import in_backward, may_run_again, on_optimizer_step, repeater
+from compile_retry._locks import Lock
+from compile_retry._torch.eager import in_backward, may_run_again, on_optimizer_step, repeater
 
 # Stands for frames that ran below an eager frame, unseen.
 UNSEEN = "frames below an eager frame"

@@ -8,15 +8,13 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from ._breaker import Breaker, Episode
-from ._call import Location, Tally
-from ._failures import CompileFailure, in_words, summary
-from ._heartbeat import heartbeat
-from ._history import Began, CallPath, History, Sample
-from ._locks import Lock
-from ._stats import Books, CompileState
-from ._strict import is_strict
-from .events import (
+from compile_retry._compile.call import Location, Tally
+from compile_retry._failures import CompileFailure, in_words, summary
+from compile_retry._locks import Lock
+from compile_retry._schedule.breaker import Breaker, Episode
+from compile_retry._stats import Books, CompileState
+from compile_retry._strict import is_strict
+from compile_retry.events import (
     AttemptFailed,
     AttemptStarted,
     CacheMoved,
@@ -32,6 +30,9 @@ from .events import (
     SweptAway,
     publish,
 )
+
+from .heartbeat import heartbeat
+from .history import Began, CallPath, History, Sample
 
 # Seconds of hold-off until the log says so again; then twice as many, and so on.
 FIRST_REMINDER = 60.0

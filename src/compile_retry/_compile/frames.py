@@ -14,17 +14,18 @@ from typing import NamedTuple
 
 import torch
 
-from . import _torch_internals as internals
-from ._call import Conversion, Location, Tally
-from ._control import Control
-from ._failures import is_fatal
-from ._frame_key import FrameKey, key_of, may_hold_tensors
-from ._healing import heal
-from ._ranks import settle_together
-from ._steps import UNSEEN
-from ._strict import is_strict
-from ._torch_eager import path_of_part
-from ._torch_internals import ConvertFrameReturn, Frame, FrameCallback, FrameState
+from compile_retry._failures import is_fatal
+from compile_retry._strict import is_strict
+from compile_retry._torch import dynamo as internals
+from compile_retry._torch.dynamo import ConvertFrameReturn, Frame, FrameCallback, FrameState
+from compile_retry._torch.eager import path_of_part
+
+from .call import Conversion, Location, Tally
+from .checkpointing import UNSEEN
+from .control import Control
+from .frame_key import FrameKey, key_of, may_hold_tensors
+from .healing import heal
+from .ranks import settle_together
 
 
 @dataclass
@@ -201,7 +202,7 @@ class FrameConverter:
         return internals.run_eagerly(inner_frames=False)
 
     def _settle_together(self, asked: _Asked, failed: Conversion) -> ConvertFrameReturn:
-        """Run a frame that moves data between ranks eagerly on all of them or on none: see `_ranks`."""
+        """Run a frame that moves data between ranks eagerly on all of them or on none: see `ranks`."""
         control, tally = self._control, asked.tally
 
         def try_again() -> ConvertFrameReturn:

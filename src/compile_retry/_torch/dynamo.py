@@ -1,7 +1,7 @@
 """Every use of non-public PyTorch, each with its reason, since when it is there, and what happens without it.
 
 Written against torch 2.13 and checked on 2.10 and 2.14. Importing this module imports ``torch._dynamo``, so it is
-imported at the first attempt and not before. What inductor keeps on disk and in mind is in `_torch_inductor`.
+imported at the first attempt and not before. What inductor keeps on disk and in mind is in `inductor`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from inspect import signature
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, Protocol, TypeAlias
 
-from . import _torch_import  # noqa: F401  # before anything else imports Dynamo
+from . import first_import  # noqa: F401  # before anything else imports Dynamo
 
 # isort: split
 import torch

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._locks import Lock
+from compile_retry._locks import Lock
 
 if TYPE_CHECKING:
     from types import CodeType
 
-    from ._frame_key import FrameKey, Looks
+    from .frame_key import FrameKey, Looks
 
 # After so many looks of a frame that cannot be compiled, its code is given up whatever it looks like.
 MOST_LOOKS = 8

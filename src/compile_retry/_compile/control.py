@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._breaker import WATCHED_CALLS, Breaker, Episode
-from ._call import Calls, Conversion, Doubt, Location, Tally
-from ._failures import (
+from compile_retry._failures import (
     CompileFailure,
     FailureKind,
     format_traceback,
@@ -18,21 +16,25 @@ from ._failures import (
     root_cause,
     suggests_damaged_cache,
 )
-from ._journal import Journal
-from ._ledger import Ledger
-from ._policy import RetryPolicy
-from ._stats import Books, CompileState, Counter
-from ._steps import Step
-from ._strict import is_strict
-from ._torch_eager import may_run_again
-from ._turns import Turns
-from .events import log
+from compile_retry._record.journal import Journal
+from compile_retry._schedule.breaker import WATCHED_CALLS, Breaker, Episode
+from compile_retry._schedule.policy import RetryPolicy
+from compile_retry._stats import Books, CompileState, Counter
+from compile_retry._strict import is_strict
+from compile_retry._torch.eager import may_run_again
+from compile_retry.events import log
+
+from .call import Calls, Conversion, Doubt, Location, Tally
+from .checkpointing import Step
+from .ledger import Ledger
+from .turns import Turns
 
 if TYPE_CHECKING:
     from types import CodeType
 
-    from ._frame_key import FrameKey
-    from ._torch_internals import CachedFrame
+    from compile_retry._torch.dynamo import CachedFrame
+
+    from .frame_key import FrameKey
 
 
 class Control:

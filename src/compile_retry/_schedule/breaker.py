@@ -15,9 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ._call import Doubt
-from ._locks import Lock
-from ._policy import RetryPolicy, decide, pause
+from compile_retry._compile.call import Doubt
+from compile_retry._locks import Lock
+
+from .policy import RetryPolicy, decide, pause
 
 # For so many calls after a failure the function goes on through Dynamo even if nothing is compiled, so that it is seen
 # whether other graphs are waiting too. After that, calls go straight to the eager function.

@@ -14,9 +14,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from . import _torch_inductor as inductor
-from ._locks import Lock
-from .events import log
+from compile_retry._locks import Lock
+from compile_retry._torch import inductor
+from compile_retry.events import log
 
 # For each of inductor's directories that did not work, the one that did, for the rest of the process.
 _instead: dict[str, str] = {}

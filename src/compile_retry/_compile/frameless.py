@@ -16,11 +16,12 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Graph, GraphModule
 
-from . import _torch_internals as internals
-from ._call import Conversion, Tally
-from ._control import Control
-from ._failures import is_fatal
-from ._frame_key import FrameKey
+from compile_retry._failures import is_fatal
+from compile_retry._torch import dynamo as internals
+
+from .call import Conversion, Tally
+from .control import Control
+from .frame_key import FrameKey
 
 Code: TypeAlias = Callable[..., Any]
 # Runs the compiler, and returns what runs its code.

@@ -36,7 +36,7 @@ def ask(mode: Literal["look", "compile", "elsewhere"], seconds: float) -> Findin
     parent, alive = os.pipe()  # closed when this process is gone, even if it is killed
     try:
         process = subprocess.Popen(  # noqa: S603  # it is this package's own module
-            [sys.executable, "-m", "compile_retry._doctor_child", mode],
+            [sys.executable, "-m", "compile_retry._doctor.child", mode],
             stdin=parent,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

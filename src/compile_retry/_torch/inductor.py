@@ -1,4 +1,4 @@
-"""Non-public inductor: what it remembers of a failure, and where it keeps its files. See also `_torch_internals`.
+"""Non-public inductor: what it remembers of a failure, and where it keeps its files. See also `dynamo`.
 
 All of it is optional: where one of these is missing, in another version of PyTorch, there is nothing to clear or mend.
 """

@@ -1,4 +1,4 @@
-"""The non-public parts of eager PyTorch that the library uses: like `_torch_internals`, but without Dynamo."""
+"""The non-public parts of eager PyTorch that the library uses: like `dynamo`, but without Dynamo."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Private names of ``torch.distributed``: collectives in a captured graph, and facts about the default process group.
 
-Nothing here communicates. `_ranks.py` decides what to do with the answers.
+Nothing here communicates. `_compile/ranks.py` decides what to do with the answers.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""What a function remembers and tells: events, log lines, samples of its calls."""
