@@ -405,9 +405,7 @@ def tell_books(training: Training, stats: CompileStats, accuracy: float) -> None
 
 def tell_nothing_compiled(stats: CompileStats) -> None:
     say("\n>>> This machine has no C++ compiler, so nothing was compiled and nothing could recover.")
-    say(
-        f">>> The whole training ran eagerly; {stats.failures} attempts failed. There is nothing to compare."
-    )
+    say(f">>> The whole training ran eagerly; {stats.failures} attempts failed. There is nothing to compare.")
 
 
 def tell_comparison(heats: list[Heat], recovered: float, never_failed: float) -> None:

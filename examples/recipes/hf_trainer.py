@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: a language model keeps training while the C++ compiler is broken, and recovers after that.
+"""Hugging Face Trainer: a language model keeps training while the C++ compiler is broken, and recovers afterwards.
 
     .venv-recipes/bin/python examples/recipes/hf_trainer.py
 
