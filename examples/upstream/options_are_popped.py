@@ -1,7 +1,7 @@
 """`torch.compile` removes keys from the caller's `options`.
 
-"guard_filter_fn" and "use_aoti" are popped from the dict itself. A second `torch.compile` with the same options silently
-lacks them.
+"guard_filter_fn" and "use_aoti" are popped from the dict itself. A second `torch.compile` with the same options
+silently lacks them.
 
 Expected: the dict is unchanged. Seen on 2.13.0, CPU.
 """
