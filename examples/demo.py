@@ -322,7 +322,7 @@ def tell(plan: Plan, folder: Path, picture: Path) -> bool:
         tell_books(training, stats, accuracy)
         claims = {
             "each step happened exactly once": training.batches_seen() == stats.calls == plan.steps,
-            "attempts failed, and training went on eagerly": stats.failures > 0 and stats.eager_calls > 0,
+            "attempts failed, and training continued eagerly": stats.failures > 0 and stats.eager_calls > 0,
         }
         if real is None:
             tell_nothing_compiled(stats)
