@@ -1,6 +1,6 @@
 """What stays behind after many held-off calls and many failed attempts, and eight threads while faults come and go.
 
-Prints the figures that docs/reliability.md quotes; tests/test_soak.py runs the same soaks, only shorter.
+Prints the figures that docs/reliability.md quotes. test_g04_g10_g11_soak.py runs the same soaks, only shorter.
 Run it as `python benchmarks/soak.py [--seconds 60]`.
 """
 

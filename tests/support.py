@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule
 
 
@@ -67,6 +69,22 @@ def rows(n: int, exc: Callable[[], Exception] = full_disk) -> Callable[[list[Any
         return exc() if hit else None
 
     return fails
+
+
+@contextmanager
+def dynamo_fails_in(name: str, exc: Exception, times: int = 10**9) -> Iterator[list[str]]:
+    """Dynamo raises when it translates a frame whose function's name contains `name`."""
+    run, failed = InstructionTranslator.run, list[str]()
+
+    def failing_run(self: InstructionTranslator) -> None:
+        if name in self.f_code.co_name and len(failed) < times:
+            failed.append(self.f_code.co_name)
+            raise exc
+        run(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InstructionTranslator, "run", failing_run)
+        yield failed
 
 
 class Trainer:

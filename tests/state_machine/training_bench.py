@@ -1,4 +1,4 @@
-"""What tests/test_state_machine.py drives: steps, where their compiles are made to fail, and their eager twins."""
+"""Training steps for test_state_machine.py, the places where their compiles are made to fail, and their eager twins."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 `make test` makes the same twenty runs every time. To look for something new, which takes as long as it is given::
 
-    HYPOTHESIS_PROFILE=long python -m pytest -o faulthandler_timeout=0 tests/test_state_machine.py
+    HYPOTHESIS_PROFILE=long python -m pytest -o faulthandler_timeout=0 tests/state_machine/test_state_machine.py
 
 A run that fails is printed as the calls that lead to it; as a test of its own it belongs in test_counter_examples.py.
 """
