@@ -8,6 +8,7 @@ import os
 import random
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -128,6 +129,17 @@ def wait_until_in(thread: threading.Thread, function: str) -> None:
                 return
             frame = frame.f_back
     raise AssertionError(f"{thread.name} never came to {function}()")
+
+
+def wait_until_waiting(thread: threading.Thread) -> None:
+    """Return when the thread waits for something: when it has stayed at one instruction for a while."""
+    before, looks = None, 0
+    while looks < 100:
+        assert thread.is_alive(), f"{thread.name} is over"
+        frame = sys._current_frames().get(thread.ident or 0)
+        now = frame and (frame.f_code, frame.f_lasti)
+        before, looks = now, looks + 1 if now == before else 0
+        time.sleep(0.001)  # for the other thread to run; it does not say when it waits
 
 
 def process_state() -> list[Any]:

@@ -1,291 +1,156 @@
-"""``python -m compile_retry doctor`` against real faults: it says what is broken, ends in time and leaves nothing."""
+"""``python -m compile_retry doctor`` with made-up findings: its judgement, its output and its exit status.
+
+The findings of real faults are in test_doctor_on_real_faults.py. A disk that gets full at that very moment, or a
+processor that lacks something, is more than a test can make.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import subprocess
 import sys
-import threading
-import time
-from pathlib import Path
+from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from doctor_command import checks_of, doctor, examine, forget_variables
 
-from compile_retry import _doctor, _doctor_process
-from compile_retry.__main__ import main
+from compile_retry import _doctor as doctor_room
+from compile_retry._doctor_process import Findings
 
-NAMES = [
-    "environment",
-    "versions",
-    "cache directory",
-    "temporary directory",
-    "C++ compiler",
-    "vector instructions",
-    "compile",
-    "cached compile",
-    "GPU",
-]
+Facts = dict[str, dict[str, Any]]
+Find = Callable[..., None]
 
-# Answers what is asked at first, and nothing that is to be compiled.
-HANGS = """#!/bin/sh
-[ "$1" = --version ] && echo "hangs 1.0" && exit
-echo $$ > "@PLACE@/pid"
-exec sleep 600
-"""
-
-# Compiles what it is tried with, and no kernel of inductor's.
-FAILS = """#!/bin/sh
-case "$*" in *.main.cpp*) echo "x.cpp:1: internal compiler error: told to" >&2; exit 1 ;; esac
-exec g++ "$@"
-"""
-
-# Makes libraries that do something else.
-MAKES = """#!/bin/sh
-case "$*" in *doctor.cpp*) ;; *) exec g++ "$@" ;; esac
-while [ "$1" != -o ]; do shift; done
-echo '#include <cstdlib>
-extern "C" int compile_retry_doctor(int n) { @BODY@ }' > "$2.cpp"
-exec g++ -shared -fPIC -o "$2" "$2.cpp"
-"""
+COMPILED = {"compiled": True, "from cache": False, "seconds": 1.2}
+HEALTHY: Facts = {
+    "versions": {"python": "3.14", "torch": "2.13", "compile_retry": "0.1"},
+    "cache directory": {"path": "/c", "free": 2**40},
+    "temporary directory": {"path": "/t", "free": 2**40},
+    "C++ compiler": {"path": "g++", "version": "g++ 14"},
+    "vector instructions": {"processor": ["a"], "found": ["a"]},
+    "compile": COMPILED,
+    "cached compile": {**COMPILED, "from cache": True},
+    "GPU": {"device": None, "built for": ""},
+}
+TIGHT: Facts = {"cache directory": {"path": "/c", "free": 2**29}}
+LOST = {"error": "OSError: lost"}
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory of its own for temporary files, in which nothing may be left, and an unused cache directory."""
-    for variable in (*_doctor._DISABLING, *_doctor._CHANGING, "CXX", "FORCE_COLOR", "TTY_COMPATIBLE"):
-        monkeypatch.delenv(variable, raising=False)
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
-    return tmp_path
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    forget_variables(monkeypatch)
 
 
 @pytest.fixture
-def scalar(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels without vector instructions: they compile in a third of the time."""
-    monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "0")
+def find(monkeypatch: pytest.MonkeyPatch) -> Find:
+    """Has a healthy machine found, except for these facts, up to a step that is not finished."""
+
+    def find(facts: Facts, *, until: str | None = None, stopped: str = "", elsewhere: Any = None) -> None:
+        names = list(HEALTHY)
+        reached = names[: names.index(until)] if until else names
+        usual = Findings({name: HEALTHY[name] for name in reached} | facts, until if stopped else None, stopped)
+        in_new_directory = Findings({"elsewhere": elsewhere} if elsewhere else {}, None, "it took too long")
+        monkeypatch.setattr(doctor_room, "ask", lambda mode, _: in_new_directory if mode == "elsewhere" else usual)
+
+    return find
 
 
-def doctor(*arguments: str) -> Result:
-    before = dict(os.environ)
-    result = CliRunner().invoke(main, ["doctor", *arguments])
-    assert dict(os.environ) == before
-    return result
-
-
-def checks_of(output: str) -> dict[str, dict[str, Any]]:
-    report = json.loads(output)
-    assert [check["name"] for check in report["checks"]] == NAMES
-    return {check["name"]: check for check in report["checks"]}
-
-
-def examine(*arguments: str, status: int) -> dict[str, dict[str, Any]]:
-    result = doctor("--json", *arguments)
-    assert result.exit_code == status, result.output
-    assert json.loads(result.stdout)["ok"] is (status == 0)
-    return checks_of(result.stdout)
-
-
-def assert_nothing_is_left(place: Path) -> None:
-    # Precompiled headers are torch's to keep; 2.10 cannot be told by the environment to do without.
-    headers = {path.parent for path in (place / "tmp").glob("*/precompiled_headers")}
-    assert {*(place / "tmp").iterdir()} == headers
-    assert list((place / "cache").glob("compile_retry_doctor_*")) == []
-
-
-def is_alive(pid: int) -> bool:
-    """Whether the process runs: one that was killed and not yet waited for by its new parent does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def install_compiler(place: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = place / "c++"
-    compiler.write_text(script.replace("@PLACE@", str(place)))
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-
-
-@pytest.mark.usefixtures("measured")
-def test_a_healthy_machine(place: Path) -> None:
-    command = [sys.executable, "-m", "compile_retry", "doctor", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout
-    checks = checks_of(done.stdout)
-    assert {check["status"] for check in checks.values()} <= {"ok", "warning", "skipped"}
-    assert "compiled in" in checks["compile"]["detail"]
-    assert "compiled in" in checks["cached compile"]["detail"]
-    assert_nothing_is_left(place)
-
-
-@pytest.mark.usefixtures("scalar")
-def test_a_poisoned_cache(place: Path) -> None:
-    """Where the cache answers it says so; once a kernel there is cut short, it names the directory to delete."""
-    examine(status=1)  # a processor has vector instructions, and none are found
-    checks = examine(status=1)
-    assert "compiled in" in checks["compile"]["detail"]
-    assert "from the cache in" in checks["cached compile"]["detail"]
-
-    kernels = list((place / "cache").rglob("*.main.so"))
-    assert kernels
-    for kernel in kernels:
-        os.truncate(kernel, 3000)
-    checks = examine(status=1)
-    assert checks["compile"]["status"] == "ok"
-    assert checks["cached compile"]["status"] == "failed"
-    assert "works in a new cache directory" in checks["cached compile"]["detail"]
-    assert checks["cached compile"]["remedy"].startswith(f"poisoned cache suspected: delete {place / 'cache'}")
-    assert_nothing_is_left(place)
-
-
-@pytest.mark.usefixtures("measured")
-def test_no_compiler(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    checks = examine(status=1)
-    assert checks["C++ compiler"]["status"] == "failed"
-    assert "CXX=no-such-compiler" in checks["C++ compiler"]["remedy"]
-    assert checks["compile"]["status"] == "failed"
-    assert checks["compile"]["remedy"] == "see C++ compiler"
-    assert_nothing_is_left(place)
-
-
-@pytest.mark.usefixtures("scalar", "measured")
-def test_a_compiler_that_fails(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it fails in a new cache directory as well, the usual one is not suspected."""
-    install_compiler(place, FAILS, monkeypatch)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(place / "triton"))
-    checks = examine(status=1)
-    assert checks["C++ compiler"]["status"] == "ok"
-    assert "internal compiler error: told to; fails in a new cache directory, too" in checks["compile"]["detail"]
-    assert "poisoned" not in str(checks)
-    assert_nothing_is_left(place)
-
-
-@pytest.mark.usefixtures("scalar", "measured")
-def test_headers_cannot_be_precompiled(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine without openssl."""
-    (place / "bin").mkdir()
-    programs = {file.name: file for folder in os.get_exec_path()[::-1] for file in Path(folder).glob("*")}
-    for name in programs.keys() - {"openssl"}:
-        (place / "bin" / name).symlink_to(programs[name])
-    monkeypatch.setenv("PATH", str(place / "bin"))
-    monkeypatch.setenv("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "1")
-    checks = examine(status=1)
-    assert checks["compile"]["detail"].endswith("; works without precompiled headers")
-    assert checks["compile"]["remedy"] == "install openssl, or set TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS=0"
-
-
-@pytest.mark.usefixtures("scalar", "measured")
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("facts", "arguments", "status"),
+    [({}, ["--strict"], 0), (TIGHT, [], 0), (TIGHT, ["--strict"], 1), ({"compile": LOST}, [], 1)],
+)
+def test_exit_status(find: Find, facts: Facts, arguments: list[str], status: int) -> None:
+    """A warning counts as a failure in strict mode only."""
+    find(facts)
+    assert doctor(*arguments).exit_code == status
+
+
+def test_output_for_people(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines that can be searched; on a terminal a table, where rich is installed."""
+    find(TIGHT)
+    lines = doctor().stdout.splitlines()
+    assert lines[1:4] == [
+        "ok       versions             Python 3.14, torch 2.13, compile-retry 0.1",
+        "warning  cache directory      /c, 0.5 GiB free",
+        "                              -> make room, or set TORCHINDUCTOR_CACHE_DIR to another directory",
+    ]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+    table = doctor().stdout
+    assert "┃" in table
+    assert "/c, 0.5 GiB free" in table
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert doctor().stdout.splitlines() == lines
+
+
+@pytest.mark.parametrize(
+    ("name", "facts", "status", "detail"),
     [
-        ("return 7;", "what it compiles gives wrong results"),
-        ("exit(3);", "the process ended with status 3"),
-        ("abort();", "the process died of signal 6 (Aborted)"),
-        ("for (;;) ;", "it took too long"),
-        ("this is not C++", "error:"),
+        ("versions", {"error": "ImportError: x"}, "failed", "ImportError: x"),
+        ("cache directory", {"error": "ImportError: x"}, "failed", "ImportError: x"),
+        ("cache directory", {"path": "/c", "error": "full"}, "failed", "/c cannot be written: full"),
+        ("cache directory", {"path": "/c", "free": 2**29}, "warning", "/c, 0.5 GiB free"),
+        ("C++ compiler", {"error": "OSError: [Errno 28] No space left on device"}, "failed", "OSError: [Errno 28] No"),
+        ("C++ compiler", {"path": "g++", "error": "no omp.h"}, "failed", "g++: no omp.h"),
+        ("vector instructions", {"error": "OSError"}, "failed", "OSError"),
+        ("vector instructions", {"processor": ["a"], "found": [], "found elsewhere": ["a"]}, "failed", "none, but a"),
+        ("vector instructions", {"processor": ["a"], "found": []}, "failed", "none, but the processor has a"),
+        ("vector instructions", {"processor": ["a", "b"], "found": ["a"]}, "ok", "a (not b)"),
+        ("compile", {"compiled": False}, "failed", "torch.compile ran eagerly"),
+        ("GPU", {"error": "RuntimeError: no driver"}, "failed", "RuntimeError: no driver"),
+        ("GPU", {"device": None, "built for": "13.0"}, "skipped", "not present; torch is built for 13.0"),
+        ("GPU", {"device": "cuda", "name": "A", "triton": None, "triton works": False}, "failed", "A: Triton is not"),
+        (
+            "GPU",
+            {"device": "cuda", "name": "A", "triton": "3", "triton works": False},
+            "failed",
+            "A: Triton 3 does not",
+        ),
+        ("GPU", {"device": "cuda", "name": "A", "triton works": True, "error": "MemoryError"}, "failed", "A: Memory"),
     ],
 )
-def test_a_compiler_that_makes_bad_libraries(
-    body: str, said: str, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also those with which the process crashes, or hangs where no signal is looked at until it is killed."""
-    install_compiler(place, MAKES.replace("@BODY@", body), monkeypatch)
-    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # it is not about inductor
-    checks = examine("--timeout", "12", status=1)
-    assert checks["C++ compiler"]["status"] == "failed"
-    assert said in checks["C++ compiler"]["detail"]
+def test_findings(find: Find, name: str, facts: dict[str, Any], status: str, detail: str) -> None:
+    """Each is judged and told in a line."""
+    find({name: facts})
+    check = checks_of(doctor("--json").stdout)[name]
+    assert check["status"] == status
+    assert check["detail"].startswith(detail)
 
 
-@pytest.mark.usefixtures("measured")
-def test_a_torch_that_cannot_compile(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Something that Dynamo needs cannot be imported; no check is made that would only say so again."""
-    (place / "sympy.py").write_text("raise ImportError('an installation that is broken')")
-    monkeypatch.setenv("PYTHONPATH", str(place))
-    checks = examine(status=1)
-    assert "an installation that is broken" in checks["versions"]["detail"]
-    assert checks["C++ compiler"]["detail"] == "not reached: see versions"
+@pytest.mark.parametrize(
+    ("facts", "elsewhere", "detail", "remedy"),
+    [
+        ({}, {"error": "OSError: lost"}, "; fails in a new cache directory, too", ""),
+        ({}, {"without headers": "/t/h"}, "; works without precompiled headers", "delete /t/h, or set TORCHIND"),
+        ({}, {"compiled": True}, "; works in a new cache directory", "poisoned cache suspected: delete /c"),
+        ({"compile": LOST}, {"compiled": True}, "; works in a new cache directory", "set TORCHINDUCTOR_CACHE_DIR to"),
+        ({}, None, "", ""),
+        ({"C++ compiler": LOST}, None, "", "see C++ compiler"),
+    ],
+)
+def test_causes(find: Find, facts: Facts, elsewhere: Any, detail: str, remedy: str) -> None:
+    """A compile that failed is made in a new cache directory too, and what comes of it tells what to do."""
+    find({"cached compile": LOST, **facts}, elsewhere=elsewhere)
+    check = examine(status=1)["cached compile"]
+    assert (check["status"], check["detail"]) == ("failed", "OSError: lost" + detail)
+    assert check["remedy"].startswith(remedy)
+    assert bool(check["remedy"]) == bool(remedy)
 
 
-def test_interrupted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By Ctrl-C: what it has started ends with it."""
-    install_compiler(place, HANGS, monkeypatch)
-    pid = place / "pid"
-
-    def interrupt() -> None:
-        wait_until(lambda: pid.exists() and pid.read_text().strip() != "")
-        os.kill(os.getpid(), signal.SIGINT)
-
-    interrupter = threading.Thread(target=interrupt)
-    interrupter.start()
-    assert doctor().exit_code == 1
-    interrupter.join()
-    assert not is_alive(int(pid.read_text()))
-    assert_nothing_is_left(place)
+@pytest.mark.parametrize(("until", "remedy"), [("C++ compiler", "run it by hand"), ("versions", "")])
+def test_out_of_time(find: Find, until: str, remedy: str) -> None:
+    """The step that took too long is to blame, and those behind it were not reached."""
+    find({}, until=until, stopped="it took too long")
+    checks = examine("--timeout", "50", status=1)
+    assert (checks[until]["status"], checks[until]["detail"]) == ("failed", "it took too long (limit: 50 s)")
+    assert checks[until]["remedy"].startswith(remedy)
+    assert checks["GPU"]["detail"] == f"not reached: see {until}"
 
 
-def test_a_compiler_that_hangs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends at the time limit, and no process is left."""
-    install_compiler(place, HANGS, monkeypatch)
-    pid = place / "pid"
-    for timeout in (15, 60):
-        begin = time.monotonic()
-        checks = examine("--timeout", str(timeout), status=1)
-        assert time.monotonic() - begin < timeout + 10
-        assert_nothing_is_left(place)
-        if pid.exists():  # the limit was not met on the way to the compiler
-            break
-    assert checks["C++ compiler"]["status"] == "failed"
-    assert checks["C++ compiler"]["detail"] == f"it took too long (limit: {timeout} s)"
-    assert checks["compile"]["detail"] == "not reached: see C++ compiler"
-    assert not is_alive(int(pid.read_text()))
-
-
-@pytest.mark.usefixtures("measured")
-def test_a_doctor_that_is_killed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by a container's health check: what it has started ends with it."""
-    install_compiler(place, HANGS, monkeypatch)
-    pid = place / "pid"
-    process = subprocess.Popen([sys.executable, "-m", "compile_retry", "doctor"], stdout=subprocess.DEVNULL)
-    wait_until(lambda: pid.exists() and pid.read_text().strip() != "")
-    process.send_signal(signal.SIGKILL)
-    process.wait(60)
-    wait_until(lambda: not is_alive(int(pid.read_text())))
-    wait_until(lambda: not any((place / "tmp").iterdir()))
-
-
-def wait_until(condition: Any) -> None:
-    due = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < due
-        time.sleep(0.05)  # for another process, of which nothing else can be waited for
-
-
-@pytest.mark.usefixtures("scalar", "measured")
-def test_a_cache_directory_that_is_a_file(place: Path) -> None:
-    """With which stock torch cannot even import Dynamo."""
-    (place / "cache").touch()
-    checks = examine(status=1)
-    assert checks["versions"]["status"] == "ok"
-    assert checks["cache directory"]["status"] == "failed"
-    assert f"{place / 'cache'} cannot be written" in checks["cache directory"]["detail"]
-    for name in ("compile", "cached compile"):
-        assert checks[name]["status"] == "failed"
-        assert "works in a new cache directory" in checks[name]["detail"]
-        assert checks[name]["remedy"].startswith("set TORCHINDUCTOR_CACHE_DIR to another directory")
-
-
-@pytest.mark.usefixtures("scalar", "measured")
-def test_compiling_is_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_is_disabled(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then nothing is compiled, and that is a failure."""
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    find({}, until="compile")
     checks = examine(status=1)
     assert checks["environment"]["detail"] == "TORCH_COMPILE_DISABLE=1: torch.compile does nothing"
     assert checks["C++ compiler"]["status"] == "ok"
@@ -293,101 +158,49 @@ def test_compiling_is_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (checks[name]["status"], checks[name]["detail"]) == ("skipped", "TORCH_COMPILE_DISABLE=1 is set")
 
 
-WELL = _doctor.Check("versions", "ok", "Python 3.14")
-TIGHT = _doctor.Check("cache directory", "warning", "0.1 GiB free [/tmp]", "make room")
-BROKEN = _doctor.Check("compile", "failed", "OSError")
+def test_variables_that_change_compiling(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are named, with their effect."""
+    monkeypatch.setenv("COMPILE_RETRY_STRICT", "1")
+    find({})
+    check = examine(status=0)["environment"]
+    assert (check["status"], check["detail"]) == ("warning", "COMPILE_RETRY_STRICT=1: failed compiles raise")
 
 
-@pytest.mark.parametrize(
-    ("checks", "arguments", "status"),
-    [([WELL], ["--strict"], 0), ([WELL, TIGHT], [], 0), ([WELL, TIGHT], ["--strict"], 1), ([WELL, BROKEN], [], 1)],
-)
-def test_exit_status(
-    checks: list[_doctor.Check], arguments: list[str], status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A warning counts as a failure in strict mode only."""
-    monkeypatch.setattr("compile_retry.__main__.examine", lambda timeout: checks)
-    assert doctor(*arguments).exit_code == status
+def test_a_torch_that_cannot_compile(find: Find) -> None:
+    """Nothing else is checked, which would only say so again."""
+    find({"versions": {"error": "ImportError: x"}}, until="cache directory")
+    assert examine(status=1)["C++ compiler"]["detail"] == "not reached: see versions"
 
 
-def test_output_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines that can be searched; on a terminal a table, where rich is installed."""
-    monkeypatch.setattr("compile_retry.__main__.examine", lambda timeout: [WELL, TIGHT])
-    lines = [
-        "ok       versions         Python 3.14",
-        "warning  cache directory  0.1 GiB free [/tmp]",
-        "                          -> make room",
-    ]
-    assert doctor().stdout.splitlines() == lines
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "160")
-    table = doctor().stdout
-    assert "┃" in table
-    assert "0.1 GiB free [/tmp]" in table
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    assert doctor().stdout.splitlines() == lines
-
-
-@pytest.mark.parametrize(
-    ("facts", "status", "detail"),
-    [
-        ({"error": "RuntimeError: no driver"}, "failed", "RuntimeError: no driver"),
-        ({"device": None, "built for": "13.0"}, "skipped", "not present; torch is built for 13.0"),
-        (
-            {"device": "cuda", "name": "A", "triton": None, "triton works": False},
-            "failed",
-            "A: Triton is not installed",
-        ),
-        (
-            {"device": "cuda", "name": "A", "triton": "3", "triton works": False},
-            "failed",
-            "A: Triton 3 does not support it",
-        ),
-        ({"device": "cuda", "name": "A", "triton works": True, "error": "MemoryError"}, "failed", "A: MemoryError"),
-    ],
-)
-def test_gpus(facts: dict[str, Any], status: str, detail: str) -> None:
-    """Made-up findings: there was no GPU to ask."""
-    check = _doctor._CHECKS["GPU"]("GPU", facts)
-    assert (check.status, check.detail) == (status, detail)
-
-
-@pytest.mark.parametrize(
-    ("name", "facts", "status", "detail"),
-    [
-        ("cache directory", {"error": "ImportError: x"}, "failed", "ImportError: x"),
-        ("cache directory", {"path": "/c", "free": 2**29}, "warning", "/c, 0.5 GiB free"),
-        ("C++ compiler", {"error": "OSError: [Errno 28] No space left on device"}, "failed", "OSError: [Errno 28] No"),
-        ("C++ compiler", {"path": "g++", "error": "no omp.h"}, "failed", "g++: no omp.h"),
-        ("vector instructions", {"error": "OSError"}, "failed", "OSError"),
-        ("vector instructions", {"processor": ["a"], "found": [], "found elsewhere": ["a"]}, "failed", "none, but a"),
-        ("vector instructions", {"processor": ["a", "b"], "found": ["a"]}, "ok", "a (not b)"),
-        ("compile", {"error": "OSError: lost"}, "failed", "OSError: lost"),
-        ("compile", {"compiled": False}, "failed", "torch.compile ran eagerly"),
-    ],
-)
-def test_findings(name: str, facts: dict[str, Any], status: str, detail: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made-up ones: to have a disk get full just then, or a processor lack something, is more than a test can do."""
-    findings = _doctor_process.Findings({name: facts}, None, "")
-    monkeypatch.setattr(_doctor, "ask", lambda mode, seconds: findings if mode != "elsewhere" else _nothing())
-    check = checks_of(doctor("--json").stdout)[name]
-    assert check["status"] == status
-    assert check["detail"].startswith(detail)
-
-
-def _nothing() -> _doctor_process.Findings:
-    return _doctor_process.Findings({}, "elsewhere", "it took too long")
+def test_a_compiler_that_the_environment_names(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The remedy names it."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    find({"C++ compiler": LOST})
+    assert "or correct CXX=no-such-compiler" in examine(status=1)["C++ compiler"]["remedy"]
 
 
 @pytest.mark.parametrize("arguments", [["--timeout", "soon"], ["--timeout", "0"], ["--no-such-option"]])
 def test_wrong_usage(arguments: list[str]) -> None:
+    """The exit status is that of a wrong command."""
     assert doctor(*arguments).exit_code == 2
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.usefixtures("measured")
 def test_without_the_extra() -> None:
     """It says how to install it."""
-    code = "import runpy, sys; sys.modules['click'] = None; runpy.run_module('compile_retry', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    done = run(
+        "-c", "import runpy, sys; sys.modules['click'] = None; runpy.run_module('compile_retry', run_name='__main__')"
+    )
     assert done.returncode == 2
     assert done.stderr == 'The command line needs the extra "cli": pip install "compile-retry[cli]"\n'
+
+
+@pytest.mark.usefixtures("measured")
+def test_its_version() -> None:
+    """It is that of the package."""
+    done = run("-m", "compile_retry", "--version")
+    assert done.stdout == f"python -m compile_retry, version {version('compile-retry')}\n"

@@ -13,7 +13,7 @@ import torch
 
 import compile_retry
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback
-from support import Compiler, full_disk, wait_until_in
+from support import Compiler, full_disk, wait_until_waiting
 
 EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
 SECOND_CALL = RetryPolicy(wait=None, wait_calls=2)
@@ -320,7 +320,7 @@ def test_two_threads_call_a_new_function() -> None:
     def slow(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         second.start()
-        wait_until_in(second, "_create")
+        wait_until_waiting(second)
         return real(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:

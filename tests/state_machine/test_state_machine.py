@@ -21,12 +21,7 @@ import hypothesis
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-
-from compile_retry import CompiledFunction, CompileState, CompileStats, compile_with_fallback, compiled_function
-from compile_retry.events import Event
-from compile_retry.testing import FakeClock, record_events
 from reference_model import SCHEDULES, Config, Model
-from support import process_state
 from training_bench import (
     PERMANENT,
     Bench,
@@ -43,6 +38,11 @@ from training_bench import (
     in_thread_or_not,
     perform,
 )
+
+from compile_retry import CompiledFunction, CompileState, CompileStats, compile_with_fallback, compiled_function
+from compile_retry.events import Event
+from compile_retry.testing import FakeClock, record_events
+from support import process_state
 
 NAME = "step"
 DUE_MOMENTS = 6

@@ -1,0 +1,259 @@
+"""``python -m compile_retry doctor`` against real faults: it says what is broken, ends in time and leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from doctor_command import checks_of, doctor, examine, forget_variables
+
+# Each compiles with a real C++ compiler, in processes of its own.
+pytestmark = pytest.mark.long
+
+# Answers what is asked at first, and nothing that is to be compiled.
+HANGS = """#!/bin/sh
+[ "$1" = --version ] && echo "hangs 1.0" && exit
+echo $$ > "@PLACE@/pid"
+exec sleep 600
+"""
+
+# Compiles what it is tried with, and no kernel of inductor's.
+FAILS = """#!/bin/sh
+case "$*" in *.main.cpp*) echo "x.cpp:1: internal compiler error: told to" >&2; exit 1 ;; esac
+exec g++ "$@"
+"""
+
+# Makes libraries that do something else.
+MAKES = """#!/bin/sh
+case "$*" in *doctor.cpp*) ;; *) exec g++ "$@" ;; esac
+while [ "$1" != -o ]; do shift; done
+echo '#include <cstdlib>
+extern "C" int compile_retry_doctor(int n) { @BODY@ }' > "$2.cpp"
+exec g++ -shared -fPIC -o "$2" "$2.cpp"
+"""
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory of its own for temporary files, in which nothing may be left, and an unused cache directory."""
+    forget_variables(monkeypatch)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "0")
+    return tmp_path
+
+
+@pytest.fixture
+def scalar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels without vector instructions: they compile in a third of the time."""
+    monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "0")
+
+
+def assert_nothing_is_left(place: Path) -> None:
+    # Precompiled headers are torch's to keep; 2.10 cannot be told by the environment to do without.
+    headers = {path.parent for path in (place / "tmp").glob("*/precompiled_headers")}
+    assert {*(place / "tmp").iterdir()} == headers
+    assert list((place / "cache").glob("compile_retry_doctor_*")) == []
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs: one that was killed and not yet waited for by its new parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def install_compiler(place: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = place / "c++"
+    compiler.write_text(script.replace("@PLACE@", str(place)))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_healthy_machine(place: Path) -> None:
+    command = [sys.executable, "-m", "compile_retry", "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout
+    checks = checks_of(done.stdout)
+    assert {check["status"] for check in checks.values()} <= {"ok", "warning", "skipped"}
+    assert "compiled in" in checks["compile"]["detail"]
+    assert "compiled in" in checks["cached compile"]["detail"]
+    assert_nothing_is_left(place)
+
+
+@pytest.mark.usefixtures("scalar")
+def test_a_poisoned_cache(place: Path) -> None:
+    """Where the cache answers it says so; once a kernel there is cut short, it names the directory to delete."""
+    examine(status=1)  # a processor has vector instructions, and none are found
+    checks = examine(status=1)
+    assert "compiled in" in checks["compile"]["detail"]
+    assert "from the cache in" in checks["cached compile"]["detail"]
+
+    kernels = list((place / "cache").rglob("*.main.so"))
+    assert kernels
+    for kernel in kernels:
+        os.truncate(kernel, 3000)
+    checks = examine(status=1)
+    assert checks["compile"]["status"] == "ok"
+    assert checks["cached compile"]["status"] == "failed"
+    assert "works in a new cache directory" in checks["cached compile"]["detail"]
+    assert checks["cached compile"]["remedy"].startswith(f"poisoned cache suspected: delete {place / 'cache'}")
+    assert_nothing_is_left(place)
+
+
+@pytest.mark.usefixtures("measured")
+def test_no_compiler(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    checks = examine(status=1)
+    assert checks["C++ compiler"]["status"] == "failed"
+    assert "CXX=no-such-compiler" in checks["C++ compiler"]["remedy"]
+    assert checks["compile"]["status"] == "failed"
+    assert checks["compile"]["remedy"] == "see C++ compiler"
+    assert_nothing_is_left(place)
+
+
+@pytest.mark.usefixtures("scalar", "measured")
+def test_a_compiler_that_fails(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it fails in a new cache directory as well, the usual one is not suspected."""
+    install_compiler(place, FAILS, monkeypatch)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(place / "triton"))
+    checks = examine(status=1)
+    assert checks["C++ compiler"]["status"] == "ok"
+    assert "internal compiler error: told to; fails in a new cache directory, too" in checks["compile"]["detail"]
+    assert "poisoned" not in str(checks)
+    assert_nothing_is_left(place)
+
+
+@pytest.mark.usefixtures("scalar", "measured")
+def test_headers_cannot_be_precompiled(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without openssl."""
+    (place / "bin").mkdir()
+    programs = {file.name: file for folder in os.get_exec_path()[::-1] for file in Path(folder).glob("*")}
+    for name in programs.keys() - {"openssl"}:
+        (place / "bin" / name).symlink_to(programs[name])
+    monkeypatch.setenv("PATH", str(place / "bin"))
+    monkeypatch.setenv("TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS", "1")
+    checks = examine(status=1)
+    assert checks["compile"]["detail"].endswith("; works without precompiled headers")
+    assert checks["compile"]["remedy"] == "install openssl, or set TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS=0"
+
+
+@pytest.mark.usefixtures("scalar", "measured")
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return 7;", "what it compiles gives wrong results"),
+        ("exit(3);", "the process ended with status 3"),
+        ("abort();", "the process died of signal 6 (Aborted)"),
+        ("for (;;) ;", "it took too long"),
+        ("this is not C++", "error:"),
+    ],
+)
+def test_a_compiler_that_makes_bad_libraries(
+    body: str, said: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those with which the process crashes, or hangs where no signal is looked at until it is killed."""
+    install_compiler(place, MAKES.replace("@BODY@", body), monkeypatch)
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # it is not about inductor
+    checks = examine("--timeout", "12", status=1)
+    assert checks["C++ compiler"]["status"] == "failed"
+    assert said in checks["C++ compiler"]["detail"]
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_torch_that_cannot_compile(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something that Dynamo needs cannot be imported; no check is made that would only say so again."""
+    (place / "sympy.py").write_text("raise ImportError('an installation that is broken')")
+    monkeypatch.setenv("PYTHONPATH", str(place))
+    checks = examine(status=1)
+    assert "an installation that is broken" in checks["versions"]["detail"]
+    assert checks["C++ compiler"]["detail"] == "not reached: see versions"
+
+
+def test_interrupted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Ctrl-C: what it has started ends with it."""
+    install_compiler(place, HANGS, monkeypatch)
+    pid = place / "pid"
+
+    def interrupt() -> None:
+        wait_until(lambda: pid.exists() and pid.read_text().strip() != "")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    assert doctor().exit_code == 1
+    interrupter.join()
+    assert not is_alive(int(pid.read_text()))
+    assert_nothing_is_left(place)
+
+
+def test_a_compiler_that_hangs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends at the time limit, and no process is left."""
+    install_compiler(place, HANGS, monkeypatch)
+    pid = place / "pid"
+    for timeout in (15, 60):
+        begin = time.monotonic()
+        checks = examine("--timeout", str(timeout), status=1)
+        assert time.monotonic() - begin < timeout + 10
+        assert_nothing_is_left(place)
+        if pid.exists():  # the limit was not met on the way to the compiler
+            break
+    assert checks["C++ compiler"]["status"] == "failed"
+    assert checks["C++ compiler"]["detail"] == f"it took too long (limit: {timeout} s)"
+    assert checks["compile"]["detail"] == "not reached: see C++ compiler"
+    assert not is_alive(int(pid.read_text()))
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_doctor_that_is_killed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a container's health check: what it has started ends with it."""
+    install_compiler(place, HANGS, monkeypatch)
+    pid = place / "pid"
+    process = subprocess.Popen([sys.executable, "-m", "compile_retry", "doctor"], stdout=subprocess.DEVNULL)
+    wait_until(lambda: pid.exists() and pid.read_text().strip() != "")
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    wait_until(lambda: not is_alive(int(pid.read_text())))
+    wait_until(lambda: not any((place / "tmp").iterdir()))
+
+
+def wait_until(condition: Any) -> None:
+    due = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < due
+        time.sleep(0.05)  # for another process, of which nothing else can be waited for
+
+
+@pytest.mark.usefixtures("scalar", "measured")
+def test_a_cache_directory_that_is_a_file(place: Path) -> None:
+    """With which stock torch cannot even import Dynamo."""
+    (place / "cache").touch()
+    checks = examine(status=1)
+    assert checks["versions"]["status"] == "ok"
+    assert checks["cache directory"]["status"] == "failed"
+    assert f"{place / 'cache'} cannot be written" in checks["cache directory"]["detail"]
+    for name in ("compile", "cached compile"):
+        assert checks[name]["status"] == "failed"
+        assert "works in a new cache directory" in checks[name]["detail"]
+        assert checks[name]["remedy"].startswith("set TORCHINDUCTOR_CACHE_DIR to another directory")
+
+
+@pytest.mark.usefixtures("scalar", "measured")
+def test_compiling_is_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then nothing is compiled, and that is a failure."""
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    checks = examine(status=1)
+    assert checks["environment"]["detail"] == "TORCH_COMPILE_DISABLE=1: torch.compile does nothing"
+    assert checks["C++ compiler"]["status"] == "ok"
+    for name in ("compile", "cached compile", "GPU"):
+        assert (checks[name]["status"], checks[name]["detail"]) == ("skipped", "TORCH_COMPILE_DISABLE=1 is set")
