@@ -1,6 +1,6 @@
 """Soak tests: leaks after many held-off calls and failed attempts, and eight threads while faults come and go.
 
-Prints the figures quoted in docs/reliability.md; tests/test_soak.py runs shorter versions of the same soaks.
+Prints the figures quoted in docs/reliability.md; test_g04_g10_g11_soak.py runs shorter versions of the same soaks.
 Run it as `python benchmarks/soak.py [--seconds 60]`.
 """
 

@@ -18,7 +18,7 @@ import torch
 from compile_retry import compile_with_fallback, compiled_function, instrumentation
 from compile_retry._record import live as _live
 from episodes import ALL, X, episode, run, sine
-from support import wait_until_in
+from support import wait_until_waiting
 
 pytestmark = pytest.mark.usefixtures("integrations", "measured")
 
@@ -79,7 +79,7 @@ def test_an_event_while_the_integrations_start(monkeypatch: pytest.MonkeyPatch) 
         registered.append(collector)
         if len(registered) == 1:
             other.start()
-            wait_until_in(other, "_settle")
+            wait_until_waiting(other)
         register(collector)
 
     monkeypatch.setattr(prometheus_client.REGISTRY, "register", register_slowly)

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+import compile_retry
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback
-from support import Compiler, full_disk, wait_until_in
+from support import Compiler, full_disk, wait_until_waiting
 
 EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
 SECOND_CALL = RetryPolicy(wait=None, wait_calls=2)
@@ -300,7 +301,7 @@ def test_options_cannot_be_checked_without_a_cache_directory() -> None:
     name = "compile_retry._torch.dynamo"
     with pytest.MonkeyPatch.context() as patch:
         patch.delitem(sys.modules, name, raising=False)
-        patch.delattr(sys.modules["compile_retry._torch"], "dynamo", raising=False)
+        patch.delattr(compile_retry, "_torch_internals", raising=False)
         patch.setattr(sys, "meta_path", [NoCacheDirectory(), *sys.meta_path])
         fn = compile_with_fallback(sine, mode="default", policy=SECOND_CALL)
         torch.testing.assert_close(fn(X), X.sin())
@@ -319,7 +320,7 @@ def test_two_threads_call_a_new_function() -> None:
     def slow(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         second.start()
-        wait_until_in(second, "create")
+        wait_until_waiting(second)
         return real(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
