@@ -107,22 +107,23 @@ def fails_for_five_rows(graph_module: torch.fx.GraphModule, inputs: list[Tensor]
 
 def answers_at_once(step: Step, **options: Any) -> Step:
     """The floor: a stateless frame callback that runs every frame eagerly except the first."""
-    from compile_retry._torch import dynamo as internals
+    from compile_retry._torch import frames as torch_frames
+    from compile_retry._torch import functions
 
     compiled = torch.compile(step, **options)
     asked = itertools.count()
 
-    def wrap(inner: internals.FrameCallback) -> internals.FrameCallback:
+    def wrap(inner: torch_frames.FrameCallback) -> torch_frames.FrameCallback:
         def answer(
-            frame: internals.Frame, cache_entry: object, frame_state: internals.FrameState
-        ) -> internals.ConvertFrameReturn:
+            frame: torch_frames.Frame, cache_entry: object, frame_state: torch_frames.FrameState
+        ) -> torch_frames.ConvertFrameReturn:
             if next(asked) == 0:
                 return inner(frame, cache_entry, frame_state)
-            return internals.run_eagerly(inner_frames=None)
+            return torch_frames.run_eagerly(inner_frames=None)
 
         return answer
 
-    internals.interpose(compiled, wrap)
+    functions.interpose(compiled, wrap)
     return compiled
 
 

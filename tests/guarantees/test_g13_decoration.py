@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-import compile_retry
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback
 from support import Compiler, full_disk, wait_until_waiting
 
@@ -295,13 +294,13 @@ def test_options_cannot_be_checked_without_a_cache_directory() -> None:
 
     class NoCacheDirectory:
         def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-            if name == "compile_retry._torch.dynamo":
+            if name == "compile_retry._torch.frames":
                 raise OSError(30, "Read-only file system")
 
-    name = "compile_retry._torch.dynamo"
+    name = "compile_retry._torch.frames"
     with pytest.MonkeyPatch.context() as patch:
         patch.delitem(sys.modules, name, raising=False)
-        patch.delattr(compile_retry, "_torch_internals", raising=False)
+        patch.delattr(sys.modules["compile_retry._torch"], "frames", raising=False)
         patch.setattr(sys, "meta_path", [NoCacheDirectory(), *sys.meta_path])
         fn = compile_with_fallback(sine, mode="default", policy=SECOND_CALL)
         torch.testing.assert_close(fn(X), X.sin())

@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import GraphModule
 
-from compile_retry._torch import dynamo as internals
+from compile_retry._torch import compilers
+from compile_retry._torch import frames as torch_frames
 from compile_retry._torch.distributed import collectives_in
 from compile_retry._torch.inductor import spare_other_threads
 
@@ -31,7 +32,7 @@ class HeldOffError(Exception):
 class GraphBackend:
     """The backend that ``torch.compile`` is given: wraps the user's own for one decorated function."""
 
-    def __init__(self, compiler: internals.Compiler, calls: Calls, admission: Admission, outcomes: Outcomes) -> None:
+    def __init__(self, compiler: compilers.Compiler, calls: Calls, admission: Admission, outcomes: Outcomes) -> None:
         self._compiler = compiler
         self._calls, self._admission, self._outcomes = calls, admission, outcomes
         self.__name__ = getattr(compiler, "compiler_name", "compile_retry")
@@ -65,7 +66,7 @@ class GraphBackend:
         outcomes = self._outcomes
         if outcomes.takes_healing():
             heal()
-        conversion.is_dynamic |= internals.has_dynamic_shapes(graph_module)
+        conversion.is_dynamic |= compilers.has_dynamic_shapes(graph_module)
         outcomes.has_seen(collectives_in(graph_module))
         compiler_runs = outcomes.compiler_runs(tally, conversion)
         which = Attempt(self._outcomes.name, conversion.graph)
@@ -92,7 +93,7 @@ class GraphBackend:
         return self.__name__ == "inductor" and any(on_cpu)
 
 
-def attempt(compiler: internals.Compiler, graph_module: GraphModule, example_inputs: list[Any], which: Attempt) -> Code:
+def attempt(compiler: compilers.Compiler, graph_module: GraphModule, example_inputs: list[Any], which: Attempt) -> Code:
     """One run of the compiler: forward and backward of one graph.
 
     Everything that decides how an attempt is carried out belongs here: where it runs, and who takes part in it.
@@ -100,8 +101,8 @@ def attempt(compiler: internals.Compiler, graph_module: GraphModule, example_inp
     for fault in tuple(faults):
         fault(which)
     spare_other_threads()
-    with internals.compiling_backward_too():
-        code = internals.innermost(compiler(graph_module, example_inputs))
+    with compilers.compiling_backward_too():
+        code = compilers.innermost(compiler(graph_module, example_inputs))
     # Generates the graph's own code, for a backend that runs the graph as it is. Otherwise it would be generated when
     # it is first run, maybe by two threads at once; and a `forward` taken before that takes a detour for good.
     graph_module.code  # noqa: B018
@@ -110,11 +111,11 @@ def attempt(compiler: internals.Compiler, graph_module: GraphModule, example_inp
 
 def _counted(code: Code, calls: Calls) -> Code:
     def run_compiled(*args: Any) -> Any:
-        outer = internals.set_eval_frame(None)  # see `run_directly`
+        outer = torch_frames.set_eval_frame(None)  # see `run_directly`
         try:
             calls.tally.compiled += 1
             return code(*args)
         finally:
-            internals.set_eval_frame(outer)
+            torch_frames.set_eval_frame(outer)
 
     return run_compiled

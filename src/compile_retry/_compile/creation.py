@@ -85,7 +85,8 @@ class Creation:
 
     def _torch_compile(self, fn: Callable[..., Any], owner: object) -> tuple[Created, str | None]:
         # Imports torch._dynamo, which takes a second and may itself fail, for want of a cache directory for example.
-        from compile_retry._torch import dynamo as internals
+        from compile_retry._torch import compilers, functions
+        from compile_retry._torch import frames as torch_frames
 
         from .backend import GraphBackend
         from .frames import FrameConverter
@@ -94,26 +95,26 @@ class Creation:
         shared, options = (self._calls, self._admission, self._outcomes), dict(self._options)
         if options.get("options") is not None:
             options["options"] = dict(options["options"])  # torch.compile takes things out of it
-        if internals.isolates_recompiles() and _accepts(torch.compile, "isolate_recompiles"):
+        if functions.isolates_recompiles() and _accepts(torch.compile, "isolate_recompiles"):
             options.setdefault("isolate_recompiles", True)
         with working_cache(damaged=self._outcomes.suspects_cache) as usual:
-            compiler = internals.make_compiler(
+            compiler = compilers.make_compiler(
                 options.get("backend", "inductor"),
                 options.get("mode"),
                 self._options.get("options"),
                 options.get("dynamic"),
             )
             options["backend"] = backend = GraphBackend(compiler, *shared)
-            compiled: Callable[..., Any] = torch.compile(internals.visible(fn), **options)
+            compiled: Callable[..., Any] = torch.compile(functions.visible(fn), **options)
         weakref.finalize(owner, backend.abandon).atexit = False
 
-        def in_front(inner: internals.FrameCallback) -> FrameConverter:
+        def in_front(inner: torch_frames.FrameCallback) -> FrameConverter:
             converter = FrameConverter(inner, *shared, self._entry_frames)
             weakref.finalize(owner, converter.abandon).atexit = False
             return converter
 
-        internals.interpose(compiled, in_front)
-        return Created(compiled, internals.with_guards(compiled), internals.skips_guards), usual
+        functions.interpose(compiled, in_front)
+        return Created(compiled, functions.with_guards(compiled), functions.skips_guards), usual
 
 
 def _accepts(fn: Callable[..., Any], option: str) -> bool:

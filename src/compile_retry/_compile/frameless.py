@@ -18,7 +18,8 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from compile_retry._failures import is_fatal
-from compile_retry._torch import dynamo as internals
+from compile_retry._torch import compilers
+from compile_retry._torch import frames as torch_frames
 
 from .admission import Admission
 from .call import Calls, Conversion, Tally
@@ -67,7 +68,7 @@ class FramelessGraph:
         tally = self._calls.tally
         looks = torch.is_grad_enabled(), _looks(args)
         if looks not in self._codes and self._is_due(tally):
-            with internals.compile_lock():
+            with torch_frames.compile_lock():
                 if self._is_due(tally) and (code := self._attempt(self._kept.module(), _unboxed(args))) is not None:
                     self._codes[looks] = code
             self._outcomes.tell()
@@ -92,7 +93,7 @@ class FramelessGraph:
         try:
             code = self._compile(graph_module, example_inputs, conversion, tally)
         except Exception as exc:
-            if is_fatal(exc) or internals.is_for_dynamo(exc):
+            if is_fatal(exc) or compilers.is_for_dynamo(exc):
                 raise
             outcomes.doubt(exc, conversion, tally, can_be_retried=not self._has_numbers)
             if not tally.call:  # pragma: no cover  # torch asks within calls only, today; nothing else would settle it

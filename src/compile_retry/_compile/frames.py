@@ -17,9 +17,10 @@ import torch
 
 from compile_retry._failures import Location, is_fatal
 from compile_retry._strict import is_strict
-from compile_retry._torch import dynamo as internals
-from compile_retry._torch.dynamo import ConvertFrameReturn, Frame, FrameCallback, FrameState
+from compile_retry._torch import cache_entries, functions
+from compile_retry._torch import frames as torch_frames
 from compile_retry._torch.eager import path_of_part
+from compile_retry._torch.frames import ConvertFrameReturn, Frame, FrameCallback, FrameState
 
 from .admission import Admission
 from .call import Calls, Conversion, Tally
@@ -60,7 +61,7 @@ class _Asked(NamedTuple):
 
     def would_be_passed_over(self) -> bool:
         """True if Dynamo finds nothing in it to compile."""
-        return not (may_hold_tensors(self.frame.f_locals) or internals.mentions_torch(self.frame))
+        return not (may_hold_tensors(self.frame.f_locals) or torch_frames.mentions_torch(self.frame))
 
     def named(self, location: Location) -> Location:
         """Add to a method's name which part of a model it belongs to, where frames above this one know the model."""
@@ -84,20 +85,20 @@ class FrameConverter:
         self._calls, self._admission, self._outcomes = calls, admission, outcomes
         self._entry_frames = entry_frames  # of a decorated function: called within another one it is on its own
         self._known: dict[int, _Known] = {}
-        self._entries: list[internals.CachedFrame] = []  # all that Dynamo has cached for this function
+        self._entries: list[cache_entries.CachedFrame] = []  # all that Dynamo has cached for this function
         self._codes_compiled = 0  # of how many code objects there is compiled code
 
     def __call__(self, frame: Frame, cache_entry: object, frame_state: FrameState) -> ConvertFrameReturn:
-        if internals.is_disabled():
-            return internals.run_eagerly(inner_frames=False)
+        if torch_frames.is_disabled():
+            return torch_frames.run_eagerly(inner_frames=False)
         code = frame.f_code
         if code in self._entry_frames:
-            return internals.run_eagerly(inner_frames=None)  # until that sets a callback of its own
+            return torch_frames.run_eagerly(inner_frames=None)  # until that sets a callback of its own
         known = self._known.get(id(frame_state)) or self._known.setdefault(id(frame_state), _Known(frame_state))
         if not (known.is_ours or self._is_ours(known, frame)):
             return _passed_over(self._inner(frame, cache_entry, frame_state))
         if known.is_skipped:
-            return _passed_over(internals.skip_for_good())
+            return _passed_over(torch_frames.skip_for_good())
         asked = _Asked(frame, cache_entry, known, key_of(code, frame.f_locals), self._calls.tally)
         if (held_off := self._held_off(asked)) is not None:
             return held_off
@@ -107,8 +108,8 @@ class FrameConverter:
             self._outcomes.tell()
 
     def _is_ours(self, known: _Known, frame: Frame) -> bool:
-        is_ours = not internals.is_skipped_file(frame)
-        if is_ours or internals.is_skipped_whatever_frame(frame.f_code):
+        is_ours = not torch_frames.is_skipped_file(frame)
+        if is_ours or torch_frames.is_skipped_whatever_frame(frame.f_code):
             known.is_ours = is_ours
         return is_ours
 
@@ -119,7 +120,7 @@ class FrameConverter:
         if self._admission.admits(asked.tally, asked.key):
             return None
         if asked.would_be_passed_over():
-            return internals.run_eagerly(inner_frames=True)
+            return torch_frames.run_eagerly(inner_frames=True)
         self._admission.refused(asked.tally, asked.key)
         return self._eagerly(asked)
 
@@ -132,20 +133,20 @@ class FrameConverter:
             variables = asked.frame.f_locals.values()
             asked.tally.models += [weakref.ref(v) for v in variables if issubclass(type(v), torch.nn.Module)]
         if not inner_frames and self._codes_compiled == bool(asked.known.compiles):
-            return internals.run_eagerly(inner_frames=None)  # there is no code that frames below could use
-        return internals.run_eagerly(inner_frames=inner_frames)
+            return torch_frames.run_eagerly(inner_frames=None)  # there is no code that frames below could use
+        return torch_frames.run_eagerly(inner_frames=inner_frames)
 
     def _in_turn(self, asked: _Asked, compiles: int) -> ConvertFrameReturn:
         """Compile the frame when no other thread compiles one; its attempt may have failed in the meantime."""
-        with internals.compile_lock():
-            internals.drop_abandoned()
+        with torch_frames.compile_lock():
+            cache_entries.drop_abandoned()
             if (held_off := self._held_off(asked)) is not None:
                 return held_off
             return self._convert(asked, self._begin(asked, is_covered=asked.known.compiles > compiles))
 
     def _begin(self, asked: _Asked, *, is_covered: bool = False) -> Conversion:
         code = asked.frame.f_code
-        location = None if internals.is_inline_wrapper(code) else _location(code)
+        location = None if functions.is_inline_wrapper(code) else _location(code)
         return self._outcomes.begin(asked.key, location, is_covered=is_covered)
 
     def _convert(self, asked: _Asked, conversion: Conversion) -> ConvertFrameReturn:
@@ -155,9 +156,9 @@ class FrameConverter:
             return self._attempt(asked, conversion)
         except Exception as exc:
             # In strict mode the end of the call is soon enough, unless the frame would hang where it runs alone.
-            if is_fatal(exc) or internals.is_deliberate_limit(exc) or (outcomes.collectives and is_strict()):
+            if is_fatal(exc) or torch_frames.is_deliberate_limit(exc) or (outcomes.collectives and is_strict()):
                 raise
-            if internals.is_recompile_limit(exc) and not is_strict():
+            if torch_frames.is_recompile_limit(exc) and not is_strict():
                 return self._over_limit(asked, conversion)
             if conversion.gave_way:
                 self._admission.refused(tally, asked.key)
@@ -171,13 +172,13 @@ class FrameConverter:
 
     def _attempt(self, asked: _Asked, conversion: Conversion) -> ConvertFrameReturn:
         known, tally = asked.known, asked.tally
-        compiles = internals.count_compiles(known.state)
+        compiles = torch_frames.count_compiles(known.state)
         outer, tally.conversion = tally.conversion, conversion
         try:
-            with internals.settings_for_compile(known.compiles):
+            with torch_frames.settings_for_compile(known.compiles):
                 result = self._inner(asked.frame, asked.cache_entry, known.state)
         except Exception:
-            internals.uncount_compiles(known.state, compiles)
+            torch_frames.uncount_compiles(known.state, compiles)
             raise
         finally:
             tally.conversion = outer
@@ -186,16 +187,16 @@ class FrameConverter:
     def _converted(self, result: ConvertFrameReturn, asked: _Asked, conversion: Conversion) -> ConvertFrameReturn:
         if result.guarded_code is not None:
             if conversion.runner is not None:
-                internals.run_directly(conversion.runner, result.guarded_code.code, asked.frame.f_globals)
+                torch_frames.run_directly(conversion.runner, result.guarded_code.code, asked.frame.f_globals)
             self._codes_compiled += not asked.known.compiles
             asked.known.compiles += 1
             self._outcomes.compiled(conversion)
             self._entries = [
                 *(entry for entry in self._entries if entry.alive),
-                internals.CachedFrame(result.guarded_code),
+                cache_entries.CachedFrame(result.guarded_code),
             ]
             return result
-        if internals.hit_recompile_limit(result):
+        if torch_frames.hit_recompile_limit(result):
             return self._over_limit(asked, conversion)
         if asked.would_be_passed_over():
             return _passed_over(result)
@@ -215,7 +216,7 @@ class FrameConverter:
 
     def _stay_over_limit(self, asked: _Asked) -> ConvertFrameReturn:
         asked.tally.eager += 1
-        return internals.run_eagerly(inner_frames=False)
+        return torch_frames.run_eagerly(inner_frames=False)
 
     def _settle_together(self, asked: _Asked, failed: Conversion) -> ConvertFrameReturn:
         """Run a frame that moves data between ranks eagerly on all of them or on none: see `ranks`."""
@@ -235,16 +236,16 @@ class FrameConverter:
             return together
         outcomes.give_up_together(failed)
         tally.eager += 1
-        return internals.run_eagerly(inner_frames=None)
+        return torch_frames.run_eagerly(inner_frames=None)
 
     def abandon(self) -> None:
         """Have Dynamo forget its entries: the function is gone."""
-        internals.abandon(self._entries)
+        cache_entries.abandon(self._entries)
 
 
 def _passed_over(result: ConvertFrameReturn) -> ConvertFrameReturn:
     # With fullgraph=True, a function whose entry frame is never asked about again would raise after having run.
-    return replace(result, apply_to_code=False) if internals.count_for_fullgraph() else result
+    return replace(result, apply_to_code=False) if torch_frames.count_for_fullgraph() else result
 
 
 def _location(code: CodeType) -> Location:
