@@ -38,9 +38,10 @@ recipes: $(RECIPES_INSTALLED) ## run examples/recipes, each with its framework (
 	@for recipe in examples/recipes/*.py; do \
 	    printf '\n--- %s\n' "$$recipe"; .venv-recipes/bin/python "$$recipe" || exit 1; done
 
-lint: $(INSTALLED) ## check style and format
+lint: $(INSTALLED) ## check style, format, and that imports between rooms only point down
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
+	$(VENV_PYTHON) -c "from importlinter.cli import lint_imports_command as check; check()"
 
 types: $(INSTALLED) ## check types
 	$(VENV_PYTHON) -m mypy

@@ -8,13 +8,16 @@ import os
 import random
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule
 
 
@@ -69,6 +72,22 @@ def rows(n: int, exc: Callable[[], Exception] = full_disk) -> Callable[[list[Any
     return fails
 
 
+@contextmanager
+def dynamo_fails_in(name: str, exc: Exception, times: int = 10**9) -> Iterator[list[str]]:
+    """Dynamo raises when it translates a frame whose function's name contains `name`."""
+    run, failed = InstructionTranslator.run, list[str]()
+
+    def failing_run(self: InstructionTranslator) -> None:
+        if name in self.f_code.co_name and len(failed) < times:
+            failed.append(self.f_code.co_name)
+            raise exc
+        run(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InstructionTranslator, "run", failing_run)
+        yield failed
+
+
 class Trainer:
     """A small network with BatchNorm, dropout and momentum, its optimizer, and a count of its steps."""
 
@@ -110,6 +129,17 @@ def wait_until_in(thread: threading.Thread, function: str) -> None:
                 return
             frame = frame.f_back
     raise AssertionError(f"{thread.name} never came to {function}()")
+
+
+def wait_until_waiting(thread: threading.Thread) -> None:
+    """Return when the thread waits for something: when it has stayed at one instruction for a while."""
+    before, looks = None, 0
+    while looks < 100:
+        assert thread.is_alive(), f"{thread.name} is over"
+        frame = sys._current_frames().get(thread.ident or 0)
+        now = frame and (frame.f_code, frame.f_lasti)
+        before, looks = now, looks + 1 if now == before else 0
+        time.sleep(0.001)  # for the other thread to run; it does not say when it waits
 
 
 def process_state() -> list[Any]:

@@ -1,32 +1,22 @@
-"""The calls of a decorated function that are under way: what each has run so far, and the frame that it compiles."""
+"""Records of the calls that are under way: what each has run so far, and which frame it compiles."""
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from functools import partial
-    from types import CodeType
+from compile_retry._failures import FailureStage, Location
+from compile_retry._schedule.breaker import Probe, Unsettled
 
-    from compile_retry._failures import FailureStage
-    from compile_retry._schedule.breaker import Episode
-    from compile_retry.events import Event
-
-    from .frame_key import FrameKey
-
-# Function, file and line.
-Location: TypeAlias = tuple[str, str, int]
+from .frame_key import FrameKey
 
 
 @dataclass
 class Conversion:
-    """One frame that Dynamo is compiling in this thread, and what came of its graph.
+    """One frame that Dynamo is compiling in this thread.
 
     Attributes:
         location: The frame's function, file and line.
@@ -63,16 +53,16 @@ class Attempt(NamedTuple):
     graph: int
 
 
-class Doubt:
+class Doubt(Unsettled):
     """A failure that may yet turn out to be the program's own error: the rest of the call will tell.
 
     Attributes:
         root: The root cause, without its traceback.
-        conversion: What was being compiled.
+        conversion: The frame that was being compiled.
         seconds: How long it took, by the policy's clock.
         can_be_retried: Whether another attempt could be made at all.
         traceback: As text.
-        exc: What is raised in strict mode; None otherwise, because it would keep the call's tensors alive.
+        exc: The exception to raise in strict mode; None otherwise, because it would keep the call's tensors alive.
     """
 
     def __init__(
@@ -85,14 +75,9 @@ class Doubt:
         *,
         can_be_retried: bool,
     ) -> None:
+        super().__init__()
         self.root, self.conversion, self.seconds = root, conversion, seconds
         self.traceback, self.exc, self.can_be_retried = traceback, exc, can_be_retried
-        self._process = os.getpid()
-
-    @property
-    def is_open(self) -> bool:
-        """False in a forked child: it does not have the thread whose call this is."""
-        return self._process == os.getpid()
 
 
 class Tally:
@@ -100,19 +85,16 @@ class Tally:
 
     __slots__ = (
         "__weakref__",
+        "_probe",
+        "at_end",
         "attempts",
         "call",
-        "claims",
         "compiled",
         "conversion",
         "doubt",
         "eager",
-        "exclusive",
         "given_up",
         "models",
-        "probing",
-        "skipped",
-        "untold",
     )
 
     def __init__(self) -> None:
@@ -121,18 +103,22 @@ class Tally:
         self.eager = 0  # graphs and frames that ran eagerly
         self.given_up = 0  # of these, the frames that are given up, where the call is watched
         self.attempts = 0  # of all this thread's calls
-        self.probing: Episode | None = None  # let through during this one
-        # In a probe: who has a claim to an attempt, and whether nobody else may make one.
-        self.claims: frozenset[Hashable] = frozenset()
-        self.exclusive = False
+        self._probe: weakref.ref[Probe] | None = None
         self.conversion: Conversion | None = None
         # Modules among the variables of frames that ran eagerly, outermost first: parts of theirs have a name.
         self.models: list[weakref.ref[Any]] = []
-        # What is left to settle when the call is over.
+        # Left to settle when the call is over: a failure, and what else to do if the program does not raise.
         self.doubt: Doubt | None = None
-        self.skipped: list[tuple[CodeType, dict[object, object]]] = []
-        # Events that are told when no lock is held: what makes them, given the function's state, and their log levels.
-        self.untold: list[tuple[partial[Event], int | None]] = []
+        self.at_end: list[Callable[[], object]] = []
+
+    @property
+    def probe(self) -> Probe | None:
+        """This thread's leave to attempt during an episode. Only the call that was let through keeps it alive."""
+        return self._probe() if self._probe is not None else None
+
+    @probe.setter
+    def probe(self, probe: Probe | None) -> None:
+        self._probe = weakref.ref(probe) if probe is not None else None
 
     @property
     def graphs_before(self) -> int:

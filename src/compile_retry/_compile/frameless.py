@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Hashable
+from functools import partial
 from types import CodeType
 from typing import Any, TypeAlias
 
@@ -17,11 +18,13 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from compile_retry._failures import is_fatal
-from compile_retry._torch import dynamo as internals
+from compile_retry._torch import compilers
+from compile_retry._torch import frames as torch_frames
 
-from .call import Conversion, Tally
-from .control import Control
+from .admission import Admission
+from .call import Calls, Conversion, Tally
 from .frame_key import FrameKey
+from .outcomes import Outcomes
 
 Code: TypeAlias = Callable[..., Any]
 # Runs the compiler, and returns what runs its code.
@@ -35,61 +38,68 @@ class FramelessGraph:
     for those that look the same, and never made where a size or another number is an argument.
     """
 
-    def __init__(self, graph_module: GraphModule, compile_graph: Compile, control: Control) -> None:
+    def __init__(
+        self,
+        graph_module: GraphModule,
+        compile_graph: Compile,
+        calls: Calls,
+        admission: Admission,
+        outcomes: Outcomes,
+    ) -> None:
         self._kept = KeptGraph(graph_module)
         self._module = self._kept.module()
         self._has_numbers = any(
             isinstance(node.meta.get("example_value"), (torch.SymInt, torch.SymFloat, torch.SymBool))
             for node in graph_module.graph.find_nodes(op="placeholder")
         )
-        self._compile, self._control = compile_graph, control
+        self._compile = compile_graph
+        self._calls, self._admission, self._outcomes = calls, admission, outcomes
         code: CodeType = type(self._module).forward.__code__  # its own: it was generated for this graph
         self._key = FrameKey(code)
         self._codes: dict[Hashable, Code] = {}
-        weakref.finalize(self, control.ledger.strike_out, code).atexit = False
+        weakref.finalize(self, admission.strike_out, code).atexit = False
 
     def first_attempt(self, graph_module: GraphModule, example_inputs: list[Any]) -> Code | None:
-        """Compile it; None if that fails. What Dynamo makes a graph break of is raised."""
+        """Compile it; None if that fails or may not be done now. Raises what Dynamo makes a graph break of."""
         return self._attempt(graph_module, example_inputs)
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph, compiled if a retry has succeeded, and retry if that is due."""
-        tally = self._control.calls.tally
+        tally = self._calls.tally
         looks = torch.is_grad_enabled(), _looks(args)
         if looks not in self._codes and self._is_due(tally):
-            with internals.compile_lock():
+            with torch_frames.compile_lock():
                 if self._is_due(tally) and (code := self._attempt(self._kept.module(), _unboxed(args))) is not None:
                     self._codes[looks] = code
-            self._control.journal.tell(tally)
+            self._outcomes.tell()
         code = self._codes.get(looks)
         if code is not None:
             return code(*args)
-        self._control.step.ran_eagerly(self._key.code)
+        self._admission.ran_eagerly(self._key.code)
         tally.eager += 1
+        if self._has_numbers:
+            tally.at_end.append(partial(self._outcomes.no_retry_will_come, self._key, tally))
         return self._module.forward(*args)
 
     def _is_due(self, tally: Tally) -> bool:
-        control = self._control
-        if self._has_numbers or control.step.must_stay_eager(self._key.code):
-            return False
-        return control.may_attempt(tally, self._key)
+        return not self._has_numbers and self._admission.admits(tally, self._key)
 
     def _attempt(self, graph_module: GraphModule, example_inputs: list[Any]) -> Code | None:
-        control, tally = self._control, self._control.calls.tally
-        conversion = Conversion(control.location, self._key, began=control.policy.clock())
-        if not control.may_attempt(tally, self._key):
-            control.turns.ask(self._key, tally.call)
+        outcomes, tally = self._outcomes, self._calls.tally
+        conversion = outcomes.begin(self._key)
+        if not self._admission.may_attempt(tally, self._key):
+            self._admission.refused(tally, self._key)
             return None
         try:
             code = self._compile(graph_module, example_inputs, conversion, tally)
         except Exception as exc:
-            if is_fatal(exc) or internals.is_for_dynamo(exc):
+            if is_fatal(exc) or compilers.is_for_dynamo(exc):
                 raise
-            control.doubt(exc, conversion, tally, can_be_retried=not self._has_numbers)
+            outcomes.doubt(exc, conversion, tally, can_be_retried=not self._has_numbers)
             if not tally.call:  # pragma: no cover  # torch asks within calls only, today; nothing else would settle it
-                control.settle(tally, program_raised=False)
+                outcomes.settle(tally, program_raised=False)
             return None
-        control.compiled(conversion)
+        outcomes.compiled(conversion)
         return code
 
 

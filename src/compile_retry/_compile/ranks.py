@@ -28,14 +28,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, TypeVar
 
-from compile_retry._failures import in_words, is_fatal, qualified_name, release, root_cause
+from compile_retry._failures import Location, in_words, is_fatal, qualified_name, release, root_cause
 from compile_retry._torch import distributed
 from compile_retry.events import log
-
-if TYPE_CHECKING:
-    from .call import Location
 
 T = TypeVar("T")
 

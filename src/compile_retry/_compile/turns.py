@@ -1,25 +1,29 @@
-"""Whose turn it is at a due moment, so that nobody starves behind what keeps failing.
+"""Turns at due moments: the least recently tried goes first, so that nobody starves behind what keeps failing.
 
 Knows those who wait by whatever names them, and nothing else of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Hashable
 
 # So many are remembered; a function with more shapes than that waiting is served in the order in which they come.
 _MOST = 64
 
 
 class Turns:
-    """Who has asked for an attempt while held off, and how often the due moment was used up by another."""
+    """Keeps who has asked for an attempt while held off, and when each was tried last.
+
+    Attributes:
+        claimants: Those whose turn it is at the next due moment; empty if anybody may go first.
+        claimants_follow: They all run in the same call as the last failure, after it. Then whatever failed may try
+            first: if it succeeds, so may they.
+    """
 
     def __init__(self) -> None:
         self._asked: dict[Hashable, int] = {}  # since the last failure: in which call first
-        self._passed_over: dict[Hashable, int] = {}
+        self._last_tried: dict[Hashable, int] = {}  # in which call
         self.claimants: frozenset[Hashable] = frozenset()
-        # They all run in the same call as what fails, after it. Then it may try first: if it succeeds, so may they.
         self.claimants_follow = False
 
     def ask(self, who: Hashable, call: int) -> None:
@@ -28,29 +32,28 @@ class Turns:
             self._asked.setdefault(who, call)
 
     def served(self, who: Hashable) -> None:
-        """Its attempt has been made."""
+        """Drop one that need not be tried again."""
         self._asked.pop(who, None)
-        self._passed_over.pop(who, None)
+        self._last_tried.pop(who, None)
         self.claimants -= {who}
 
-    def due_moment_used(self, who: Hashable, last_failure_in_call: int, has_failed: Callable[[Any], bool]) -> None:
-        """A retry has failed. Who asked since the last failure was passed over, and now has a claim to the next one.
-
-        Those come first that have not failed at all; then those that were passed over most often.
+    def failed(self, who: Hashable, call: int, last_failure_in_call: int | None) -> None:
+        """Note a failed attempt. After a retry, the due moment goes to the least recently tried of those who asked.
 
         Args:
-            who: Whose attempt failed.
-            last_failure_in_call: The call of the failure before this one.
-            has_failed: Whether an attempt for this one has failed before.
+            who: Tried in vain.
+            call: The call in which it was.
+            last_failure_in_call: The call of the failure before this one; None if this is the first.
         """
         self.served(who)
-        asked, self._asked = dict(self._asked), {}
-        self._passed_over = {other: self._passed_over.get(other, 0) + 1 for other in asked}
-        first = [other for other in asked if not has_failed(other)] or list(asked)
-        most = max((self._passed_over[other] for other in first), default=0)
-        self.claimants = frozenset(other for other in first if self._passed_over[other] == most)
+        self._last_tried[who] = call
+        if last_failure_in_call is None:
+            return
+        asked, self._asked = self._asked, {}
+        longest_ago = min((self._last_tried.get(other, 0) for other in asked), default=0)
+        self.claimants = frozenset(other for other in asked if self._last_tried.get(other, 0) == longest_ago)
         self.claimants_follow = all(asked[other] == last_failure_in_call for other in self.claimants)
 
     def forget(self) -> None:
-        """The episode is over."""
-        self._asked, self._passed_over, self.claimants = {}, {}, frozenset()
+        """Start again: the episode is over."""
+        self._asked, self._last_tried, self.claimants = {}, {}, frozenset()

@@ -42,9 +42,6 @@ class Sample(NamedTuple):
     attempted: bool
 
 
-# The clock when a call began, and how many attempts its thread had made before.
-Began: TypeAlias = tuple[float, int]
-
 _PATHS: tuple[CallPath, ...] = ("compiled", "mixed", "eager")
 
 

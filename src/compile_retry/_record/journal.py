@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from compile_retry._compile.call import Location, Tally
-from compile_retry._failures import CompileFailure, in_words, summary
+from compile_retry._failures import CompileFailure, Location, in_words, summary
 from compile_retry._locks import Lock
 from compile_retry._schedule.breaker import Breaker, Episode
 from compile_retry._stats import Books, CompileState
@@ -32,14 +32,21 @@ from compile_retry.events import (
 )
 
 from .heartbeat import heartbeat
-from .history import Began, CallPath, History, Sample
+from .history import CallPath, History, Sample
 
 # Seconds of hold-off until the log says so again; then twice as many, and so on.
 FIRST_REMINDER = 60.0
 
 
+class _Untold(threading.local):
+    """Events that this thread tells once it holds no lock. They still lack the function's state."""
+
+    def __init__(self) -> None:
+        self.events: list[partial[Event]] = []
+
+
 class Journal:
-    """What is told of one function.
+    """Counts and tells what happens to one function.
 
     Events are noted where things happen, under whatever locks, and told when the thread has let go of them. What the
     line of another event says as well gets no line in the log.
@@ -50,15 +57,16 @@ class Journal:
         self.hooks = Hooks()
         self.history = History(breaker.policy.clock)
         self._breaker, self._books, self._state = breaker, books, state
+        self._untold = _Untold()
         self._not_compiled_before = 0  # the episode
         self._reminders = Lock()
         self._reminder: tuple[float, float] | None = None  # of which episode, and when the next one is due
 
-    def tell(self, tally: Tally) -> None:
+    def tell(self) -> None:
         """Tell what has been noted in this thread. To be called where no lock is held."""
-        while tally.untold:
-            make, level = tally.untold.pop(0)
-            self._publish(make(state=self._state(), level=level))
+        untold = self._untold.events
+        while untold:
+            self._publish(untold.pop(0)(state=self._state()))
 
     def _publish(self, event: Event) -> None:
         self.history.add_event(event)
@@ -67,22 +75,21 @@ class Journal:
     def _note(
         self,
         kind: type[Event],
-        tally: Tally,
+        call: int,
         message: str,
         level: int | None,
         time: float | None = None,
         **details: Any,
     ) -> None:
         time = self.history.clock() if time is None else time
-        event = partial(kind, function=self.name, call=tally.call, time=time, message=message, **details)
-        tally.untold.append((event, level))
+        event = partial(kind, function=self.name, call=call, time=time, message=message, level=level, **details)
+        self._untold.events.append(event)
 
-    def attempt_started(self, tally: Tally, graph: int) -> AbstractContextManager[None]:
+    def attempt_started(self, call: int, graph: int) -> AbstractContextManager[None]:
         """To be told at once; and while the block lasts, now and then, that the attempt still runs."""
-        message = f"compiling graph {graph} of call {tally.call}"
-        self._note(AttemptStarted, tally, message, None, graph=graph)
-        self.tell(tally)
-        call = tally.call
+        message = f"compiling graph {graph} of call {call}"
+        self._note(AttemptStarted, call, message, None, graph=graph)
+        self.tell()
 
         def still(seconds: float) -> None:
             message = f"still compiling graph {graph} of call {call}, {seconds:.0f} s"
@@ -100,20 +107,21 @@ class Journal:
 
         return heartbeat(still)
 
-    def compiled(self, tally: Tally, graph: int, seconds: float, *, first: bool) -> None:
-        message = f"compiled in call {tally.call}"
-        self._note(Compiled, tally, message, logging.INFO if first else None, graph=graph, seconds=seconds)
+    def compiled(self, call: int, graph: int, seconds: float, *, first: bool) -> None:
+        next(self._books.attempts)
+        message = f"compiled in call {call}"
+        self._note(Compiled, call, message, logging.INFO if first else None, graph=graph, seconds=seconds)
 
-    def failed(self, tally: Tally, failure: CompileFailure, *, began: float, seconds: float, how_long: str) -> None:
+    def failed(self, failure: CompileFailure, *, began: float, seconds: float, how_long: str) -> None:
         """Noted when the call is over, with the time at which the attempt failed.
 
         Args:
-            tally: Of this thread.
             failure: What is known of it.
             began: The policy's clock when the attempt began.
             seconds: How long it took.
             how_long: If it will not be tried again: when it runs eagerly.
         """
+        self._count_failure(seconds)
         time = began + seconds
         if failure.attempt == 1:
             self._not_compiled_before = self._books.not_compiled
@@ -130,29 +138,48 @@ class Journal:
             # Without a due moment another thread's call has ended the episode in the meantime.
             message, gave_up = f"{what}; running eagerly, next attempt {due or 'when it is called'}", ""
         level = None if gave_up else logging.WARNING
-        self._note(AttemptFailed, tally, message, level, time, failure=failure, seconds=seconds)
+        self._note(AttemptFailed, failure.call, message, level, time, failure=failure, seconds=seconds)
         if gave_up:
-            self._note(GaveUp, tally, gave_up, logging.ERROR, time, failure=failure)
+            self._note(GaveUp, failure.call, gave_up, logging.ERROR, time, failure=failure)
         elif due is not None:
-            self._note(RetryScheduled, tally, f"next attempt {due}", None, time, next_retry=due)
+            self._note(RetryScheduled, failure.call, f"next attempt {due}", None, time, next_retry=due)
 
-    def failed_in_place(self, tally: Tally, failure: CompileFailure, *, began: float, seconds: float) -> None:
+    def _count_failure(self, seconds: float) -> None:
+        next(self._books.attempts)
+        next(self._books.failures)
+        self._books.add_seconds(seconds)
+
+    def took_to_compile(self, seconds: float) -> None:
+        """Count the seconds in which a frame was compiled."""
+        self._books.add_seconds(seconds)
+
+    def failed_in_place(self, failure: CompileFailure, *, began: float, seconds: float) -> None:
         """Told without a line in the log: the ranks' agreement has its own."""
+        self._count_failure(seconds)
         message = f"{summary(failure)}; trying again in place, as other ranks wait"
-        self._note(AttemptFailed, tally, message, None, began + seconds, failure=failure, seconds=seconds)
+        self._note(AttemptFailed, failure.call, message, None, began + seconds, failure=failure, seconds=seconds)
 
-    def gave_up_together(self, tally: Tally, failure: CompileFailure) -> None:
+    def gave_up_together(self, failure: CompileFailure) -> None:
         """Told without a line in the log, too."""
         message = f"{in_words(failure.frame)} cannot be compiled on any rank: {failure}; all run it eagerly"
-        self._note(GaveUp, tally, message, None, failure=failure)
+        self._note(GaveUp, failure.call, message, None, failure=failure)
 
-    def recovered(self, tally: Tally, episode: Episode, time: float) -> None:
+    def missed(self, failure: CompileFailure, call: int) -> None:
+        """Note that torch asked about a graph while it was held off, and will not ask again."""
+        message = (
+            f"a graph that takes sizes was held off in call {call}; torch does not ask about it again, so it runs"
+            " eagerly until torch.compiler.reset()"
+        )
+        self._note(GaveUp, call, message, logging.ERROR, failure=failure)
+
+    def recovered(self, call: int, episode: Episode, time: float) -> None:
+        next(self._books.recoveries)
         seconds = time - episode.started
         attempts = "1 failed attempt" if episode.failures == 1 else f"{episode.failures} failed attempts"
         self._note(
             Recovered,
-            tally,
-            f"recovered in call {tally.call}, after {attempts} and {seconds:.3g} s; running compiled code",
+            call,
+            f"recovered in call {call}, after {attempts} and {seconds:.3g} s; running compiled code",
             logging.WARNING,
             time,
             seconds=seconds,
@@ -161,37 +188,44 @@ class Journal:
             eager_calls=self.eager_calls,
         )
 
-    def swept_away(self, tally: Tally, time: float) -> None:
+    def swept_away(self, call: int, time: float) -> None:
         message = "nothing is left to try: what had fallen back is gone, or torch.compile passes it over"
-        self._note(SweptAway, tally, message, logging.INFO, time)
+        self._note(SweptAway, call, message, logging.INFO, time)
 
     @property
     def eager_calls(self) -> int:
         """How many calls ran eagerly, at least in part, since the episode began."""
         return self._books.not_compiled - self._not_compiled_before
 
-    def over_limit(self, tally: Tally, location: Location) -> None:
+    def over_limit(self, call: int, location: Location) -> None:
         message = (
             f"torch's recompile limit is reached in {in_words(location)}; what its compiled code does not fit runs"
             " eagerly from now on"
         )
-        self._note(RecompileLimit, tally, message, logging.WARNING)
+        self._note(RecompileLimit, call, message, logging.WARNING)
 
-    def moved(self, tally: Tally, directory: str) -> None:
+    def moved(self, call: int, directory: str) -> None:
         message = (
-            f"compiled in call {tally.call} with another cache directory than {directory}, where files are damaged or"
+            f"compiled in call {call} with another cache directory than {directory}, where files are damaged or"
             " cannot be written; this process goes on with the other one. Other processes will fail there too: once"
             " none uses it, delete it or make it writable"
         )
-        self._note(CacheMoved, tally, message, logging.WARNING, directory=directory)
+        self._note(CacheMoved, call, message, logging.WARNING, directory=directory)
 
-    def took(self, tally: Tally, path: CallPath, began: Began) -> None:
-        """A call that was timed is over."""
-        now, (then, attempts) = self.history.clock(), began
-        self.history.add(Sample(now, tally.call, path, now - then, attempted=tally.attempts != attempts))
-        self._remind(tally)
+    def took(self, call: int, path: CallPath, began: float, *, attempted: bool) -> None:
+        """Note a call that was timed, now that it is over.
 
-    def _remind(self, tally: Tally) -> None:
+        Args:
+            call: Its number.
+            path: What ran in it.
+            began: The policy's clock when it began.
+            attempted: Whether something was compiled in it, or failed to be.
+        """
+        now = self.history.clock()
+        self.history.add(Sample(now, call, path, now - began, attempted=attempted))
+        self._remind(call)
+
+    def _remind(self, call: int) -> None:
         """Say again that the function runs eagerly, if that has not been said for long."""
         episode, now = self._breaker.episode, self._breaker.policy.clock()
         if episode is None or now < episode.started + FIRST_REMINDER:
@@ -207,11 +241,11 @@ class Journal:
         if eager and compiled:
             slowdown, lost = eager / compiled, max(0.0, calls * (eager - compiled))
             message += f"; an eager call takes {slowdown:.2g} times as long as a compiled one, {lost:.0f} s lost so far"
-        next_retry = self._breaker.next_retry(tally.call)
+        next_retry = self._breaker.next_retry(call)
         message += f"; next attempt {next_retry}" if next_retry else "; no retry will come"
         self._note(
             StillEager,
-            tally,
+            call,
             message,
             logging.WARNING,
             eager_calls=calls,

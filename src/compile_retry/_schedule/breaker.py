@@ -11,11 +11,10 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from compile_retry._compile.call import Doubt
 from compile_retry._locks import Lock
 
 from .policy import RetryPolicy, decide, pause
@@ -119,14 +118,35 @@ class Refusals:
 
 
 class Probe:
-    """One call's leave to attempt. The call holds it, and nobody else: with the call's frame it is gone.
+    """One call's leave to attempt during an episode.
 
-    So it shows that the call is over also where an interrupt has kept it from saying so, or its thread has died. In a
-    forked child the frames of threads that are not there stay, so it knows its process too.
+    The call holds it, and nobody else, so that it is gone with the call's frame, even where an interrupt has kept the
+    call from saying that it is over, or its thread has died. In a forked child the frames of threads that are not there
+    stay, so it knows its process too.
+
+    Attributes:
+        episode: The episode in which it may attempt; None once an attempt of its own has failed.
+        claims: Keys whose turn it is; empty if anybody may attempt.
+        exclusive: Nobody else may attempt.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, episode: Episode) -> None:
         self.process, self.thread = os.getpid(), threading.get_ident()
+        self.episode: Episode | None = episode
+        self.claims: frozenset[Hashable] = frozenset()
+        self.exclusive = False
+
+
+class Unsettled:
+    """A failure in a call that is not over yet. Nothing is attempted in the meantime."""
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+
+    @property
+    def is_open(self) -> bool:
+        """False in a forked child: it does not have the thread whose call this is."""
+        return self._process == os.getpid()
 
 
 class Breaker:
@@ -142,7 +162,7 @@ class Breaker:
         self.policy = policy
         self._lock = Lock()
         self.probe: weakref.ref[Probe] | None = None
-        self._doubt: weakref.ref[Doubt] | None = None
+        self._unsettled: weakref.ref[Unsettled] | None = None
         self.refusals = Refusals()
         self.episode: Episode | None = None
         self.have_calls_ask()
@@ -171,7 +191,7 @@ class Breaker:
         episode, last = self.episode, self.probe
         if episode is None or not episode.is_due(call, self.policy.clock):
             return None
-        probe, running = Probe(), last() if last is not None else None
+        probe, running = Probe(episode), last() if last is not None else None
         if running is not None and running.process == probe.process and running.thread != probe.thread:
             return None
         with self._lock:
@@ -192,17 +212,17 @@ class Breaker:
     @property
     def is_in_doubt(self) -> bool:
         """True while a call is under way in which an attempt has failed."""
-        doubt = self._doubt() if self._doubt is not None else None
-        return doubt is not None and doubt.is_open
+        failure = self._unsettled() if self._unsettled is not None else None
+        return failure is not None and failure.is_open
 
-    def doubt(self, doubt: Doubt) -> None:
+    def doubt(self, failure: Unsettled) -> None:
         """Let nothing be attempted until this is settled, or nobody holds it any more."""
-        self._doubt = weakref.ref(doubt)
+        self._unsettled = weakref.ref(failure)
 
-    def settle(self, doubt: Doubt) -> None:
+    def settle(self, failure: Unsettled) -> None:
         """End that, unless another one has begun."""
-        if self._doubt is not None and self._doubt() is doubt:  # pragma: no branch  # after a fork of another thread
-            self._doubt = None
+        if self._unsettled is not None and self._unsettled() is failure:  # pragma: no branch  # after another's fork
+            self._unsettled = None
 
     def refused(self, now: float, seconds: float) -> None:
         """An attempt failed that is not worth another one: the time counts, but nothing is held off."""

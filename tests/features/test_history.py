@@ -67,13 +67,15 @@ def test_what_is_kept_is_bounded() -> None:
     fn: Any = compile_with_fallback(
         lambda x: x.sin(), backend="eager", policy=RetryPolicy(wait=None, wait_calls=1, clock=clock), name="f"
     )
-    with fail_compiles(full_disk(), times=120):
-        for _ in range(1000):
+    with fail_compiles(full_disk(), times=70):
+        for _ in range(600):
             fn(X)
             clock.advance(5)
-    history = fn._control.journal.history
-    assert len(history.samples) <= 512
-    assert len(history.events) <= 256
+    collections: Any = plot_timeline(fn, Figure().subplots()).collections
+    drawn = {points.get_label(): len(points.get_offsets()) for points in collections}
+    failures = drawn.pop("failure")
+    assert 0 < failures <= 64 < fn.stats.failures
+    assert 100 < sum(drawn.values()) <= 512 < fn.stats.calls
     still = History(clock)
     for call in range(1, 3000):
         still.add(Sample(clock(), call, "compiled", 0.0, attempted=False))

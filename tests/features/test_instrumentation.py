@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ import pytest
 import structlog
 
 from compile_retry import compile_with_fallback, instrumentation
-from compile_retry.events import AttemptStarted, Event, register_hook
 from episodes import ALL, X, episode, run
+from support import wait_until_waiting
 
 pytestmark = pytest.mark.usefixtures("integrations", "measured")
 
@@ -68,39 +67,23 @@ def test_an_event_while_the_integrations_start(monkeypatch: pytest.MonkeyPatch) 
     """In another thread: it waits until they are there, and none is started twice."""
     instrumentation.disable()
     instrumentation.enable()
-    other, began = threading.Thread(target=episode, args=("other",)), threading.Event()
+    other = threading.Thread(target=episode, args=("other",))
     register, registered = prometheus_client.REGISTRY.register, []
 
     def register_slowly(collector: Any) -> None:
         registered.append(collector)
         if len(registered) == 1:
             other.start()
-            assert began.wait(60)
-            wait_until_told(other)
+            wait_until_waiting(other)
         register(collector)
 
-    def note(event: Event) -> None:
-        if isinstance(event, AttemptStarted) and event.function == "other":
-            began.set()
-
     monkeypatch.setattr(prometheus_client.REGISTRY, "register", register_slowly)
-    with structlog.testing.capture_logs() as logs, register_hook(note):
+    with structlog.testing.capture_logs() as logs:
         episode("one")
         other.join(60)
     assert len(registered) == 1
     assert instrumentation.active() == ALL
     assert [log["function"] for log in logs].count("other") == [log["function"] for log in logs].count("one") == 9
-
-
-def wait_until_told(thread: threading.Thread) -> None:
-    """Spin until the integrations are being told of something that happened in the thread."""
-    for _ in range(10**7):
-        frame = sys._current_frames().get(thread.ident or 0)
-        while frame is not None:
-            if str(frame.f_globals.get("__name__")).startswith(instrumentation.__name__):
-                return
-            frame = frame.f_back
-    raise AssertionError(f"{thread.name} had nothing to tell")
 
 
 @pytest.mark.parametrize("switch", [instrumentation.enable, instrumentation.disable])
@@ -141,7 +124,7 @@ assert step.stats.recoveries == 1
 
 
 def test_one_that_fails_later(caplog: pytest.LogCaptureFixture) -> None:
-    """Is logged once, be it on an event that waited for its start; the lines that it would have replaced are there."""
+    """It is logged once, be it on an event that waited for its start, and the log has the lines in its place."""
     instrumentation.disable()
     instrumentation.enable()
 

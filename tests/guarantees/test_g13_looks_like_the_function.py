@@ -41,7 +41,7 @@ def test_attributes() -> None:
     def step(x: torch.Tensor, by: float = 2.0) -> torch.Tensor:
         return x * by
 
-    step.__dict__.update(tag="encoder", state="mine", reset="mine", eager="mine", _control="mine", name="mine")
+    step.__dict__.update(tag="encoder", state="mine", reset="mine", eager="mine", stats="mine", name="mine")
     fn: Any = compile_with_fallback(step, backend="eager")
     stock: Any = torch.compile(step, backend="eager")
     assert fn.tag == stock.tag == "encoder"

@@ -1,4 +1,4 @@
-"""One rank of a training run, for tests/test_ranks.py: `python ranks_program.py PORT RANK SIZE TIMEOUT SCENARIO...`.
+"""One rank of a training run, for test_g01_ranks.py: `python ranks_program.py PORT RANK SIZE TIMEOUT SCENARIO...`.
 
 Each scenario trains weights in a decorated function and, beside it, their eager twin, while compiles fail on some rank.
 The last line of the output is what came of each, as JSON.

@@ -14,8 +14,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback
-from support import Compiler, first
-from test_dynamo_failures import dynamo_fails_in
+from support import Compiler, dynamo_fails_in, first
 
 HELD_OFF = RetryPolicy(wait=None, wait_calls=3)
 

@@ -105,7 +105,7 @@ def test_show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 
 
 def test_nothing_to_report() -> None:
-    """Says so, everywhere."""
+    """The report says so, everywhere."""
     report, out = dataclasses.replace(compile_retry.report(), functions=()), io.StringIO()
     Console(file=out).print(report)
     assert str(report) == out.getvalue().strip() == "compile_retry: no decorated function is alive"

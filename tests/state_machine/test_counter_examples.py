@@ -1,4 +1,4 @@
-"""What tests/test_state_machine.py has found, each as the shortest program that shows it."""
+"""Failures that test_state_machine.py has found, each as the shortest program that shows it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback, compiled_function
 from compile_retry.testing import record_events
-from support import Compiler, first, full_disk
-from test_dynamo_failures import dynamo_fails_in
+from support import Compiler, dynamo_fails_in, first, full_disk
 
 EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
 X = torch.ones(3)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("measured")  # pytest imports plugins befor
 
 X = torch.ones(3)
 EVERY_SECOND_CALL = RetryPolicy(wait=None, wait_calls=2)
-PROJECT = Path(__file__).parents[1] / "examples" / "user_project"
+PROJECT = Path(__file__).parents[2] / "examples" / "user_project"
 
 
 def sine(x: torch.Tensor) -> torch.Tensor:

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from doctor_command import checks_of, doctor, examine, forget_variables
 
-from compile_retry.__main__ import main
-from compile_retry._doctor import checks as _doctor
-from compile_retry._doctor import process as _doctor_process
-
-NAMES = [
-    "environment",
-    "versions",
-    "cache directory",
-    "temporary directory",
-    "C++ compiler",
-    "vector instructions",
-    "compile",
-    "cached compile",
-    "GPU",
-]
+# Each compiles with a real C++ compiler, in processes of its own.
+pytestmark = pytest.mark.long
 
 # Answers what is asked at first, and nothing that is to be compiled.
 HANGS = """#!/bin/sh
@@ -60,8 +43,7 @@ exec g++ -shared -fPIC -o "$2" "$2.cpp"
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory of its own for temporary files, in which nothing may be left, and an unused cache directory."""
-    for variable in (*_doctor._DISABLING, *_doctor._CHANGING, "CXX", "FORCE_COLOR", "TTY_COMPATIBLE"):
-        monkeypatch.delenv(variable, raising=False)
+    forget_variables(monkeypatch)
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
@@ -73,42 +55,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def scalar(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels without vector instructions: they compile in a third of the time."""
     monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "0")
-
-
-@dataclass
-class Result:
-    exit_code: int | str | None
-    stdout: str
-    stderr: str
-
-
-def command(*arguments: str) -> Result:
-    """What the command line makes of these."""
-    before, out, err = dict(os.environ), io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            status: int | str | None = main(arguments)
-        except SystemExit as exit_:
-            status = exit_.code
-    assert dict(os.environ) == before
-    return Result(status, out.getvalue(), err.getvalue())
-
-
-def doctor(*arguments: str) -> Result:
-    return command("doctor", *arguments)
-
-
-def checks_of(output: str) -> dict[str, dict[str, Any]]:
-    report = json.loads(output)
-    assert [check["name"] for check in report["checks"]] == NAMES
-    return {check["name"]: check for check in report["checks"]}
-
-
-def examine(*arguments: str, status: int) -> dict[str, dict[str, Any]]:
-    result = doctor("--json", *arguments)
-    assert result.exit_code == status, result
-    assert json.loads(result.stdout)["ok"] is (status == 0)
-    return checks_of(result.stdout)
 
 
 def assert_nothing_is_left(place: Path) -> None:
@@ -135,8 +81,8 @@ def install_compiler(place: Path, script: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("measured")
 def test_a_healthy_machine(place: Path) -> None:
-    command_line = [sys.executable, "-m", "compile_retry", "doctor", "--json"]
-    done = subprocess.run(command_line, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, "-m", "compile_retry", "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout
     checks = checks_of(done.stdout)
     assert {check["status"] for check in checks.values()} <= {"ok", "warning", "skipped"}
@@ -312,122 +258,3 @@ def test_compiling_is_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checks["C++ compiler"]["status"] == "ok"
     for name in ("compile", "cached compile", "GPU"):
         assert (checks[name]["status"], checks[name]["detail"]) == ("skipped", "TORCH_COMPILE_DISABLE=1 is set")
-
-
-WELL = _doctor.Check("versions", "ok", "Python 3.14")
-TIGHT = _doctor.Check("cache directory", "warning", "0.1 GiB free [/tmp]", "make room")
-BROKEN = _doctor.Check("compile", "failed", "OSError")
-
-
-@pytest.mark.parametrize(
-    ("checks", "arguments", "status"),
-    [([WELL], ["--strict"], 0), ([WELL, TIGHT], [], 0), ([WELL, TIGHT], ["--strict"], 1), ([WELL, BROKEN], [], 1)],
-)
-def test_exit_status(
-    checks: list[_doctor.Check], arguments: list[str], status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A warning counts as a failure in strict mode only."""
-    monkeypatch.setattr("compile_retry.__main__.examine", lambda timeout: checks)
-    assert doctor(*arguments).exit_code == status
-
-
-def test_output_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines that can be searched; on a terminal a table, where rich is installed."""
-    monkeypatch.setattr("compile_retry.__main__.examine", lambda timeout: [WELL, TIGHT])
-    lines = [
-        "ok       versions         Python 3.14",
-        "warning  cache directory  0.1 GiB free [/tmp]",
-        "                          -> make room",
-    ]
-    assert doctor().stdout.splitlines() == lines
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "160")
-    table = doctor().stdout
-    assert "┃" in table
-    assert "0.1 GiB free [/tmp]" in table
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    assert doctor().stdout.splitlines() == lines
-
-
-@pytest.mark.parametrize(
-    ("facts", "status", "detail"),
-    [
-        ({"error": "RuntimeError: no driver"}, "failed", "RuntimeError: no driver"),
-        ({"device": None, "built for": "13.0"}, "skipped", "not present; torch is built for 13.0"),
-        (
-            {"device": "cuda", "name": "A", "triton": None, "triton works": False},
-            "failed",
-            "A: Triton is not installed",
-        ),
-        (
-            {"device": "cuda", "name": "A", "triton": "3", "triton works": False},
-            "failed",
-            "A: Triton 3 does not support it",
-        ),
-        ({"device": "cuda", "name": "A", "triton works": True, "error": "MemoryError"}, "failed", "A: MemoryError"),
-    ],
-)
-def test_gpus(facts: dict[str, Any], status: str, detail: str) -> None:
-    """Made-up findings: there was no GPU to ask."""
-    check = _doctor._CHECKS["GPU"]("GPU", facts)
-    assert (check.status, check.detail) == (status, detail)
-
-
-@pytest.mark.parametrize(
-    ("name", "facts", "status", "detail"),
-    [
-        ("cache directory", {"error": "ImportError: x"}, "failed", "ImportError: x"),
-        ("cache directory", {"path": "/c", "free": 2**29}, "warning", "/c, 0.5 GiB free"),
-        ("C++ compiler", {"error": "OSError: [Errno 28] No space left on device"}, "failed", "OSError: [Errno 28] No"),
-        ("C++ compiler", {"path": "g++", "error": "no omp.h"}, "failed", "g++: no omp.h"),
-        ("vector instructions", {"error": "OSError"}, "failed", "OSError"),
-        ("vector instructions", {"processor": ["a"], "found": [], "found elsewhere": ["a"]}, "failed", "none, but a"),
-        ("vector instructions", {"processor": ["a", "b"], "found": ["a"]}, "ok", "a (not b)"),
-        ("compile", {"error": "OSError: lost"}, "failed", "OSError: lost"),
-        ("compile", {"compiled": False}, "failed", "torch.compile ran eagerly"),
-    ],
-)
-def test_findings(name: str, facts: dict[str, Any], status: str, detail: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made-up ones: to have a disk get full just then, or a processor lack something, is more than a test can do."""
-    findings = _doctor_process.Findings({name: facts}, None, "")
-    monkeypatch.setattr(_doctor, "ask", lambda mode, seconds: findings if mode != "elsewhere" else _nothing())
-    check = checks_of(doctor("--json").stdout)[name]
-    assert check["status"] == status
-    assert check["detail"].startswith(detail)
-
-
-def _nothing() -> _doctor_process.Findings:
-    return _doctor_process.Findings({}, "elsewhere", "it took too long")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ([], "the following arguments are required: COMMAND"),
-        (["surgeon"], "invalid choice: 'surgeon' (choose from "),
-        *(
-            (
-                ["doctor", "--timeout", wrong],
-                f"argument --timeout: must be a number of seconds, at least 1, not {wrong}",
-            )
-            for wrong in ("soon", "0", "nan", "inf")
-        ),
-        (["doctor", "--time", "60"], "unrecognized arguments: --time 60"),
-        (["doctor", "--no-such-option"], "unrecognized arguments: --no-such-option"),
-    ],
-)
-def test_wrong_usage(arguments: list[str], said: str) -> None:
-    """Nothing is checked, and what is wrong is said in the last line."""
-    result = command(*arguments)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert said in result.stderr.splitlines()[-1]
-    assert result.stderr.startswith("usage: python -m compile_retry ")
-
-
-def test_help_and_version() -> None:
-    """The commands, the options with their defaults, and the version of the distribution."""
-    assert command("--version") == Result(0, f"python -m compile_retry, version {version('compile-retry')}\n", "")
-    assert "doctor" in command("--help").stdout
-    told = " ".join(doctor("--help").stdout.split())
-    assert "--timeout SECONDS End the checks after this time, at least 1 (default: 180)." in told
-    assert "Exit status: 0 if it would, 1 if a check failed, 2 if the command itself is wrong." in told

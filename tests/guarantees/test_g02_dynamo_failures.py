@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
-from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback
-from support import Compiler, first
+from support import Compiler, dynamo_fails_in, first
 
 EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
 X = torch.ones(3)
-
-
-@contextmanager
-def dynamo_fails_in(name: str, exc: Exception, times: int = 10**9) -> Iterator[list[str]]:
-    """Dynamo raises when it translates a frame whose function's name contains `name`."""
-    run, failed = InstructionTranslator.run, list[str]()
-
-    def failing_run(self: InstructionTranslator) -> None:
-        if name in self.f_code.co_name and len(failed) < times:
-            failed.append(self.f_code.co_name)
-            raise exc
-        run(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InstructionTranslator, "run", failing_run)
-        yield failed
 
 
 def nested(x: torch.Tensor) -> torch.Tensor:

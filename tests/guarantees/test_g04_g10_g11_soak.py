@@ -13,7 +13,7 @@ import torch
 
 import soak
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback
-from support import no_log_records, wait_until_in
+from support import no_log_records, wait_until_in, wait_until_waiting
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -125,7 +125,7 @@ def test_another_thread_compiles_what_then_fails_in_dynamo() -> None:
             raise soak.full_disk()
         if not second.ident:
             second.start()
-            wait_until_in(second, "_in_turn")
+            wait_until_waiting(second)
 
     fn = compile_with_fallback(torch.sin, backend="eager", policy=RetryPolicy(wait=None, wait_calls=1))
     with soak.dynamo_calls(frame):

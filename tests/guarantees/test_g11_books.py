@@ -13,7 +13,7 @@ import torch
 from compile_retry import CompileState, CompileStats, RetryPolicy, compile_with_fallback
 from compile_retry.events import AttemptStarted
 from compile_retry.testing import FakeClock, record_events
-from support import Compiler, first, full_disk, wait_until_in
+from support import Compiler, first, full_disk, wait_until_waiting
 
 X = torch.ones(3)
 EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
@@ -337,7 +337,7 @@ def test_two_threads_compile_the_same_frame() -> None:
         if len(asked) == 2:
             raise full_disk()
         second.start()
-        wait_until_in(second, "_in_turn")
+        wait_until_waiting(second)
         return gm.forward
 
     fn = compile_with_fallback(sine, backend=backend, policy=EVERY_CALL)

@@ -1,6 +1,6 @@
 """What the design promises of attempts, hold-offs, states and books, as plain arithmetic on plain sets.
 
-Written from the design and not from the source, so that tests/test_state_machine.py can hold one against the other.
+Written from the design and not from the source, so that test_state_machine.py can hold one against the other.
 """
 
 from __future__ import annotations

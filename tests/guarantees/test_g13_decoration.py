@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback
-from support import Compiler, full_disk, wait_until_in
+from support import Compiler, full_disk, wait_until_waiting
 
 EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
 SECOND_CALL = RetryPolicy(wait=None, wait_calls=2)
@@ -294,13 +294,13 @@ def test_options_cannot_be_checked_without_a_cache_directory() -> None:
 
     class NoCacheDirectory:
         def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-            if name == "compile_retry._torch.dynamo":
+            if name == "compile_retry._torch.frames":
                 raise OSError(30, "Read-only file system")
 
-    name = "compile_retry._torch.dynamo"
+    name = "compile_retry._torch.frames"
     with pytest.MonkeyPatch.context() as patch:
         patch.delitem(sys.modules, name, raising=False)
-        patch.delattr(sys.modules["compile_retry._torch"], "dynamo", raising=False)
+        patch.delattr(sys.modules["compile_retry._torch"], "frames", raising=False)
         patch.setattr(sys, "meta_path", [NoCacheDirectory(), *sys.meta_path])
         fn = compile_with_fallback(sine, mode="default", policy=SECOND_CALL)
         torch.testing.assert_close(fn(X), X.sin())
@@ -319,7 +319,7 @@ def test_two_threads_call_a_new_function() -> None:
     def slow(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         second.start()
-        wait_until_in(second, "_create")
+        wait_until_waiting(second)
         return real(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:

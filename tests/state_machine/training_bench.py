@@ -1,4 +1,4 @@
-"""What tests/test_state_machine.py drives: steps, where their compiles are made to fail, and their eager twins."""
+"""Training steps for test_state_machine.py, the places where their compiles are made to fail, and their eager twins."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
+from reference_model import Config, Model, Outcome
 from torch._dynamo.exc import UncapturedHigherOrderOpError
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.utils.checkpoint import checkpoint
 
 from compile_retry import CompiledFunction, compiled_function
 from compile_retry.testing import FakeClock
-from reference_model import Config, Model, Outcome
 
 LEARNING_RATE = 0.1
 RECOMPILE_LIMIT = 64  # for all that a step is called with; what a thread configures is its own

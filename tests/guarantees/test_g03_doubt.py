@@ -11,8 +11,7 @@ import torch
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback, set_strict
 from compile_retry.testing import record_events
-from support import Compiler, first, full_disk
-from test_dynamo_failures import dynamo_fails_in
+from support import Compiler, dynamo_fails_in, first, full_disk
 
 EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
 X = torch.ones(3)

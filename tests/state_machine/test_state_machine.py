@@ -2,7 +2,7 @@
 
 `make test` makes the same twenty runs every time. To look for something new, which takes as long as it is given::
 
-    HYPOTHESIS_PROFILE=long python -m pytest -o faulthandler_timeout=0 tests/test_state_machine.py
+    HYPOTHESIS_PROFILE=long python -m pytest -o faulthandler_timeout=0 tests/state_machine/test_state_machine.py
 
 A run that fails is printed as the calls that lead to it; as a test of its own it belongs in test_counter_examples.py.
 """
@@ -21,12 +21,7 @@ import hypothesis
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-
-from compile_retry import CompiledFunction, CompileState, CompileStats, compile_with_fallback, compiled_function
-from compile_retry.events import Event
-from compile_retry.testing import FakeClock, record_events
 from reference_model import SCHEDULES, Config, Model
-from support import process_state
 from training_bench import (
     PERMANENT,
     Bench,
@@ -43,6 +38,11 @@ from training_bench import (
     in_thread_or_not,
     perform,
 )
+
+from compile_retry import CompiledFunction, CompileState, CompileStats, compile_with_fallback, compiled_function
+from compile_retry.events import Event
+from compile_retry.testing import FakeClock, record_events
+from support import process_state
 
 NAME = "step"
 DUE_MOMENTS = 6
