@@ -11,14 +11,23 @@ RECIPES_INSTALLED := .venv-recipes/installed-in-$(PLACE)
 # From a fresh environment each time: what Sphinx has cached is not warned of again.
 SPHINX := $(VENV_PYTHON) -m sphinx --fresh-env --quiet --fail-on-warning --keep-going
 
-.PHONY: help test bench faults demo recipes lint types docs snippets wheel ci clean
+PYTEST_WITH_COVERAGE := $(VENV_PYTHON) -m pytest --cov --numprocesses=auto --maxprocesses=4 --dist=worksteal
+
+# What only long tests run, because it works with a real compiler: the doctor's processes.
+LEFT_OUT_OF_QUICK_COVERAGE := */_doctor_child.py,*/_doctor_process.py
+
+.PHONY: help test test-all bench faults demo recipes lint types docs snippets wheel ci clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
 
-test: $(INSTALLED) ## run the tests and measure their coverage
-	$(VENV_PYTHON) -m pytest --cov --numprocesses=auto --maxprocesses=4 --dist=worksteal
+test: $(INSTALLED) ## run the tests that are not marked as long, and measure their coverage (six minutes)
+	$(PYTEST_WITH_COVERAGE) -m 'not long' --cov-report= --cov-fail-under=0
+	$(VENV_PYTHON) -m coverage report --omit='$(LEFT_OUT_OF_QUICK_COVERAGE)'
+
+test-all: test ## run `make test`, then the long tests, and measure the coverage of all (20 minutes)
+	$(PYTEST_WITH_COVERAGE) -m long --cov-append
 
 bench: $(INSTALLED) ## measure and write docs/performance-tables.md (an hour; ARGS="-k compiled": some of it)
 	mkdir -p docs/_build

@@ -58,15 +58,9 @@ def _unmeasured() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def measuring() -> dict[str, str]:
-    """The environment of a process that is to be measured, for fixtures that outlive a test."""
-    return _MEASURED
-
-
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Except those in which code runs that runs nowhere else."""
+    """Measure them all the same: for tests in whose processes code runs that runs nowhere else."""
     for name, value in _MEASURED.items():
         monkeypatch.setenv(name, value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import os
 import random
@@ -11,6 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -19,6 +23,8 @@ import torch._functorch.config
 import torch._inductor.config
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule
+
+import compile_retry
 
 
 class Compiler:
@@ -140,6 +146,46 @@ def wait_until_waiting(thread: threading.Thread) -> None:
         now = frame and (frame.f_code, frame.f_lasti)
         before, looks = now, looks + 1 if now == before else 0
         time.sleep(0.001)  # for the other thread to run; it does not say when it waits
+
+
+LIBRARY = str(Path(compile_retry.__file__).parent)
+
+
+class Moment:
+    """The moment at which a thread enters one of the library's functions: the one that it enters as number `at`."""
+
+    def __init__(self, at: int) -> None:
+        self._left = at
+        self.came = False
+
+    @contextmanager
+    def doing(self, action: Callable[[], object]) -> Iterator[None]:
+        """Do something at this moment of the block; if that raises, the block raises."""
+        sys.setprofile(partial(self._enter, action))
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+
+    def _enter(self, action: Callable[[], object], frame: FrameType, event: str, arg: object) -> None:
+        code = frame.f_code
+        if code.co_name in ("__enter__", "__exit__"):
+            return  # a lock's: an exception there would leave it locked
+        if event == "call" and code.co_filename.startswith(LIBRARY):
+            self._left -= 1
+            if self._left == 0:
+                self.came = True
+                action()
+
+
+def moments() -> Iterator[Moment]:
+    """All moments of a call: one after the other, until it is over before one has come."""
+    for at in itertools.count(1):
+        moment = Moment(at)
+        yield moment
+        if not moment.came:
+            assert at > 4, "such a call goes through no more functions than a fast one"
+            return
 
 
 def process_state() -> list[Any]:

@@ -208,6 +208,7 @@ def test_control_flow_in_the_graph_survives_as_well() -> None:
         torch.testing.assert_close(ours(x), x.sin() if x.sum() > 0 else x.cos())
 
 
+@pytest.mark.long
 def test_inductor_for_real() -> None:
     """Inductor fails forward, then backward, then works; the run equals its twin's."""
     ours = Trainer()

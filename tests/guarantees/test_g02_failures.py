@@ -169,6 +169,7 @@ def test_every_failure_is_survived(exc: Exception) -> None:
         assert (fn.state, fn.stats.failures) == (CompileState.GAVE_UP, 1)
 
 
+@pytest.mark.long
 def test_a_broken_compiler_for_real(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor without a working C++ compiler; after the repair the code has its vector instructions."""
     from torch._inductor import cpu_vec_isa
@@ -191,6 +192,7 @@ def test_a_broken_compiler_for_real(tmp_path: Any, monkeypatch: pytest.MonkeyPat
     assert [str(isa) for isa in cpu_vec_isa.valid_vec_isa_list()] == healthy
 
 
+@pytest.mark.long
 def test_a_compiler_that_breaks_later(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor remembers a kernel whose compile has failed; after the repair the next attempt compiles it."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

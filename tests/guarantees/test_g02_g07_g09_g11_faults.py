@@ -27,6 +27,7 @@ CELLS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("fault", "position", "policy"), CELLS, ids=map("-".join, CELLS))
 def test_real_fault(fault: str, position: str, policy: str) -> None:
     """The run goes on, equals its eager twin, and once the fault has ended is compiled as if nothing had happened."""

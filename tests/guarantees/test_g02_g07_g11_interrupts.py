@@ -9,14 +9,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback
-from support import Compiler, first, full_disk, rows
+from support import Compiler, first, full_disk, moments, rows
 
 X = torch.ones(3)
 EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
@@ -112,31 +112,25 @@ def test_an_interrupt_while_the_policy_is_asked(after: int) -> None:
     assert (fn.state, fn.stats.failures, fn.stats.recoveries) == (CompileState.COMPILED, 1, 1)
 
 
-def test_an_interrupt_while_a_probe_is_closed() -> None:
-    """What is left of that probe lets nobody attempt once another thread's attempt has failed."""
+def test_an_interrupt_of_a_due_call() -> None:
+    """At whatever moment: what is left of it lets nobody attempt once another thread's attempt has failed."""
 
-    def interrupt(frame: FrameType, event: str, arg: object) -> None:
-        if event == "call" and frame.f_code.co_name == "probe_ended":
-            sys.setprofile(None)
-            raise KeyboardInterrupt
+    def interrupt() -> None:
+        raise KeyboardInterrupt
 
-    compiler = Compiler(rows(4))
-    policy = RetryPolicy(wait=None, wait_calls=lambda state: 1 if state.attempt_number == 1 else 100)
-    fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=policy)
-    fn(X), fn(torch.ones(4))
-    sys.setprofile(interrupt)
-    try:
-        with pytest.raises(KeyboardInterrupt):
+    for moment in moments():
+        compiler = Compiler(rows(4))
+        policy = RetryPolicy(wait=None, wait_calls=lambda state: 1 if state.attempt_number == 1 else 100)
+        fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=policy)
+        fn(X), fn(torch.ones(4))
+        with suppress(KeyboardInterrupt), moment.doing(interrupt):
             fn(X)
-    finally:
-        sys.setprofile(None)
-    other = threading.Thread(target=lambda: fn(torch.ones(4)))
-    other.start()
-    other.join()
-    assert (compiler.asked, fn.stats.failures) == (3, 2)
-    for n in (4, 5):
-        torch.testing.assert_close(fn(torch.ones(n)), torch.ones(n).sin())
-    assert compiler.asked == 3
+        other = threading.Thread(target=fn, args=(torch.ones(4),))
+        other.start()
+        other.join()
+        for n in (4, 5):
+            torch.testing.assert_close(fn(torch.ones(n)), torch.ones(n).sin())
+        assert (compiler.asked, fn.stats.failures) == (3, 2)
 
 
 def test_an_interrupt_does_not_concern_other_threads() -> None:

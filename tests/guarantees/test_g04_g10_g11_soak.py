@@ -29,6 +29,7 @@ def process() -> Iterator[Pool]:
         yield pool
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("regime", soak.REGIMES)
 def test_held_off_calls_leave_nothing_behind(process: Pool, regime: soak.Regime) -> None:
     """A hundred thousand of them: no file, thread, callback or object, and no memory to speak of."""
@@ -40,6 +41,7 @@ def test_held_off_calls_leave_nothing_behind(process: Pool, regime: soak.Regime)
     assert growth.rss < 100
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("position", soak.POSITIONS)
 def test_failed_attempts_leave_no_more_behind_than_torch_does(process: Pool, position: soak.Position) -> None:
     """Hundreds of them: no file, thread or callback, and no more objects than stock torch.compile keeps."""
@@ -50,32 +52,17 @@ def test_failed_attempts_leave_no_more_behind_than_torch_does(process: Pool, pos
     assert ours.blocks < stock.blocks + 5
 
 
-@pytest.fixture(scope="module")
-def eight_threads() -> soak.Soak:
-    return soak.eight_threads(8)
-
-
-def test_eight_threads_get_right_results(eight_threads: soak.Soak) -> None:
-    """Whatever fails meanwhile: every result equals eager's, no thread is stuck, every function ends up compiled."""
-    assert (eight_threads.wrong, eight_threads.stuck) == ([], 0)
-    assert eight_threads.states == {CompileState.COMPILED}
-    assert eight_threads.failures >= eight_threads.rounds
-
-
-def test_eight_threads_and_the_books(eight_threads: soak.Soak) -> None:
-    """Calls, attempts and failures are as many as the threads, the backend and Dynamo have seen."""
-    booked = [eight_threads.total(figure) for figure in ("calls", "attempts", "failures")]
-    assert booked == [eight_threads.calls, eight_threads.attempts, eight_threads.failures]
-
-
-def test_eight_threads_take_turns(eight_threads: soak.Soak) -> None:
-    """During an episode, one attempt at a time."""
-    assert eight_threads.most_at_once == 1
-
-
-def test_eight_threads_are_held_off(eight_threads: soak.Soak) -> None:
-    """No attempt fails before it was due."""
-    assert eight_threads.early == []
+@pytest.mark.long
+def test_eight_threads() -> None:
+    """They get eager's results whatever fails meanwhile, take turns during an episode, and the books are right."""
+    ran = soak.eight_threads(8)
+    assert (ran.wrong, ran.stuck) == ([], 0)
+    assert ran.states == {CompileState.COMPILED}
+    assert ran.failures >= ran.rounds
+    booked = [ran.total(figure) for figure in ("calls", "attempts", "failures")]
+    assert booked == [ran.calls, ran.attempts, ran.failures]
+    assert ran.most_at_once == 1
+    assert ran.early == []  # no attempt failed before it was due
 
 
 @pytest.mark.parametrize("position", ["first graph", "inside Dynamo"])

@@ -57,6 +57,7 @@ def forget_compiled() -> None:
     torch._inductor.utils.clear_caches()
 
 
+@pytest.mark.long
 def test_a_damaged_cache(cache: Path) -> None:
     """The next attempt uses another directory, says which one is damaged, and leaves it and the environment alone."""
     code = """
@@ -87,6 +88,7 @@ compile_with_fallback(lambda x: x.sin() * x.exp() + x)(torch.ones(64))
     assert (other.stats.failures, other.state) == (0, CompileState.COMPILED)
 
 
+@pytest.mark.long
 def test_an_unusable_cache_directory(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first attempt fails; the next one compiles in another directory."""
     cache.touch()
@@ -101,6 +103,7 @@ def test_an_unusable_cache_directory(cache: Path, monkeypatch: pytest.MonkeyPatc
     assert os.environ["TRITON_CACHE_DIR"] == str(cache / "triton")
 
 
+@pytest.mark.long
 def test_an_unusable_directory_that_nobody_has_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the environment names none, it does not name another one afterwards. (Torch itself puts its default in.)"""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -155,6 +158,7 @@ assert fn.state is CompileState.COMPILED, fn.last_failure
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "room")], env=environment, check=True, timeout=300)
 
 
+@pytest.mark.long
 @needs_vectors
 def test_a_damaged_probe(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A probe's file that was cut short says "no vector instructions" without an error; it is asked again elsewhere."""
@@ -173,6 +177,7 @@ def test_a_damaged_probe(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert f"damaged files in {cache}" in caplog.text
 
 
+@pytest.mark.long
 @needs_vectors
 def test_a_probe_that_failed_without_a_word(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Among others that did not: torch goes on with lesser instructions, and no attempt fails. It is asked again."""
@@ -192,6 +197,7 @@ def test_a_probe_that_failed_without_a_word(cache: Path, monkeypatch: pytest.Mon
     assert [str(isa) for isa in cpu_vec_isa.valid_vec_isa_list()] == expected
 
 
+@pytest.mark.long
 @needs_vectors
 def test_a_processor_without_vector_instructions(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a compiler really cannot do is asked three times and no more, and blamed on nobody."""
@@ -210,6 +216,7 @@ def test_a_processor_without_vector_instructions(cache: Path, monkeypatch: pytes
     assert len(asked) == 3
 
 
+@pytest.mark.long
 @needs_vectors
 def test_probes_that_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their compiler flags do not stay behind, and an attempt that follows fails by itself if it has to."""

@@ -5,26 +5,22 @@ Times are for the benchmarks. Here it is counted which of the library's function
 
 from __future__ import annotations
 
-import itertools
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 
-import compile_retry
 from compile_retry import CompiledFunction, CompileState, RetryPolicy, compile_with_fallback
 from compile_retry.events import AttemptStarted
 from compile_retry.testing import FakeClock, record_events
-from support import Compiler, first, full_disk, rows
+from support import LIBRARY, Compiler, Moment, first, full_disk, moments, rows
 
 X = torch.ones(3)
-LIBRARY = str(Path(compile_retry.__file__).parent)
 SECONDS = 20.0
 
 
@@ -283,52 +279,28 @@ def test_a_call_that_runs_no_graph_in_another_thread(pause: Pause) -> None:
             fn(X)
 
 
-class Moment:
-    """The moment at which a call enters the library's function number `at`, of those that it goes through."""
+def hold_up(call: Callable[[], object], moment: Moment, meanwhile: Callable[[], object]) -> None:
+    """Make a call in a thread that stops at this moment, and go on with it when others are over, or wait for it."""
+    stopped_or_over, go_on = threading.Event(), threading.Event()
 
-    def __init__(self, at: int) -> None:
-        self._left, self._go_on = at, threading.Event()
-        self._came_or_over = threading.Event()
-        self.came = False
+    def stop() -> None:
+        stopped_or_over.set()
+        assert go_on.wait(SECONDS)
 
-    def hold_up(self, call: Callable[[], object], meanwhile: Callable[[], object]) -> None:
-        """Make a call in a thread that stops at this moment, and go on with it when others are over, or wait for it."""
-        threads = [threading.Thread(target=self._profiled, args=(call,)), threading.Thread(target=meanwhile)]
-        threads[0].start()
-        assert self._came_or_over.wait(SECONDS)
-        threads[1].start()
-        threads[1].join(0.2)
-        self._go_on.set()
-        for thread in threads:
-            thread.join(SECONDS)
-            assert not thread.is_alive()
-
-    def _profiled(self, call: Callable[[], object]) -> None:
-        sys.setprofile(self._stop)
-        try:
+    def work() -> None:
+        with moment.doing(stop):
             call()
-        finally:
-            sys.setprofile(None)
-            self._came_or_over.set()
+        stopped_or_over.set()
 
-    def _stop(self, frame: FrameType, event: str, arg: object) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(LIBRARY):
-            self._left -= 1
-            if self._left == 0:
-                self.came = True
-                self._came_or_over.set()
-                assert self._go_on.wait(SECONDS)
-
-
-def moments() -> Iterator[Moment]:
-    """All moments of a call."""
-    moment = Moment(1)
-    for at in itertools.count(2):
-        yield moment
-        if not moment.came:
-            assert at > 4  # such a call goes through more than the one function of a fast one
-            return
-        moment = Moment(at)
+    threads = [threading.Thread(target=work), threading.Thread(target=meanwhile)]
+    threads[0].start()
+    assert stopped_or_over.wait(SECONDS)
+    threads[1].start()
+    threads[1].join(0.2)
+    go_on.set()
+    for thread in threads:
+        thread.join(SECONDS)
+        assert not thread.is_alive()
 
 
 def test_a_thread_that_is_held_up() -> None:
@@ -336,7 +308,7 @@ def test_a_thread_that_is_held_up() -> None:
     for moment in moments():
         fn = compile_with_fallback(sine, backend=Compiler(), policy=RetryPolicy(clock=FakeClock()))
         fn(X)
-        moment.hold_up(lambda: fn(X), lambda: [fn(X) for _ in range(2)])  # noqa: B023  # over before the next round
+        hold_up(lambda: fn(X), moment, lambda: [fn(X) for _ in range(2)])  # noqa: B023  # over before the next round
         assert fn.stats.compiled_calls == fn.stats.calls == 4
         assert gone_through(fn) == COMPILED
         assert fn.stats.compiled_calls == fn.stats.calls == 204
@@ -350,7 +322,7 @@ def test_a_failure_while_a_thread_is_held_up() -> None:
         fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=policy)
         for _ in range(15):
             fn(X)
-        moment.hold_up(lambda: fn(X), lambda: fn(torch.ones(4)))  # noqa: B023
+        hold_up(lambda: fn(X), moment, lambda: fn(torch.ones(4)))  # noqa: B023
         assert fn.state is CompileState.FALLBACK
         compiler.fails = lambda inputs: None
         fn(X), fn(X)
@@ -364,7 +336,7 @@ def test_retry_now_while_a_thread_is_held_up() -> None:
         fn = compile_with_fallback(sine, backend=Compiler(first(1)), policy=RetryPolicy(wait=100, clock=FakeClock()))
         for _ in range(65):
             fn(X)
-        moment.hold_up(lambda: [fn(X) for _ in range(2)], fn.retry_now)  # noqa: B023
+        hold_up(lambda: [fn(X) for _ in range(2)], moment, fn.retry_now)  # noqa: B023
         for _ in range(10):
             fn(X)
         assert fn.stats.compiled_calls >= 10

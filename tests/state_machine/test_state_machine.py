@@ -1,8 +1,9 @@
 """Everything at once, in any order: a training step, its eager twin and a reference model, driven by Hypothesis.
 
-`make test` makes the same twenty runs every time. To look for something new, which takes as long as it is given::
+`make test` makes the same few runs every time, `make test-all` the same eighty. To look for something new, which takes
+as long as it is given::
 
-    HYPOTHESIS_PROFILE=long python -m pytest -o faulthandler_timeout=0 tests/state_machine/test_state_machine.py
+    HYPOTHESIS_PROFILE=long python -m pytest -o faulthandler_timeout=0 tests/state_machine -k at_length
 
 A run that fails is printed as the calls that lead to it; as a test of its own it belongs in test_counter_examples.py.
 """
@@ -18,9 +19,10 @@ from functools import partial
 from typing import Any
 
 import hypothesis
+import pytest
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from reference_model import SCHEDULES, Config, Model
 from training_bench import (
     PERMANENT,
@@ -322,10 +324,23 @@ class TrainingMachine(RuleBasedStateMachine):
             torch._dynamo.reset()
 
 
-PROFILE = hypothesis.settings()
-TestTraining = TrainingMachine.TestCase
-TestTraining.settings = hypothesis.settings(
-    max_examples=20 if PROFILE.derandomize else PROFILE.max_examples,
-    stateful_step_count=25,
-    suppress_health_check=list(hypothesis.HealthCheck),  # it calls slow what compiles
-)
+def train(machine: type[TrainingMachine], runs: int) -> None:
+    profile = hypothesis.settings()
+    settings = hypothesis.settings(
+        max_examples=runs if profile.derandomize else profile.max_examples,
+        stateful_step_count=25,
+        suppress_health_check=list(hypothesis.HealthCheck),  # it calls slow what compiles
+    )
+    run_state_machine_as_test(machine, settings=settings)
+
+
+def test_training() -> None:
+    """A few runs."""
+    train(TrainingMachine, 4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", range(4))
+def test_training_at_length(part: int) -> None:
+    """Many runs, in parts of which each draws its own."""
+    train(type(f"TrainingMachine{part}", (TrainingMachine,), {}), 20)
