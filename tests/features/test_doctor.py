@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import Any
 
 import pytest
-from doctor_command import checks_of, command, doctor, examine, forget_variables
+from doctor_command import Result, checks_of, command, doctor, examine, forget_variables
 
 from compile_retry._doctor import checks as doctor_room
 from compile_retry._doctor.process import Findings
@@ -177,6 +177,16 @@ def test_a_compiler_that_the_environment_names(find: Find, monkeypatch: pytest.M
     monkeypatch.setenv("CXX", "no-such-compiler")
     find({"C++ compiler": LOST})
     assert "or correct CXX=no-such-compiler" in examine(status=1)["C++ compiler"]["remedy"]
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exit status says that the machine has not been found healthy."""
+
+    def interrupt(*args: object) -> Findings:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor_room, "ask", interrupt)
+    assert doctor() == Result(1, "", "Aborted!\n")
 
 
 @pytest.mark.parametrize(
