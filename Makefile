@@ -70,7 +70,7 @@ ci: ## run every check
 	.ci/run
 
 clean: ## remove what the other targets made, except .venv and .venv-recipes
-	rm -rf build dist docs/_build .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build .coverage* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 
 # Also made anew: an environment that was left half-made, or whose Python is gone.
 $(INSTALLED): pyproject.toml constraints.txt
