@@ -168,7 +168,7 @@ class CompiledFunction(Generic[P, R]):
                 if number >= episode.due_call or self._clock() >= episode.due_time:
                     within = self._is_within_probe(tally)
                     probe = None if within else self._admission.let_through(tally, number)
-                straight = straight or (not (probe or within) and self._admission.goes_straight(episode, number))
+                straight = straight or (not (probe or within) and self._admission.bypasses_dynamo(episode, number))
             if is_timed:
                 began = self._clock(), tally.attempts
             try:

@@ -165,17 +165,17 @@ class Breaker:
         self._unsettled: weakref.ref[Unsettled] | None = None
         self.refusals = Refusals()
         self.episode: Episode | None = None
-        self.have_calls_ask()
+        self.resume_checks()
 
     def _begin(self, episode: Episode | None) -> None:
         self.episode = episode
-        self.have_calls_ask()
+        self.resume_checks()
 
     def hold_off(self, before_call: float, before_time: float) -> None:
         """Let no call attempt before this one, nor any before this time, and none ask whether it may."""
         self.held_off_before_call, self.held_off_before_time = before_call, before_time
 
-    def have_calls_ask(self) -> None:
+    def resume_checks(self) -> None:
         """Let each call ask."""
         self.held_off_before_call, self.held_off_before_time = 0.0, -math.inf
 
