@@ -258,7 +258,7 @@ def count_compiles() -> tuple[int, int]:
     return counters["stats"]["unique_graphs"], hits
 
 
-def triton_works() -> bool:  # pragma: no cover  # not run on a GPU yet
+def triton_works() -> bool:  # pragma: no cover  # not tested on GPUs
     """Return True if Inductor finds Triton and a device that it can compile for. Since 2.1."""
     from torch.utils._triton import has_triton
 
