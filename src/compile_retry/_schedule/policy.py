@@ -101,7 +101,7 @@ def _check_share(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number such as 0.05, math.inf or None, not {value!r}")
     if not float(value) > 0:
-        raise ValueError(f"{name} must be positive, not {value!r}; math.inf does not limit it")
+        raise ValueError(f"{name} must be positive, not {value!r}; use math.inf for no limit")
 
 
 def _check_strategy(name: str, value: object, what: str) -> None:
@@ -186,5 +186,5 @@ def _evaluate(name: str, wait: WaitStrategy | float | None, state: RetryCallStat
         return math.inf
     value = wait(state) if callable(wait) else wait
     if math.isnan(value) or value < 0:
-        raise ValueError(f"{name} strategy {wait!r} returned {value!r}; it must return a number that is not negative")
+        raise ValueError(f"{name} strategy {wait!r} returned {value!r}; it must return a non-negative number")
     return float(value)
