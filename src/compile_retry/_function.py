@@ -141,12 +141,12 @@ class CompiledFunction(Generic[P, R]):
             try:  # passing an empty dictionary would take 0.05 us
                 result = self._compiled(*args, **kwargs) if kwargs else self._compiled(*args)
             except BaseException:
-                self._over(tally, probing=False, raised=True)
+                self._finish(tally, probing=False, raised=True)
                 raise
             if tally.compiled and not (tally.eager or tally.at_end):
                 next(self._compiled_calls)
             else:
-                self._over(tally, probing=False, raised=False)
+                self._finish(tally, probing=False, raised=False)
         finally:
             tally.call = 0
         return result
@@ -172,11 +172,11 @@ class CompiledFunction(Generic[P, R]):
             if is_timed:
                 began = self._clock(), tally.attempts
             try:
-                result = self._way(tally, straight=straight)(*args, **kwargs)
+                result = self._choose(tally, straight=straight)(*args, **kwargs)
             except BaseException:
-                self._over(tally, probing=probe is not None, raised=True)
+                self._finish(tally, probing=probe is not None, raised=True)
                 raise
-            self._over(tally, probing=probe is not None, raised=False, began=began)
+            self._finish(tally, probing=probe is not None, raised=False, began=began)
         finally:
             tally.call, compiled, eager, given_up = outer
             tally.doubt, tally.at_end = left_open
@@ -187,14 +187,14 @@ class CompiledFunction(Generic[P, R]):
             self._admission.hold_off(episode, number, self._history.next_call)
         return result
 
-    def _way(self, tally: Tally, *, straight: bool) -> Callable[..., R]:
+    def _choose(self, tally: Tally, *, straight: bool) -> Callable[..., R]:
         """Choose between the eager function and the one that ``torch.compile`` returned."""
         if straight:
             tally.eager = 1
             return self.eager
         return self._with_guards if self._skips_guards() else self._compiled
 
-    def _over(self, tally: Tally, *, probing: bool, raised: bool, began: tuple[float, int] | None = None) -> None:
+    def _finish(self, tally: Tally, *, probing: bool, raised: bool, began: tuple[float, int] | None = None) -> None:
         """Count a call that is over, and settle its failure.
 
         Args:

@@ -247,7 +247,7 @@ def test_an_unknown_torch() -> None:
         fn = compile_with_fallback(sine, policy=EVERY_CALL)
         torch.testing.assert_close(fn(X), X.sin())
     assert fn.last_failure is not None
-    assert "keeps its frame callback where compile_retry cannot find it" in fn.last_failure.message
+    assert "compile_retry cannot find Dynamo's frame callback in torch" in fn.last_failure.message
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")

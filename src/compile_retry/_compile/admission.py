@@ -70,7 +70,7 @@ class Admission:
         if self._ledger.is_given_up(key):
             tally.given_up += 1
         else:
-            self._turns.ask(key.steady, tally.call)
+            self._turns.request(key.steady, tally.call)
 
     def ran_eagerly(self, *codes: Hashable) -> None:
         """Keep this code eager until no backward pass can run it again."""

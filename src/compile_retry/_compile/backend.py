@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from compile_retry._torch import compilers
 from compile_retry._torch import frames as torch_frames
 from compile_retry._torch.distributed import collectives_in
-from compile_retry._torch.inductor import spare_other_threads
+from compile_retry._torch.inductor import isolate_first_trace
 
 from .admission import Admission
 from .call import Attempt, Calls, Conversion, Tally
@@ -100,7 +100,7 @@ def attempt(compiler: compilers.Compiler, graph_module: GraphModule, example_inp
     """
     for fault in tuple(faults):
         fault(which)
-    spare_other_threads()
+    isolate_first_trace()
     with compilers.compiling_backward_too():
         code = compilers.innermost(compiler(graph_module, example_inputs))
     # Generate the graph module's code now, for a backend that returns the graph unchanged. Otherwise the first run

@@ -40,14 +40,14 @@ class _Known:
         compiles: The number of compiles so far.
         is_over_limit: Whether one of torch's recompile limits is reached.
         is_skipped: Whether Dynamo skips them for good.
-        is_ours: Whether Dynamo compiles frames from their file; None if that must be checked for each frame.
+        is_compilable: Whether Dynamo compiles frames from their file; None if that must be checked for each frame.
     """
 
     state: FrameState
     compiles: int = 0
     is_over_limit: bool = False
     is_skipped: bool = False
-    is_ours: bool | None = None
+    is_compilable: bool | None = None
 
 
 class _Request(NamedTuple):
@@ -95,7 +95,7 @@ class FrameConverter:
         if code in self._entry_frames:
             return torch_frames.run_eagerly(inner_frames=None)  # until it sets its own callback
         known = self._known.get(id(frame_state)) or self._known.setdefault(id(frame_state), _Known(frame_state))
-        if not (known.is_ours or self._is_ours(known, frame)):
+        if not (known.is_compilable or self._is_compilable(known, frame)):
             return _passed_over(self._inner(frame, cache_entry, frame_state))
         if known.is_skipped:
             return _passed_over(torch_frames.skip_for_good())
@@ -107,11 +107,11 @@ class FrameConverter:
         finally:
             self._outcomes.tell()
 
-    def _is_ours(self, known: _Known, frame: Frame) -> bool:
-        is_ours = not torch_frames.is_skipped_file(frame)
-        if is_ours or torch_frames.is_skipped_whatever_frame(frame.f_code):
-            known.is_ours = is_ours
-        return is_ours
+    def _is_compilable(self, known: _Known, frame: Frame) -> bool:
+        is_compilable = not torch_frames.is_skipped_file(frame)
+        if is_compilable or torch_frames.skips_all_frames_alike(frame.f_code):
+            known.is_compilable = is_compilable
+        return is_compilable
 
     def _held_off(self, request: _Request) -> ConvertFrameReturn | None:
         """Run the frame eagerly if it may not be compiled now. Otherwise return None."""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-# Maximum number of remembered keys. Beyond that, waiting frames are attempted in the order in which they are called.
-_MOST = 64
+# Maximum number of remembered keys. Frames beyond that are attempted in the order in which they are called.
+_MAX_KEYS = 64
 
 
 class Turns:
@@ -21,19 +21,19 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._asked: dict[Hashable, int] = {}  # since the last failure: the first call
+        self._requested: dict[Hashable, int] = {}  # since the last failure: the first call
         self._last_tried: dict[Hashable, int] = {}  # the call
         self.claimants: frozenset[Hashable] = frozenset()
         self.claimants_follow = False
 
-    def ask(self, who: Hashable, call: int) -> None:
+    def request(self, who: Hashable, call: int) -> None:
         """Record that this key would have been attempted in this call."""
-        if len(self._asked) < _MOST:
-            self._asked.setdefault(who, call)
+        if len(self._requested) < _MAX_KEYS:
+            self._requested.setdefault(who, call)
 
     def served(self, who: Hashable) -> None:
         """Drop a key that need not be tried again."""
-        self._asked.pop(who, None)
+        self._requested.pop(who, None)
         self._last_tried.pop(who, None)
         self.claimants -= {who}
 
@@ -49,11 +49,11 @@ class Turns:
         self._last_tried[who] = call
         if last_failure_in_call is None:
             return
-        asked, self._asked = self._asked, {}
-        longest_ago = min((self._last_tried.get(other, 0) for other in asked), default=0)
-        self.claimants = frozenset(other for other in asked if self._last_tried.get(other, 0) == longest_ago)
-        self.claimants_follow = all(asked[other] == last_failure_in_call for other in self.claimants)
+        requested, self._requested = self._requested, {}
+        longest_ago = min((self._last_tried.get(other, 0) for other in requested), default=0)
+        self.claimants = frozenset(other for other in requested if self._last_tried.get(other, 0) == longest_ago)
+        self.claimants_follow = all(requested[other] == last_failure_in_call for other in self.claimants)
 
     def forget(self) -> None:
         """Forget everything, because the episode is over."""
-        self._asked, self._last_tried, self.claimants = {}, {}, frozenset()
+        self._requested, self._last_tried, self.claimants = {}, {}, frozenset()

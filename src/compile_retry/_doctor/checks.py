@@ -17,7 +17,7 @@ Status = Literal["ok", "warning", "failed", "skipped"]
 Facts = Mapping[str, Any]
 
 # A disk with less free space is about to be full: precompiled headers alone take 150 MB.
-_LITTLE_ROOM = 2**30
+_MIN_FREE_BYTES = 2**30
 # Minimum time left for a compile in another directory: importing torch alone may take as long.
 _SECONDS_TO_BEGIN = 3.0
 
@@ -67,11 +67,11 @@ def examine(timeout: float) -> list[Check]:
     elsewhere = _try_elsewhere(findings, due - time.monotonic())
     checks = [_environment()]
     for name, judge in _CHECKS.items():
-        checks.append(_not_known(name, findings, timeout) or judge(name, findings.facts[name]))
+        checks.append(_without_facts(name, findings, timeout) or judge(name, findings.facts[name]))
     return [_with_cause(check, findings.facts, elsewhere) for check in checks]
 
 
-def _not_known(name: str, findings: Findings, timeout: float) -> Check | None:
+def _without_facts(name: str, findings: Findings, timeout: float) -> Check | None:
     """Return the result for a step without facts: it failed, or was skipped because of another one."""
     if name in findings.facts:
         return None
@@ -116,10 +116,10 @@ def _directory(variable: str) -> Callable[[str, Facts], Check]:
         if "error" in facts:
             text = f"{facts['path']} is not writable: {facts['error']}"
             return Check(name, "failed", text, f"repair it, or set {variable} to another directory")
-        room = f"{facts['path']}, {facts['free'] / 2**30:.1f} GiB free"
-        if facts["free"] < _LITTLE_ROOM:
-            return Check(name, "warning", room, f"free some space, or set {variable} to another directory")
-        return Check(name, "ok", room)
+        space = f"{facts['path']}, {facts['free'] / 2**30:.1f} GiB free"
+        if facts["free"] < _MIN_FREE_BYTES:
+            return Check(name, "warning", space, f"free some space, or set {variable} to another directory")
+        return Check(name, "ok", space)
 
     return check
 

@@ -59,7 +59,7 @@ def _outcome(process: subprocess.Popen[bytes], seconds: float) -> tuple[bytes, s
         raise
     if process.returncode:
         _signal(process, signal.SIGTERM)
-        return output, _how_it_died(process.returncode, errors)
+        return output, _describe_exit(process.returncode, errors)
     return output, ""
 
 
@@ -90,7 +90,7 @@ else:
             os.killpg(process.pid, number)
 
 
-def _how_it_died(status: int, errors: bytes) -> str:
+def _describe_exit(status: int, errors: bytes) -> str:
     lines = errors.decode(errors="replace").strip().splitlines()
     if status < 0:
         return f"the process was killed by signal {-status} ({signal.strsignal(-status)})"

@@ -26,7 +26,7 @@ StopStrategy: TypeAlias = Callable[[RetryCallState], bool]
 RetryPredicate: TypeAlias = Callable[[RetryCallState], bool]
 
 # tenacity passes its retry object to strategies. Here no retry object runs, so they all get this one.
-_NOBODY = Retrying()
+_UNUSED_RETRYING = Retrying()
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def decide(
         spent: Seconds that the episode's failed attempts have taken, including this one.
         cost: Seconds that this attempt has taken.
     """
-    state = RetryCallState(_NOBODY, None, (), {})
+    state = RetryCallState(_UNUSED_RETRYING, None, (), {})
     state.attempt_number = attempt
     state.start_time = started
     state.idle_for = waited

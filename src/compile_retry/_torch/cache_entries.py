@@ -65,13 +65,13 @@ def drop_abandoned() -> None:
         _abandoned.popleft().drop()
 
 
-class _Nobody:
+class _Unrelated:
     pass
 
 
 # An entry counts towards `recompile_limit` only if the objects that it is specialized to are the frame's own. A dropped
 # entry should not count, so it refers to an object that no frame has.
-_NOBODY = _Nobody()
+_UNRELATED = _Unrelated()
 
 
-_UNCOUNTED: dict[str, weakref.ReferenceType[object]] = {"compile_retry": weakref.ref(_NOBODY)}
+_UNCOUNTED: dict[str, weakref.ReferenceType[object]] = {"compile_retry": weakref.ref(_UNRELATED)}

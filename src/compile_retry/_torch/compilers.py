@@ -95,13 +95,13 @@ def compiling_backward_too() -> AbstractContextManager[object]:
     If no gradient is needed there is no backward graph, and nothing changes. Since 2.10. Essential: otherwise a failing
     backward compile would raise in ``backward()``.
     """
-    _donate_only_what_is_compiled_lazily()
+    _disable_donated_buffers()
     patch: AbstractContextManager[object] = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
     return patch
 
 
 @functools.cache
-def _donate_only_what_is_compiled_lazily() -> None:
+def _disable_donated_buffers() -> None:
     """Disable donated buffers for backwards compiled ahead of time.
 
     Donated buffers exist since 2.5: a backward graph overwrites its saved tensors, and raises in

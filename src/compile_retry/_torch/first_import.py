@@ -17,7 +17,7 @@ _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 def _can_be_made(directory: str | None) -> bool:
     if directory is None:
-        return False  # torch chooses one, and only Dynamo can tell which
+        return False  # torch chooses one, and only Dynamo can look it up
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -53,17 +53,17 @@ __all__ = [
     "is_disabled",
     "is_recompile_limit",
     "is_skipped_file",
-    "is_skipped_whatever_frame",
     "mentions_torch",
     "run_directly",
     "run_eagerly",
     "set_eval_frame",
     "settings_for_compile",
     "skip_for_good",
+    "skips_all_frames_alike",
     "uncount_compiles",
 ]
 
-_LOOKS_AT_FRAMES = "frame" in signature(_is_skipped_file).parameters  # since 2.12
+_CHECKS_FRAMES = "frame" in signature(_is_skipped_file).parameters  # since 2.12
 
 
 Frame: TypeAlias = Any
@@ -80,11 +80,11 @@ class FrameCallback(Protocol):
 
 def is_skipped_file(frame: Frame) -> bool:
     """Return True if Dynamo skips this frame because of its file."""
-    named = {"frame": frame} if _LOOKS_AT_FRAMES else {}
+    named = {"frame": frame} if _CHECKS_FRAMES else {}
     return bool(_is_skipped_file(frame.f_code, **named))
 
 
-def is_skipped_whatever_frame(code: CodeType) -> bool:
+def skips_all_frames_alike(code: CodeType) -> bool:
     """Return True if `is_skipped_file` is the same for all frames of this code.
 
     Dynamo compiles some ``forward`` frames of torch.nn's files only if the module has hooks.

@@ -98,9 +98,7 @@ def interpose(compiled: object, wrap: Callable[[FrameCallback], FrameCallback]) 
         return False
     code, closure = getattr(compiled, "__code__", None), getattr(compiled, "__closure__", None)
     if code is None or closure is None or "callback" not in code.co_freevars:
-        raise UnsupportedTorchError(
-            f"torch {torch.__version__} keeps its frame callback where compile_retry cannot find it"
-        )
+        raise UnsupportedTorchError(f"compile_retry cannot find Dynamo's frame callback in torch {torch.__version__}")
     cell = closure[code.co_freevars.index("callback")]
     inner = cell.cell_contents
     outer: Any = wrap(inner)

@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule
 
 
 @functools.cache
-def spare_other_threads() -> None:
+def isolate_first_trace() -> None:
     """Keep Inductor's first code generation from breaking ``nn.Module`` calls in other threads.
 
     Once per process, Inductor traces a function that returns its argument, with `torch.fx.symbolic_trace`. Meanwhile
@@ -84,7 +84,7 @@ def _has_loaded_nothing(loader: object) -> bool:
 
 
 # Probes set these on instances (since 2.6). The class has the initial values.
-_FOUND_OUT = ("_arch_flags", "_is_avx512_bf16_supported", "_is_amx_fp16_supported")
+_PROBE_RESULTS = ("_arch_flags", "_is_avx512_bf16_supported", "_is_amx_fp16_supported")
 
 
 def _reset_instruction_sets() -> None:
@@ -96,7 +96,7 @@ def _reset_instruction_sets() -> None:
     from torch._inductor import cpu_vec_isa
 
     for isa in getattr(cpu_vec_isa, "supported_vec_isa_list", ()):
-        for name in _FOUND_OUT:
+        for name in _PROBE_RESULTS:
             if name in vars(isa) and hasattr(type(isa), name):
                 delattr(isa, name)
 
