@@ -94,7 +94,7 @@ def assert_max_attempts(
 
 
 def _describe(function: CompiledFunction[..., Any], state: str) -> str:
-    lines = [f"{function.name} is not compiled. Its state is {state}.", _books(function)]
+    lines = [f"{function.name} is not compiled. Its state is {state}.", _counters(function)]
     if (failure := function.last_failure) is not None:
         lines.append(
             f"The last failure was attempt {failure.attempt}, in call {failure.call}, and is {failure.kind}:"
@@ -105,13 +105,12 @@ def _describe(function: CompiledFunction[..., Any], state: str) -> str:
     return "\n".join((*lines, *_past(function)))
 
 
-def _books(function: CompiledFunction[..., Any]) -> str:
+def _counters(function: CompiledFunction[..., Any]) -> str:
     stats = function.stats
     if not stats.calls:
         return "It has not been called, or its first call is not over."
-    calls = (
-        f"Calls: {stats.calls} ({stats.compiled_calls} compiled, {stats.mixed_calls} mixed, {stats.eager_calls} eager)."
-    )
+    paths = f"{stats.compiled_calls} compiled, {stats.mixed_calls} mixed, {stats.eager_calls} eager"
+    calls = f"Calls: {stats.calls} ({paths})."
     if not stats.attempts:
         return f"{calls} Attempts: 0. torch.compile may be disabled by the environment, an option or a stance."
     return f"{calls} Attempts: {stats.attempts} ({stats.failures} failed). Recoveries: {stats.recoveries}."

@@ -97,9 +97,8 @@ class FramelessGraph:
             if is_fatal(exc) or compilers.is_for_dynamo(exc):
                 raise
             outcomes.doubt(exc, conversion, tally, can_be_retried=not self._has_numbers)
-            if (
-                not tally.call
-            ):  # pragma: no cover  # torch calls the backend within calls only; else nothing would settle it
+            # Outside a call nothing else would settle it. Today torch calls the backend within calls only.
+            if not tally.call:  # pragma: no cover
                 outcomes.settle(tally, program_raised=False)
             return None
         outcomes.compiled(conversion)

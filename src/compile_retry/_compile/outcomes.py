@@ -276,9 +276,7 @@ class Outcomes:
         probe, tally.probe = tally.probe, None
         self._breaker.probe_ended()
         episode = self._breaker.episode
-        if (
-            probe is None or episode is None or probe.episode is not episode
-        ):  # the probe failed, or another call ended the episode
+        if probe is None or episode is None or probe.episode is not episode:  # it failed, or another call ended it
             return
         self._clean_calls += clean
         if self._ledger.any_waiting() and self._clean_calls < WATCHED_CALLS:
