@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import gc
 import logging
 import threading
-import weakref
 from pathlib import Path
 from typing import Any
 
 import prometheus_client
 import pytest
 import structlog
-import torch
 
-from compile_retry import _live, compile_with_fallback, compiled_function, instrumentation
-from episodes import ALL, X, episode, run, sine
+from compile_retry import compile_with_fallback, instrumentation
+from episodes import ALL, X, episode, run
 from support import wait_until_waiting
 
 pytestmark = pytest.mark.usefixtures("integrations", "measured")
@@ -154,18 +150,3 @@ def test_first_events_in_many_threads() -> None:
             thread.join(60)
     told = sorted((log["function"], log["event"]) for log in logs)
     assert told == sorted((f"t{n}", kind) for n in range(8) for kind in ("attempt started", "compiled"))
-
-
-def test_live_functions() -> None:
-    """In order of creation, copies and modules too; those that are dropped are not kept."""
-    before = _live.functions()
-    a = compile_with_fallback(sine, backend="eager")
-    module = compile_with_fallback(torch.nn.Linear(3, 3), backend="eager")
-    twin = copy.deepcopy(module)
-    made = [function for function in _live.functions() if function not in before]
-    assert made == [a, compiled_function(module), compiled_function(twin)]
-    gone = weakref.ref(a)
-    del a, made
-    gc.collect()
-    assert gone() is None
-    assert [f for f in _live.functions() if f not in before] == [compiled_function(module), compiled_function(twin)]

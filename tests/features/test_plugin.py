@@ -109,13 +109,13 @@ def test_fixtures_end_with_their_test(pytester: pytest.Pytester) -> None:
             "E     fn, call 1, graph 1: compiled in * s",
         ]
     )
-    result.stdout.no_fnmatch_line("*_assertions.py*")  # its frames are hidden
+    result.stdout.no_fnmatch_line("*/compile_retry/*.py:*")  # its frames are hidden
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_the_example_project(strict: bool, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It passes as its user runs it, in a folder of its own; with COMPILE_RETRY_STRICT=1, too."""
-    monkeypatch.setenv("COMPILE_RETRY_STRICT", str(int(strict)))
+@pytest.mark.long
+def test_the_example_project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It passes as its user runs it, in a folder of its own, with COMPILE_RETRY_STRICT=1 too; CI runs it without."""
+    monkeypatch.setenv("COMPILE_RETRY_STRICT", "1")
     shutil.copytree(PROJECT, pytester.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     pytester.run(sys.executable, "-m", "pytest").assert_outcomes(passed=4)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-import compile_retry
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback
 from support import Compiler, full_disk, wait_until_waiting
 
@@ -288,27 +286,6 @@ def test_ahead_of_time_inductor() -> None:
         patch.setattr(torch, "compile", lambda fn, **options: fn)
         compile_with_fallback(sine, options={"use_aoti": True, "max_autotune": False})(X)
     assert [arguments[:2] for arguments in made] == [(None, {"max_autotune": False})] * 2
-
-
-def test_options_cannot_be_checked_without_a_cache_directory() -> None:
-    """Then the check is left to the first attempt, which may be retried."""
-
-    class NoCacheDirectory:
-        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-            if name == "compile_retry._torch_internals":
-                raise OSError(30, "Read-only file system")
-
-    name = "compile_retry._torch_internals"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delitem(sys.modules, name, raising=False)
-        patch.delattr(compile_retry, "_torch_internals", raising=False)
-        patch.setattr(sys, "meta_path", [NoCacheDirectory(), *sys.meta_path])
-        fn = compile_with_fallback(sine, mode="default", policy=SECOND_CALL)
-        torch.testing.assert_close(fn(X), X.sin())
-        assert fn.last_failure is not None
-        assert (fn.last_failure.stage, fn.last_failure.message) == ("torch.compile", "[Errno 30] Read-only file system")
-    fn(X), fn(X)
-    assert fn.state is CompileState.COMPILED
 
 
 def test_two_threads_call_a_new_function() -> None:

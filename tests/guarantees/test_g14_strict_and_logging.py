@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import tenacity
 import torch
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback, set_strict
+from compile_retry._strict import is_strict
 from compile_retry.testing import fail_compiles, record_events
 from support import Compiler, first, full_disk
 
@@ -83,9 +85,7 @@ def test_set_strict_as_a_function() -> None:
 @pytest.mark.parametrize(("value", "strict"), [("1", True), ("0", False), ("", False)])
 def test_strict_from_the_environment(value: str, strict: bool) -> None:
     """COMPILE_RETRY_STRICT=1 switches it on from the start."""
-    code = "from compile_retry._strict import is_strict; print(is_strict())"
-    import os
-
+    code = f"from {is_strict.__module__} import is_strict; print(is_strict())"
     out = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "COMPILE_RETRY_STRICT": value},
