@@ -31,7 +31,7 @@ CLEAN_CALLS = 64
 MOST_LOOKS = 8
 
 # So many failures in a row that are not worth another attempt cost nothing; after that, the policy's share is theirs.
-FREE_REFUSALS = 4
+FREE_REFUSALS = 8
 
 
 @dataclass(frozen=True)
