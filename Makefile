@@ -47,9 +47,10 @@ recipes: $(RECIPES_INSTALLED) ## run examples/recipes, each with its framework (
 	@for recipe in examples/recipes/*.py; do \
 	    printf '\n--- %s\n' "$$recipe"; .venv-recipes/bin/python "$$recipe" || exit 1; done
 
-lint: $(INSTALLED) ## check style and format
+lint: $(INSTALLED) ## check style, format, and that imports between rooms only point down
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
+	$(VENV_PYTHON) -c "from importlinter.cli import lint_imports_command as check; check()"
 
 types: $(INSTALLED) ## check types
 	$(VENV_PYTHON) -m mypy
@@ -69,7 +70,7 @@ ci: ## run every check
 	.ci/run
 
 clean: ## remove what the other targets made, except .venv and .venv-recipes
-	rm -rf build dist docs/_build .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build .coverage* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 
 # Also made anew: an environment that was left half-made, or whose Python is gone.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -1,5 +1,7 @@
 """Use the installed package once, where nothing but the package and its dependencies is installed."""
 
+import subprocess
+import sys
 from importlib.resources import files
 
 import torch
@@ -18,4 +20,5 @@ assert result.tolist() == [2.0, 2.0]
 assert double.state is compile_retry.CompileState.COMPILED, double.state
 assert files("compile_retry").joinpath("py.typed").is_file()
 assert "site-packages" in compile_retry.__file__, compile_retry.__file__
+subprocess.run([sys.executable, "-m", "compile_retry", "--version"], check=True)
 print("compiled by", compile_retry.__file__)

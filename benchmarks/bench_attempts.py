@@ -1,4 +1,4 @@
-"""The cost of an attempt: a retry against a first compile."""
+"""The cost of an attempt: a retry compared with a first compile."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def step(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 class Trainer:
-    """In a fresh process: all is there but the first compile. Dynamo has compiled something, so it is all imported."""
+    """A fresh process before its first compile. Dynamo has compiled something, so everything is imported."""
 
     def __init__(self, folder: Path) -> None:
         import torch._inductor.compile_fx  # imported by the first compile
@@ -39,7 +39,7 @@ class Trainer:
         self._ours = compile_with_fallback(step, policy=RetryPolicy(wait=None, wait_calls=1))
 
     def ready(self) -> None:
-        """Answers when all that is there."""
+        """Return when all of this exists."""
 
     def fail(self, injected: bool) -> None:
         injection: AbstractContextManager[object] = nullcontext()
@@ -63,7 +63,7 @@ class Trainer:
 @pytest.mark.parametrize("what", [BARE.name, "first compile", "retry", "retry, compiler was broken"])
 @pytest.mark.parametrize("lap", LAPS)
 def test_an_attempt(benchmark: BenchmarkFixture, tmp_path: Path, what: str, lap: int) -> None:
-    """Forward and backward, in a fresh process with an empty cache, the compiler's probes included."""
+    """Forward and backward, in a fresh process with an empty cache, including the compiler probes."""
     with child(Trainer, tmp_path) as trainer:
         trainer.ask("ready")
         if what.startswith("retry"):

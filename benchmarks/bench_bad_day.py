@@ -1,8 +1,9 @@
-"""The bad day as a user lives it: the compiler is broken for the first part of a training run.
+"""A bad day: the compiler is broken for the first part of a training run.
 
-How long the run takes to finish, against an ideal that knows the moment of repair: until then it runs eagerly and asks
-nobody, then it compiles once. Long runs are simulated: the library, Dynamo and the alternatives are real, but only the
-clock says how long a step, a compile or a failed attempt takes. A short run is real, and so is its broken compiler.
+Measures the time to finish, compared with an ideal that knows the moment of the repair: it runs eagerly until then,
+without attempts, and then compiles once. Long runs are simulated: the library, Dynamo and the alternatives are real,
+but a fake clock sets how long a step, a compile or a failed attempt takes. The short run is real, with a really broken
+compiler.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-import torch._inductor.compile_fx  # so that no child imports it against the clock
+import torch._inductor.compile_fx  # so that no child imports it while being timed
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -36,7 +37,7 @@ DIES = "dies"
 
 @dataclass(frozen=True)
 class Contestant:
-    """A row: a subject and, if it is ours, what its policy says otherwise than the default one."""
+    """A row: a subject and, if it is the library, the differences from the default policy."""
 
     subject: Subject
     policy: dict[str, Any] = field(default_factory=dict)
@@ -45,7 +46,7 @@ class Contestant:
         return ", ".join([str(self.subject), *(f"`{name}={value:g}`" for name, value in self.policy.items())])
 
     def make(self, step: Step, clock: Callable[[], float] = time.monotonic, **options: Any) -> Step:
-        if self.subject == OURS:  # equal, not the same, in a child
+        if self.subject == OURS:  # equal but not identical in a child
             options["policy"] = RetryPolicy(**self.policy, clock=clock)
         return self.subject.make(step, **options)
 
@@ -65,12 +66,12 @@ LENGTHS = {"10 min": 600.0, "1 h": 3600.0, "8 h": 28800.0}
 
 @dataclass(frozen=True)
 class Day:
-    """What goes wrong in a run.
+    """The fault in a run.
 
     Attributes:
-        length: Of the ideal run: one of `LENGTHS`.
-        share: How much of it the compiler is broken.
-        attempt: Seconds that an attempt takes to fail.
+        length: Length of the ideal run: one of `LENGTHS`.
+        share: Share of it during which the compiler is broken.
+        attempt: Seconds until an attempt fails.
     """
 
     length: str
@@ -85,7 +86,7 @@ class Day:
         return self.share * LENGTHS[self.length]
 
     def ideal(self) -> tuple[int, float]:
-        """How many steps the run has, and when the ideal has done them."""
+        """Return the number of steps of the run, and when the ideal finishes them."""
         steps, now, has_compiled = 0, 0.0, False
         while now < LENGTHS[self.length]:
             if now < self.repair:
@@ -98,7 +99,7 @@ class Day:
 
 
 class World:
-    """The clock, the compiler that is broken until the repair, and the step."""
+    """A clock, a compiler that is broken until the repair, and a step."""
 
     def __init__(self, day: Day) -> None:
         self._day = day
@@ -118,7 +119,7 @@ class World:
         return run
 
     def run(self, step: Step, steps: int) -> float:
-        """When that many steps are done."""
+        """Return the time at which that many steps are done."""
         x = torch.ones(2)
         for _ in range(steps):
             self._compiled = False
@@ -132,7 +133,7 @@ def double(x: Tensor) -> Tensor:
 
 
 def simulate(contestant: Contestant, day: Day) -> float | str:
-    """The time to finish over the ideal's."""
+    """Return the time to finish divided by the ideal's."""
     world = World(day)
     steps, ideal = day.ideal()
     with contestant.subject.setting():
@@ -145,7 +146,7 @@ def simulate(contestant: Contestant, day: Day) -> float | str:
 
 @pytest.fixture
 def quiet() -> Iterator[None]:
-    """Neither torch nor the library says what it thinks of the compiler; afterwards nothing is compiled."""
+    """Silence torch and the library; drop all compiled code afterwards."""
     loggers = [logging.getLogger(name) for name in ("torch._dynamo", "compile_retry")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -164,7 +165,7 @@ SIMULATED = [Contestant(OURS), Contestant(OURS, {"wait": 30}), OFTEN, *ALTERNATI
 @pytest.mark.parametrize("contestant", SIMULATED, ids=str)
 @pytest.mark.parametrize("day", DAYS, ids=lambda day: f"{day.length} {day}")
 def test_simulated(benchmark: BenchmarkFixture, day: Day, contestant: Contestant) -> None:
-    """What the timer takes here, how long it took to simulate, is nobody's concern: the value is in `extra_info`."""
+    """Ignore the timer, which measures the simulation: the value is in `extra_info`."""
     value = benchmark.pedantic(simulate, args=(contestant, day), rounds=1, iterations=1)
     assert (value == DIES) == (contestant.subject is BARE)
     benchmark.extra_info.update(
@@ -175,12 +176,12 @@ def test_simulated(benchmark: BenchmarkFixture, day: Day, contestant: Contestant
 # --- A short run, in real time, with a compiler that is really broken. ------------------------------------------------
 
 BROKEN, LENGTH = 20.0, 120.0
-LIMIT = 190.0  # for those that do not get there
+LIMIT = 190.0  # for runs that do not finish
 POINTS, WIDTH = 8192, 32
 
 
 class Snake(nn.Module):
-    """The activation x + sin(ax)^2 / a, for which PyTorch has no kernel: here compiling pays on a CPU, too."""
+    """The activation x + sin(ax)^2 / a. PyTorch has no kernel for it, so compiling pays off even on a CPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +192,7 @@ class Snake(nn.Module):
 
 
 def network() -> nn.Sequential:
-    """From the coordinates of a point to its value."""
+    """A network that maps a point's coordinates to a value."""
     layers: list[nn.Module] = [nn.Linear(2, WIDTH), Snake()]
     for _ in range(2):
         layers += [nn.Linear(WIDTH, WIDTH), Snake()]
@@ -203,7 +204,7 @@ def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def ideal(step: Step, broken: Path) -> Step:
-    """Knows when the compiler is repaired, and does not ask it before."""
+    """Run eagerly until the compiler is repaired, then compile."""
     compiled, repaired = torch.compile(step), False
 
     def run(*args: Any) -> Any:
@@ -215,7 +216,7 @@ def ideal(step: Step, broken: Path) -> Step:
 
 
 class Training:
-    """Lives in a child process. Trains as long as it is told to."""
+    """A training run in a child process."""
 
     def __init__(self, folder: Path, contestant: Contestant | None) -> None:
         torch.manual_seed(0)
@@ -229,10 +230,10 @@ class Training:
             self._loss_of = contestant.make(loss_of)
 
     def ready(self) -> None:
-        """Answers when everything is imported."""
+        """Return when everything is imported."""
 
     def run(self, steps: int, seconds: float) -> int:
-        """Train until so many steps are done, or the time is over. Returns how many are done."""
+        """Train until this many steps are done, or the time is over. Returns the number of steps done."""
         done, end = 0, time.perf_counter() + seconds
         while done < steps and time.perf_counter() < end:
             self._step()
@@ -240,7 +241,7 @@ class Training:
         return done
 
     def books(self) -> dict[str, float]:
-        """What the library says of it; nothing for the others."""
+        """Return the library's statistics, or nothing for the others."""
         return self._loss_of.stats.as_dict() if isinstance(self._loss_of, CompiledFunction) else {}
 
     def _step(self) -> None:
@@ -251,7 +252,7 @@ class Training:
 
 
 def train_on_a_bad_day(training: Child, folder: Path, steps: int, seconds: float) -> int | str:
-    """Have it train while the compiler is broken for a while. Returns the steps done, or that it died and of what."""
+    """Train while the compiler is broken at first. Returns the steps done, or the error that ended the run."""
     repair = threading.Timer(BROKEN, (folder / "broken").unlink)
     repair.start()
     try:
@@ -269,7 +270,7 @@ REAL = [Contestant(OURS), OFTEN, *ALTERNATIVES]
 
 @pytest.fixture(scope="module")
 def steps() -> dict[str, int]:
-    """How many steps the ideal did in its time, once it has."""
+    """The number of steps that the ideal run did, once it has run."""
     return {}
 
 
@@ -278,7 +279,7 @@ def steps() -> dict[str, int]:
 def test_real(
     benchmark: BenchmarkFixture, tmp_path: Path, steps: dict[str, int], contestant: Contestant | None
 ) -> None:
-    """The ideal comes first and has as long as it has; the others do as many steps."""
+    """Run the ideal first, for a fixed time; the others do the same number of steps."""
     if contestant is not None and not steps:
         pytest.skip("the ideal has not run")
     folder = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""What a call costs: compiled, held off, with many graphs, with many parameters."""
+"""The cost of a call: compiled, held off, with many graphs, with many parameters."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from torch import Tensor, nn
 from compile_retry import CompileState, RetryPolicy
 from subjects import BARE, EAGER, LATCH, OURS, RETRY, SUBJECTS, SUPPRESS, Step, Subject
 
-# Each subject is measured once per lap, so that what slows the machine down for a while slows them all.
+# Each subject is measured once per lap, so that a slow phase of the machine affects all of them.
 LAPS = range(35)
 
-# Copies of one function differ by a fifth of a microsecond, as they happen to lie in memory: each lap takes the next.
+# Copies of one function differ by 0.2 us, depending on their location in memory, so each lap uses the next copy.
 COPIES = 7
 
 
 class Work(NamedTuple):
-    """A step, and how often it is called for one measurement.
+    """A step, and how often to call it in one measurement.
 
     Attributes:
         step: The function.
-        arguments: What it is called with.
-        calls: How many calls are one round, of which the mean is taken.
-        rounds: How many rounds.
-        options: Of ``torch.compile``.
+        arguments: Its arguments.
+        calls: Calls per round; a round yields their mean.
+        rounds: Number of rounds.
+        options: Options for ``torch.compile``.
     """
 
     step: Step
@@ -50,13 +50,13 @@ def elementwise(x: Tensor, y: Tensor) -> Tensor:
 
 @functools.cache  # all subjects read and write the same memory
 def small() -> Work:
-    """About 15 us when it is compiled."""
+    """Takes about 15 us when compiled."""
     return Work(elementwise, (torch.rand(2048), torch.rand(2048)), calls=1000, rounds=4, options={})
 
 
 @functools.cache
 def medium() -> Work:
-    """Forward and backward pass of a small network: about 5 ms."""
+    """The forward and backward pass of a small network: about 5 ms."""
     network = nn.Sequential(*(nn.Sequential(nn.Linear(256, 256), nn.GELU()) for _ in range(4)))
     inputs = torch.rand(864, 256)
 
@@ -68,7 +68,7 @@ def medium() -> Work:
 
 
 def many_graphs(graphs: int) -> Work:
-    """Written out: at a graph break inside a loop Dynamo would run the frame eagerly."""
+    """Unrolled, because Dynamo runs a frame eagerly if its graph breaks inside a loop."""
     lines = ["x = x + 1; torch._dynamo.graph_break()"] * (graphs - 1)
     namespace: dict[str, Any] = {"torch": torch}
     source = "\n    ".join(["def step(x):", *lines, "return x + 1"])
@@ -106,23 +106,24 @@ def fails_for_five_rows(graph_module: torch.fx.GraphModule, inputs: list[Tensor]
 
 
 def answers_at_once(step: Step, **options: Any) -> Step:
-    """The floor: a frame callback that has every frame but the first one asked about run eagerly, and knows nothing."""
-    from compile_retry import _torch_internals as internals
+    """The floor: a stateless frame callback that runs every frame eagerly except the first."""
+    from compile_retry._torch import frames as torch_frames
+    from compile_retry._torch import functions
 
     compiled = torch.compile(step, **options)
     asked = itertools.count()
 
-    def wrap(inner: internals.FrameCallback) -> internals.FrameCallback:
+    def wrap(inner: torch_frames.FrameCallback) -> torch_frames.FrameCallback:
         def answer(
-            frame: internals.Frame, cache_entry: object, frame_state: internals.FrameState
-        ) -> internals.ConvertFrameReturn:
+            frame: torch_frames.Frame, cache_entry: object, frame_state: torch_frames.FrameState
+        ) -> torch_frames.ConvertFrameReturn:
             if next(asked) == 0:
                 return inner(frame, cache_entry, frame_state)
-            return internals.run_eagerly(inner_frames=None)
+            return torch_frames.run_eagerly(inner_frames=None)
 
         return answer
 
-    internals.interpose(compiled, wrap)
+    functions.interpose(compiled, wrap)
     return compiled
 
 
@@ -131,7 +132,7 @@ FLOOR = Subject("callback that answers at once", answers_at_once)
 
 @functools.cache
 def beside_compiled_code(subject: Subject) -> tuple[Step, Work]:
-    """A subject that has compiled code for three rows, and holds five rows off."""
+    """A subject with compiled code for three rows, and five rows held off."""
     torch.manual_seed(0)
     work = held_off_shape()
     model, inputs, target = work.arguments
@@ -156,7 +157,7 @@ WORKS: dict[str, Callable[[], Work]] = {
 
 
 def fresh(step: Step) -> Step:
-    """The same function with a code object of its own: wrappers of one code object share what Dynamo caches for it."""
+    """The same function with its own code object, because wrappers of one code object share Dynamo's cache."""
     assert isinstance(step, FunctionType)
     return FunctionType(step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__, step.__closure__)
 
@@ -167,7 +168,7 @@ def broken(graph_module: torch.fx.GraphModule, inputs: list[Tensor]) -> Step:
 
 @functools.cache
 def prepared(subject: Subject, name: str, copy: int = 0, *, is_broken: bool = False) -> tuple[Step, Work]:
-    """A subject after its first calls: compiled, or failed and held off for good. Made once for each `copy`."""
+    """A subject after its first calls: compiled, or failed and held off for good. Created once per `copy`."""
     torch.manual_seed(0)
     work = WORKS[name]()
     options = dict(work.options)
@@ -232,13 +233,13 @@ def test_a_large_step(benchmark: BenchmarkFixture, subject: Subject, work: str, 
 @pytest.mark.parametrize("graphs", [1, 10, 100])
 @pytest.mark.parametrize("is_broken", [False, True], ids=["compiled", "held off"])
 def test_memory_kept(benchmark: BenchmarkFixture, subject: Subject, graphs: int, is_broken: bool) -> None:
-    """In bytes of Python objects, after the first calls; not a time."""
+    """Bytes of Python objects after the first calls, not a time."""
     if is_broken and subject is BARE:
         subject = EAGER
     logging.getLogger("compile_retry").setLevel(logging.CRITICAL)
     name = "1 graph" if graphs == 1 else f"{graphs} graphs"
     prepared.cache_clear()
-    before = prepared(subject, name, is_broken=is_broken)  # what is imported and made once
+    before = prepared(subject, name, is_broken=is_broken)  # one-time imports and caches
     prepared.cache_clear()
     gc.collect()
     tracemalloc.start()

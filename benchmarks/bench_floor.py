@@ -1,8 +1,8 @@
-"""What the parts of a call cost: wrappers that do a little more each, up to what the library does at least.
+"""The cost of the parts of a call: wrappers that each do a little more, up to the minimum that the library must do.
 
-None of them is the library, and none would be right. They show what it costs to be called like a function, to count
-calls and to know whether they ran compiled code. The library comes out below what these add up to: its graphs are not
-called through the wrapper that Dynamo puts round them.
+None of them is the library, and none would be correct. They show the cost of being called like a function, of counting
+calls, and of knowing whether a call ran compiled code. The library costs less than their sum, because its graphs bypass
+the wrapper that Dynamo puts around them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from bench_calls import COPIES, LAPS, elementwise, fresh, measure, small
-from compile_retry._torch_eager import may_run_again
+from compile_retry._torch.eager import may_run_again
 from subjects import BARE, EAGER, OURS, Step
 
 
 class PassesOn:
-    """Called like a function, and passes on what it is given."""
+    """Called like a function; forwards its arguments."""
 
     def __init__(self, step: Step, **options: Any) -> None:
         self.step = self.prepared(step, **options)
@@ -47,7 +47,7 @@ class AsksDynamo(PassesOn):
 
 
 class IsAlone(PassesOn):
-    """Sees whether another call is under way, with which its own must not be mixed up."""
+    """Checks whether another call is running, whose counts must not be mixed with its own."""
 
     graphs, left = 0, 1 << 62
 
@@ -62,7 +62,7 @@ class IsAlone(PassesOn):
 
 
 class CountsGraphs(IsAlone):
-    """Whether a call ran compiled code is known by what each graph notes."""
+    """Counts graphs, to tell whether a call ran compiled code."""
 
     def prepared(self, step: Step, **options: Any) -> Step:
         from torch._inductor.compile_fx import compile_fx
@@ -106,7 +106,7 @@ class EagerAsksTheClock(Eager):
 
 
 class EagerAsksAutograd(Eager):
-    """Whether activation checkpointing may run the same again, which then has to run eagerly as well."""
+    """Checks whether activation checkpointing may rerun the call, which must then run eagerly as well."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():

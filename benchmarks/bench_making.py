@@ -1,4 +1,4 @@
-"""What it costs to import the library and to decorate functions."""
+"""The cost of importing the library and of decorating functions."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ FUNCTIONS = 1000
 
 
 class Importer:
-    """In a fresh process, which has torch."""
+    """Imports the library in a fresh process with torch already imported."""
 
     def __init__(self, folder: Path) -> None:
         assert "torch" in sys.modules
 
     def nothing(self) -> None:
-        """What asking the process costs."""
+        """Do nothing, to measure the cost of a request to the process."""
 
     def compile_retry(self) -> None:
         import compile_retry  # noqa: F401
@@ -36,7 +36,7 @@ class Importer:
 
 @pytest.fixture(scope="module")
 def bytecode() -> None:
-    """As pip leaves what it installs. Here Python would write it at the first import, or never, if told so."""
+    """Precompile the bytecode, as pip does. Otherwise Python would write it at the first import, or never."""
     import compile_retry
 
     assert compileall.compile_dir(Path(compile_retry.__file__).parent, quiet=1)
@@ -47,7 +47,7 @@ def bytecode() -> None:
 @pytest.mark.parametrize("lap", LAPS)
 def test_importing(benchmark: BenchmarkFixture, tmp_path: Path, what: str, lap: int) -> None:
     with child(Importer, tmp_path) as importer:
-        importer.ask("nothing")  # when this answers, the process is ready
+        importer.ask("nothing")  # the process is ready when this returns
         benchmark.extra_info.update(table="import", row="a fresh process", column=what, lap=lap)
         benchmark.pedantic(importer.ask, args=(what,), rounds=1)
 
@@ -62,7 +62,7 @@ def functions() -> list[FunctionType]:
 @pytest.mark.parametrize("what", ["bare `torch.compile`", "`compile_with_fallback`"])
 @pytest.mark.parametrize("lap", LAPS)
 def test_decorating(benchmark: BenchmarkFixture, what: str, lap: int) -> None:
-    """A thousand functions, with default options. Stock torch imports Dynamo at the first: not counted."""
+    """Decorate a thousand functions with default options. Dynamo's import by stock torch is not counted."""
     import torch
 
     from compile_retry import compile_with_fallback
@@ -75,7 +75,7 @@ def test_decorating(benchmark: BenchmarkFixture, what: str, lap: int) -> None:
 
 @pytest.mark.parametrize("what", ["bare `torch.compile`", "`compile_with_fallback`"])
 def test_memory_of_decorated_functions(benchmark: BenchmarkFixture, what: str) -> None:
-    """Bytes of Python objects per function, before its first call; not a time."""
+    """Bytes of Python objects per function before its first call, not a time."""
     import torch
 
     from compile_retry import compile_with_fallback

@@ -1,8 +1,8 @@
-"""Recovered code against code that never failed, side by side.
+"""Recovered code compared with code that never failed, side by side.
 
-Two processes train the same network with the same decorator. In one of them the first attempt fails, and a later one
-does not; in the other nothing ever fails. Then both take steps by turns, so that what else the machine does hits both
-alike. Where the fault is nothing, the table shows how much two healthy processes differ.
+Two processes train the same network with the same decorator. In one, the first attempt fails and a later one succeeds;
+in the other, nothing fails. Then both take steps in turns, so that other load on the machine affects both alike. With
+the fault "nothing", the table shows how much two healthy processes differ.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def cnn() -> Work:
 
 
 class Block(nn.Module):
-    """Causal attention and an MLP, each after a LayerNorm and round a residual."""
+    """Causal attention and an MLP, each with a LayerNorm and a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Two blocks; the head is tied to the embedding."""
+    """Two blocks, with the head tied to the embedding."""
 
     def __init__(self, vocabulary: int = 256, context: int = 64, width: int = 96, heads: int = 4) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def gpt() -> Work:
 class Network:
     name: str
     make: Callable[[], Work]
-    steps: int  # of a lap: about half a second
+    steps: int  # per lap: about half a second
 
 
 NETWORKS = (Network("MLP", mlp, 40), Network("CNN", cnn, 40), Network("GPT", gpt, 20))
@@ -104,7 +104,7 @@ def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
 
 
-# --- What goes wrong, and is put right at the end of the block. -------------------------------------------------------
+# --- The faults, each repaired at the end of its block. ---------------------------------------------------------------
 
 
 def injected(folder: Path) -> AbstractContextManager[object]:
@@ -113,7 +113,7 @@ def injected(folder: Path) -> AbstractContextManager[object]:
 
 @contextmanager
 def full_disk(folder: Path) -> Iterator[None]:
-    """The folder, which has to be a tmpfs, is filled up."""
+    """Fill up the folder, which must be a tmpfs."""
     filler = folder / "filler"
     with filler.open("wb", buffering=0) as file, suppress(OSError):
         while True:
@@ -124,7 +124,7 @@ def full_disk(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def broken_compiler(folder: Path) -> Iterator[None]:
-    """CXX names a script, which fails."""
+    """Point CXX to a script that fails."""
     flag = folder / "broken"
     flag.touch()
     yield
@@ -147,7 +147,7 @@ FAULTS = (
 )
 
 
-# --- A training in a process of its own. ------------------------------------------------------------------------------
+# --- A training run in a separate process. ----------------------------------------------------------------------------
 
 
 class Trainee:
@@ -166,7 +166,7 @@ class Trainee:
 
 
 class Training:
-    """Lives in a child process: meets the fault, recovers, and takes more steps when asked to."""
+    """A training run in a child process: hits the fault, recovers, and takes more steps on request."""
 
     def __init__(self, folder: Path, network: Network, fault: Fault) -> None:
         torch.manual_seed(0)
@@ -177,14 +177,14 @@ class Training:
         self._folder, self._fault = folder, fault
 
     def recover(self) -> None:
-        """Beside an eager twin, whose losses have to be the same before, in and after the failure."""
+        """Train next to an eager twin; the losses must be equal before, during and after the failure."""
         with self._fault.make(self._folder):
             self._beside_twin(CALLS_DURING)
         self._beside_twin(CALLS_AFTER)
         self.check()
 
     def check(self) -> None:
-        """Whether it is compiled, and failed as often as it should have: once, or never."""
+        """Check that it is compiled, and failed as often as expected: once, or never."""
         stats, state = self._function.stats, self._function.state
         failures = int(self._fault.name != NOTHING.name)
         assert state is CompileState.COMPILED, state
@@ -204,7 +204,7 @@ class Training:
 
 @contextmanager
 def tmpfs(folder: Path) -> Iterator[None]:
-    """A small disk at that place."""
+    """Mount a small tmpfs there."""
     command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("a disk of its own needs root, and the right to mount it")
@@ -216,7 +216,7 @@ def tmpfs(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def training(folder: Path, network: Network, fault: Fault) -> Iterator[Child]:
-    """A process that has met the fault, has recovered from it, and is warm."""
+    """A warmed-up process that has recovered from the fault."""
     with ExitStack() as stack:
         if fault.tmpfs:
             stack.enter_context(tmpfs(folder))
@@ -228,7 +228,7 @@ def training(folder: Path, network: Network, fault: Fault) -> Iterator[Child]:
 
 
 class Stage:
-    """The processes that are alive: of one network the reference, and the one that has recovered from one fault."""
+    """The live processes: one network's reference, and one that recovered from one fault."""
 
     def __init__(self, make_folder: Callable[[str], Path]) -> None:
         self._make_folder = make_folder
@@ -236,7 +236,7 @@ class Stage:
         self._alive: dict[str, tuple[object, Child]] = {}
 
     def process(self, turn: Turn) -> Child:
-        """Whose turn it is. Both are started before either runs against the clock."""
+        """Return the process whose turn it is. Both are started before either is timed."""
         self._start(self._reference, "never failed", turn.network, NOTHING)
         self._start(self._recovered, "recovered", turn.network, turn.fault)
         return self._alive[turn.who][1]
@@ -256,7 +256,7 @@ class Stage:
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    """Not fixtures with parameters: pytest would start the processes anew for each turn."""
+    """Not parametrized fixtures, because pytest would restart the processes for each turn."""
     stage = Stage(tmp_path_factory.mktemp)
     yield stage
     stage.close()
@@ -264,7 +264,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 @dataclass(frozen=True)
 class Turn:
-    """One process's lap. Which of the two goes first changes with each."""
+    """One process's lap. The two processes take turns going first."""
 
     network: Network
     fault: Fault

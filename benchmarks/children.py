@@ -1,6 +1,6 @@
-"""Objects in processes of their own, each with a compiler that can be broken and with caches of its own.
+"""Objects in separate processes, each with its own breakable compiler and its own caches.
 
-Torch remembers of a broken compiler what it asked it, in the process and on disk: what is compared must share neither.
+Torch remembers the answers of a broken compiler, in the process and on disk, so subjects must share neither.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 
-# Keep memory that is freed. Otherwise glibc gives large blocks back to the system after each use, or not, depending on
-# the history of the process: forty steps of a CNN took 180 ms in one process and 240 ms in the next.
+# Keep freed memory. Otherwise glibc may or may not return large blocks to the system after each use, depending on the
+# history of the process: forty steps of a CNN took 180 ms in one process and 240 ms in the next.
 KEEPS_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TOP_PAD_": "300000000",
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
 }
 
-# Broken, it still tells its version: so torch takes it for a compiler that knows no vector instructions. That is what a
-# machine without memory looks like.
+# While broken it still prints its version, so torch takes it for a compiler without vector instructions. A machine
+# without memory behaves like this.
 SCRIPT = """\
 #!/bin/sh
 if [ -e {flag} ] && [ "$1" != --version ]; then
@@ -40,11 +40,11 @@ exec {real} "$@"
 
 
 class ChildError(Exception):
-    """What a child's object raised, as text."""
+    """An exception raised by a child's object, as text."""
 
 
 class Child:
-    """An object in another process. Ask it for what its methods return."""
+    """A proxy for an object in another process."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -53,7 +53,7 @@ class Child:
         """Call the object's method.
 
         Raises:
-            ChildError: It raised.
+            ChildError: The method raised.
             EOFError: The process ended.
         """
         self._connection.send((method, args))
@@ -65,27 +65,27 @@ class Child:
 
 @contextmanager
 def child(make: Callable[..., object], folder: Path, *args: Any) -> Iterator[Child]:
-    """Another process that keeps ``make(folder, *args)``, with one thread and everything that torch keeps in `folder`.
+    """Start a process that holds ``make(folder, *args)``, with one thread and all of torch's caches in `folder`.
 
-    Its compiler is broken as long as there is a file `broken` in the folder.
+    Its compiler is broken while the folder contains a file `broken`.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, make, folder, *args))
     with _environment(folder):
         process.start()
-    theirs.close()  # so that it is noticed if the process ends
+    theirs.close()  # so that we notice if the process ends
     try:
         yield Child(ours)
     finally:
-        ours.close()  # ends it
+        ours.close()  # ends the process
         process.join(timeout=10)
         process.kill()
         process.join()
 
 
 def _serve(connection: Connection, make: Callable[..., object], *args: Any) -> None:
-    torch.set_num_threads(1)  # more would compete with what else the machine does
+    torch.set_num_threads(1)  # more would compete with other load on the machine
     for name in ("compile_retry", "torch._dynamo"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     thing = make(*args)
@@ -102,7 +102,7 @@ def _serve(connection: Connection, make: Callable[..., object], *args: Any) -> N
 
 @contextmanager
 def _environment(folder: Path) -> Iterator[None]:
-    """What a process that starts meanwhile finds. Torch asks for it when it compiles first."""
+    """Set the environment for processes started in this block. Torch reads it at its first compile."""
     before = dict(os.environ)
     tmp = folder / "tmp"
     tmp.mkdir(exist_ok=True)
@@ -113,7 +113,7 @@ def _environment(folder: Path) -> Iterator[None]:
         TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS="0",  # 150 MB for each process
         **KEEPS_MEMORY,
     )
-    for name in ("COMPILE_RETRY_STRICT", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"):  # the second is inductor's
+    for name in ("COMPILE_RETRY_STRICT", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"):  # the second is Inductor's
         os.environ.pop(name, None)
     try:
         yield
@@ -123,14 +123,14 @@ def _environment(folder: Path) -> Iterator[None]:
 
 
 def _compiler(folder: Path) -> Path:
-    """The script that stands in for the compiler: not on the disk that gets full, which has to hold it."""
+    """Write the compiler wrapper script, not on the disk that will be full."""
     real = shutil.which("g++") or shutil.which("c++") or "c++"
-    path = Path(tempfile.mkdtemp(dir=folder.parent)) / Path(real).name  # torch goes by the name
+    path = Path(tempfile.mkdtemp(dir=folder.parent)) / Path(real).name  # torch identifies the compiler by name
     path.write_text(SCRIPT.format(flag=shlex.quote(str(folder / "broken")), real=shlex.quote(real)))
     path.chmod(0o755)
     return path
 
 
 def has_compiler() -> bool:
-    """Whether there is a compiler to break."""
+    """Return True if there is a compiler to break."""
     return bool(shutil.which("g++") or shutil.which("c++"))

@@ -1,6 +1,6 @@
-"""What stays behind after many held-off calls and many failed attempts, and eight threads while faults come and go.
+"""Soak tests: leaks after many held-off calls and failed attempts, and eight threads while faults come and go.
 
-Prints the figures that docs/reliability.md quotes. test_g04_g10_g11_soak.py runs the same soaks, only shorter.
+Prints the figures quoted in docs/reliability.md; test_g04_g10_g11_soak.py runs shorter versions of the same soaks.
 Run it as `python benchmarks/soak.py [--seconds 60]`.
 """
 
@@ -49,7 +49,7 @@ def full_disk() -> OSError:
 
 @dataclass(frozen=True)
 class Usage:
-    """What the process holds: of each kind, how many, and its memory in bytes."""
+    """The resources that the process holds: a count of each kind, and its memory in bytes."""
 
     files: int
     threads: int
@@ -76,7 +76,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Growth:
-    """How much more of it after so many calls; objects, blocks (of memory) and bytes per call."""
+    """Return the growth over this many calls; objects, memory blocks and bytes are per call."""
 
     files: int
     threads: int
@@ -104,7 +104,7 @@ class Growth:
 
 
 def held_off(regime: Regime, calls: int) -> Growth:
-    """Calls while nothing is due: of the plain function, or of a function that is compiled for another shape."""
+    """Call while nothing is due: the plain function, or a function compiled for another shape."""
     failing = torch.ones(3)
     working = torch.ones(4, 4)
 
@@ -129,7 +129,7 @@ def held_off(regime: Regime, calls: int) -> Growth:
 
 @contextmanager
 def dynamo_calls(before_each_frame: Callable[[str], None]) -> Iterator[None]:
-    """Have Dynamo call this, which may raise, with the name of each frame's function before it translates it."""
+    """Make Dynamo call this with each frame's function name before it translates the frame. It may raise."""
     run = InstructionTranslator.run
 
     def run_or_fail(self: InstructionTranslator) -> None:
@@ -147,7 +147,7 @@ def two_graphs(x: torch.Tensor) -> torch.Tensor:
 
 
 def failed_attempts(position: Position, attempts: int, warm_up: int = 70) -> tuple[Growth, Growth]:
-    """Calls each of which fails to compile something: of a function of ours, and of stock torch.compile's."""
+    """Make calls that each fail to compile something, with the library and with stock torch.compile."""
     failures = 0
 
     def backend(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -171,7 +171,7 @@ def failed_attempts(position: Position, attempts: int, warm_up: int = 70) -> tup
             with suppress(Exception):
                 fn(x)
 
-        with torch._dynamo.config.patch(accumulated_recompile_limit=10**9):  # or stock torch stops asking
+        with torch._dynamo.config.patch(accumulated_recompile_limit=10**9):  # otherwise stock torch stops compiling
             growth = Growth.over(attempts, call, warm_up)
         if failures != attempts + warm_up:
             raise RuntimeError(f"{failures} failures in {attempts + warm_up} calls of {fn}")
@@ -186,7 +186,7 @@ def failed_attempts(position: Position, attempts: int, warm_up: int = 70) -> tup
 
 @dataclass
 class Soak:
-    """What eight threads have seen. `early` are failures before they were due, as (call, first call allowed)."""
+    """The observations of eight threads. `early` lists failures before they were due, as (call, first call allowed)."""
 
     rounds: int = 0
     calls: int = 0
@@ -200,12 +200,12 @@ class Soak:
     states: set[CompileState] = field(default_factory=set)
 
     def total(self, figure: str) -> int:
-        """Of the library's own books."""
+        """Sum one of the library's own counters."""
         return int(sum(stats.as_dict()[figure] for stats in self.booked))
 
 
 class Faults:
-    """A backend, and something for Dynamo to call, that fail while their event is set; and what they saw."""
+    """A backend and a Dynamo hook that fail while their event is set, and their observations."""
 
     def __init__(self) -> None:
         self.backend_fails, self.dynamo_fails = threading.Event(), threading.Event()
@@ -254,9 +254,9 @@ class Faults:
 
 
 def eight_threads(seconds: float) -> Soak:
-    """Eight threads call a function with four shapes while its backend and Dynamo fail every now and then.
+    """Run eight threads that call a function with four shapes while its backend and Dynamo fail now and then.
 
-    A new function every two seconds: one that is compiled is out of the faults' reach.
+    A new function replaces it every two seconds, because faults cannot reach a compiled one.
     """
     soak, end = Soak(), time.monotonic() + seconds
     while time.monotonic() < end and not soak.stuck:
@@ -268,7 +268,7 @@ def eight_threads(seconds: float) -> Soak:
 def _round(soak: Soak, rng: random.Random, wait_calls: int = 40) -> None:
     faults, done, calls = Faults(), threading.Event(), [0] * 8
     policy = RetryPolicy(wait=None, wait_calls=wait_calls)
-    # With a code object of its own: past 256 compiles of one, by whatever wrappers, torch does not compile it any more.
+    # Its own code object, because torch stops compiling one after 256 compiles, whatever wrappers it has.
     step = FunctionType(two_graphs.__code__.replace(), two_graphs.__globals__)
     fn = compile_with_fallback(step, backend=faults.backend, dynamic=False, policy=policy, name="soak")
     faults.fn = fn
@@ -289,7 +289,7 @@ def _round(soak: Soak, rng: random.Random, wait_calls: int = 40) -> None:
         for thread in threads:
             thread.start()
         for _ in range(18):
-            time.sleep(0.1)  # faults come and go in time: the threads work meanwhile
+            time.sleep(0.1)  # faults come and go over time, while the threads work
             faults.come_and_go(rng)
         faults.stop()
         done.set()

@@ -1,4 +1,4 @@
-"""Who is compared: the library, what a user would write or switch on instead, and plain eager."""
+"""The subjects: the library, the alternatives that a user would write or turn on, and plain eager."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ours(step: Step, *, policy: RetryPolicy | None = None, **options: Any) -> St
 
 
 def latch(step: Step, **options: Any) -> Step:
-    """What people write: try it, and at the first failure keep eager for ever."""
+    """A common workaround: after the first failure, stay eager forever."""
     compiled, latched = torch.compile(step, **options), False
 
     def run(*args: Any) -> Any:
@@ -40,7 +40,7 @@ def latch(step: Step, **options: Any) -> Step:
 
 
 def retry(step: Step, **options: Any) -> Step:
-    """What people write: try it in every call."""
+    """A common workaround: try on every call."""
     compiled = torch.compile(step, **options)
 
     def run(*args: Any) -> Any:
@@ -66,9 +66,9 @@ class Subject:
     """One way to run a step.
 
     Attributes:
-        name: Its heading in the tables.
-        make: Takes a step and the options of ``torch.compile``.
-        setting: What has to hold while the step runs.
+        name: Heading in the tables.
+        make: Takes a step and the options for ``torch.compile``.
+        setting: Context manager to hold while the step runs.
     """
 
     name: str

@@ -1,10 +1,10 @@
-"""Turns what pytest-benchmark has measured into docs/performance-tables.md. `make bench` runs it.
+"""Turn pytest-benchmark results into docs/performance-tables.md. Run by `make bench`.
 
     python benchmarks/tables.py RESULTS.json [MORE.json ...]
 
-A benchmark says in its `extra_info` which table, row and column it belongs to, and in which lap it was taken. Subjects
-are compared within a lap, side by side: a cell is the median over the laps. Of two files, the later one counts. Tables
-of which nothing was measured stay as they are; each says when and on what it was measured.
+The `extra_info` of a benchmark holds its table, row and column, and the lap in which it was taken. Subjects are
+compared within a lap, side by side, and a cell is the median over the laps. If two files have the same cell, the later
+file counts. Tables without new results stay unchanged; each says when and on what it was measured.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Laps = dict[int, Any]
 
 
 class Table(NamedTuple):
-    """How one table is shown.
+    """The layout of one table.
 
     Attributes:
-        title: Its heading.
-        reference: The column that the others are compared with; empty if they are not.
-        shows: What a cell shows of a time besides itself: "difference", "ratio" or both.
-        unit: Of values that are not times.
+        title: Heading.
+        reference: The column to compare the others with; empty for no comparison.
+        shows: What a cell adds to a time: "difference", "ratio" or both.
+        unit: Unit of values that are not times.
     """
 
     title: str
@@ -55,13 +55,13 @@ TABLES = {
     "bad day, 1 h": Table("A bad day of 1 hour, simulated: time to finish against an ideal"),
     "bad day, 8 h": Table("A bad day of 8 hours, simulated: time to finish against an ideal"),
     "bad day, for real": Table("A bad day of two minutes, for real", "ideal", ("ratio",)),
-    "import": Table("Importing, torch being there", "", ()),
+    "import": Table("Importing, with torch already imported", "", ()),
     "decorating": Table("Decorating a thousand functions", BARE, ("ratio",), unit="bytes"),
 }
 
 
 def collected(files: list[Path]) -> tuple[dict[str, dict[str, dict[str, tuple[str, Laps]]]], dict[str, str]]:
-    """By table, row and column whether these are times, and what each lap measured; by table when and where."""
+    """Return each lap's values and their kind, by table, row and column; and each table's date and machine."""
     cells: dict[str, Any] = defaultdict(lambda: defaultdict(dict))
     origins: dict[str, str] = {}
     for file in files:

@@ -11,6 +11,7 @@ extensions = [
     "sphinx.ext.doctest",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "sphinxcontrib.mermaid",
 ]
 exclude_patterns = ["_build", "*-table*.md"]  # included by other pages
 

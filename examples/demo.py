@@ -1,18 +1,18 @@
-"""Train while the machine's C++ compiler is broken, and see what happens when it is repaired.
+"""Train with a broken C++ compiler, and repair it during the run.
 
     python examples/demo.py            about a minute on two idle cores
-    python examples/demo.py --smoke    the same story, shorter
+    python examples/demo.py --smoke    a shorter version
 
 A small convolutional network learns the handwritten digits that come with scikit-learn. Its train step is decorated
-with `@compile_with_fallback`. When training starts, the C++ compiler is really broken: CXX names a script that fails as
-long as a certain file exists. Some steps later that file is removed. Nobody tells the train step. It runs eagerly,
-tries again when its policy says so, and at the first attempt that succeeds goes over to compiled code.
+with `@compile_with_fallback`. When training starts, the C++ compiler is really broken: CXX names a script that fails
+while a certain file exists. Some steps later that file is removed, without notifying the train step. The step runs
+eagerly, retries when its policy says so, and runs compiled code after the first attempt that succeeds.
 
-Then a second process does the same training with a compiler that was never broken, and the two are compared. A picture
-of the first training is saved at the end: `--plot PATH` says where.
+A second process then does the same training with a working compiler, and the two runs are compared. At the end, a plot
+of the first run is saved; `--plot PATH` sets the path.
 
-The exit status is 0 if the story came true and 1 if it did not; how fast anything was does not matter for it. On a
-machine without a C++ compiler everything runs eagerly to the end, and the demo says so. It needs a POSIX shell.
+The exit status is 0 if all checks pass and 1 otherwise; speed does not affect it. On a machine without a C++ compiler
+everything runs eagerly, and the demo says so. It needs a POSIX shell.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ BATCH = 128
 CHANNELS = 16
 TEST_IMAGES = 360
 PICTURE = Path(__file__).parent.parent / "build" / "timeline.png"
-WARM_UP = 3  # so many steps are left out before a speed is taken
+WARM_UP = 3  # steps ignored when measuring a speed
 
 
-# --- What a user of the library writes: a train step, decorated, and a policy. ----------------------------------------
+# --- User code: a decorated train step and a policy. ------------------------------------------------------------------
 
-# Tries again after 10 calls, then after 20, 40 and so on. In calls, not seconds: the same story on every machine.
+# Retry after 10 calls, then after 20, 40 and so on. In calls, not seconds, so that every machine behaves the same.
 POLICY = RetryPolicy(wait=None, wait_calls=wait_exponential(multiplier=10))
 
 
@@ -71,9 +71,9 @@ def train_step(
 
 
 class Snake(nn.Module):
-    """The activation x + sin(ax)^2 / a (Ziyin, Hartwig and Ueda, 2020), with an a for each channel.
+    """The activation x + sin(ax)^2 / a (Ziyin, Hartwig and Ueda, 2020), with one a per channel.
 
-    PyTorch has no kernel for it: eager runs it one operation at a time, a compiler makes one loop of it.
+    PyTorch has no kernel for it: eager runs it one operation at a time; a compiler fuses it into one loop.
     """
 
     def __init__(self, channels: int) -> None:
@@ -96,7 +96,7 @@ def network() -> nn.Sequential:
 
 
 class Digits:
-    """1797 images of 8 by 8 pixels, and the digit that each of them shows."""
+    """1797 images of 8 by 8 pixels, with their digits."""
 
     def __init__(self) -> None:
         digits = load_digits()
@@ -107,7 +107,7 @@ class Digits:
         self.test = images[test], targets[test]
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches without end, in the same order every time."""
+        """Yield batches forever, in the same order every time."""
         images, targets = self.train
         epoch = 1
         while True:
@@ -120,16 +120,16 @@ def _shuffled(n: int, seed: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
-# --- A training run, with a stopwatch. --------------------------------------------------------------------------------
+# --- A timed training run. --------------------------------------------------------------------------------------------
 
 StepKind = Literal["eager", "compiled", "attempt"]
 
 
 class Training:
-    """A network, its optimizer, and how long each of its steps took."""
+    """A network, its optimizer, and the duration of each step."""
 
     def __init__(self, steps: int) -> None:
-        torch.set_num_threads(1)  # more would wait for each other on images this small, and the figures would jump
+        torch.set_num_threads(1)  # on images this small more threads wait for each other, and timings vary
         torch.manual_seed(0)
         self.digits = Digits()
         self.batches = self.digits.batches()
@@ -138,13 +138,13 @@ class Training:
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, total_iters=steps)
         self.criterion = nn.CrossEntropyLoss()
         self.steps = steps
-        self.took = 0.0  # seconds, all in all
+        self.took = 0.0  # total seconds
         self.seconds: dict[StepKind, list[float]] = {"eager": [], "compiled": [], "attempt": []}
 
     def run(self, name: str, before_step: Callable[[int], None] = lambda step: None) -> None:
-        """Train under a progress bar. What is logged meanwhile appears above it."""
+        """Train with a progress bar. Log lines appear above it."""
         began = time.perf_counter()
-        seldom = 0.1 if sys.stderr.isatty() else 10.0  # a file should not fill up with bars
+        seldom = 0.1 if sys.stderr.isatty() else 10.0  # do not fill a file with progress bars
         with logging_redirect_tqdm(), tqdm(range(1, self.steps + 1), name, unit="step", mininterval=seldom) as bar:
             for step in bar:
                 before_step(step)
@@ -157,7 +157,7 @@ class Training:
         self.took = time.perf_counter() - began
 
     def step(self) -> tuple[float, float]:
-        """Forward, backward, and the optimizer's update. Returns how many seconds it took, and the loss."""
+        """Run forward, backward and the optimizer step. Returns the duration in seconds and the loss."""
         inputs, targets = next(self.batches)
         started = time.perf_counter()
         loss, _ = train_step(self.model, inputs, targets, self.criterion)
@@ -168,12 +168,12 @@ class Training:
         return time.perf_counter() - started, loss.item()
 
     def heat(self) -> float:
-        """A few steps more, against the clock. Returns steps per second."""
+        """Time a few more steps. Returns steps per second."""
         return _rate([self.step()[0] for _ in range(WARM_UP + 15)])
 
     @torch.no_grad()
     def accuracy(self) -> float:
-        """The share of the test images that are read correctly."""
+        """Return the share of test images classified correctly."""
         images, targets = self.digits.test
         self.model.eval()
         right = self.model(images).argmax(dim=1) == targets
@@ -181,7 +181,7 @@ class Training:
         return int(right.sum()) / len(targets)
 
     def batches_seen(self) -> int:
-        """What BatchNorm has counted: more than the steps, if ever a part of a step ran twice."""
+        """Return BatchNorm's batch count, which exceeds the number of steps if part of a step ran twice."""
         return max(
             int(value) for name, value in self.model.state_dict().items() if name.endswith("num_batches_tracked")
         )
@@ -198,7 +198,7 @@ def _rate(seconds: list[float]) -> float:
     return 1 / statistics.median(seconds[WARM_UP:]) if len(seconds) > WARM_UP else math.nan
 
 
-# --- A compiler that can be repaired. ---------------------------------------------------------------------------------
+# --- A compiler that is broken and can be repaired. -------------------------------------------------------------------
 
 SCRIPT = """\
 #!/bin/sh
@@ -211,16 +211,16 @@ exec {real} "$@"
 
 
 class Compiler:
-    """Stands in front of the real one. While broken it still tells its version, but compiles nothing.
+    """A wrapper script around the real compiler. While broken it still prints its version, but compiles nothing.
 
-    That is what a machine without memory or disk space looks like, and it is the nastier case: torch finds a compiler,
+    This is how a machine without memory or disk space behaves. It is worse than a missing compiler: torch finds one
     and concludes from its failures that the processor has no vector instructions.
     """
 
     def __init__(self, real: str, folder: Path) -> None:
         self._flag = folder / "broken"
         self._flag.touch()
-        self.path = folder / Path(real).name  # torch goes by the name
+        self.path = folder / Path(real).name  # torch identifies the compiler by name
         self.path.write_text(SCRIPT.format(flag=shlex.quote(str(self._flag)), real=shlex.quote(real)))
         self.path.chmod(0o755)
 
@@ -229,21 +229,21 @@ class Compiler:
 
 
 def real_compiler() -> str | None:
-    """Where this machine's C++ compiler is."""
+    """Return the path of this machine's C++ compiler, if any."""
     candidates = map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "c++", "clang++"))
     return next(filter(None, candidates), None)
 
 
 @contextlib.contextmanager
 def environment(cache: Path, cxx: str | Path | None) -> Iterator[None]:
-    """What torch is to compile with, and an empty place for all that it keeps. It looks when it compiles first."""
+    """Set torch's compiler and an empty cache directory. torch reads both at its first compile."""
     cache.mkdir()
     before = dict(os.environ)
-    # TMPDIR because its precompiled headers, 150 MB of them, are kept there whatever the cache directory.
+    # torch writes precompiled headers, 150 MB of them, to TMPDIR regardless of the cache directory.
     os.environ.update(TORCHINDUCTOR_CACHE_DIR=str(cache), TMPDIR=str(cache))
     if cxx is not None:
         os.environ["CXX"] = str(cxx)
-    tempfile.tempdir = None  # this process has looked at TMPDIR before
+    tempfile.tempdir = None  # forget the cached TMPDIR
     try:
         yield
     finally:
@@ -252,7 +252,7 @@ def environment(cache: Path, cxx: str | Path | None) -> Iterator[None]:
         tempfile.tempdir = None
 
 
-# --- The same training where nothing fails, in a process and with a cache of its own. ---------------------------------
+# --- The same training without failures, in a separate process with its own cache. ------------------------------------
 
 
 @dataclass(frozen=True)
@@ -263,26 +263,26 @@ class Report:
 
 @contextlib.contextmanager
 def another_process(steps: int, cache: Path, cxx: str) -> Iterator[Connection]:
-    """Sends its report when it has trained, and for whatever it is sent then, what `Training.heat` returns."""
+    """Start a process that trains and sends its report, then answers each message with `Training.heat()`."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=never_fail, args=(steps, theirs))
     with environment(cache, cxx):
         process.start()
-    theirs.close()  # so that it is noticed if the process ends
+    theirs.close()  # so that we notice if the process ends
     try:
         yield ours
     finally:
-        ours.close()  # ends it, unless it is still training
+        ours.close()  # ends the process, unless it is still training
         process.join(timeout=5)
         if process.pid is not None and process.is_alive():
-            os.kill(process.pid, signal.SIGINT)  # so that it stops the compilers that it has started
+            os.kill(process.pid, signal.SIGINT)  # so that it stops the compilers it has started
             process.join(timeout=30)
         process.kill()
 
 
 def never_fail(steps: int, connection: Connection) -> None:
-    """What that process does."""
+    """Train in that process."""
     with contextlib.suppress(EOFError, KeyboardInterrupt), set_strict(True):
         training = Training(steps)
         training.run("never failed")
@@ -292,7 +292,7 @@ def never_fail(steps: int, connection: Connection) -> None:
             connection.send(training.heat())
 
 
-# --- The story. -------------------------------------------------------------------------------------------------------
+# --- The demo. --------------------------------------------------------------------------------------------------------
 
 
 class Plan(NamedTuple):
@@ -306,14 +306,14 @@ SMOKE = Plan(steps=150, repair_at=5, heats=5)
 
 
 class Heat(NamedTuple):
-    """Steps per second, measured one right after the other."""
+    """Steps per second of both processes, measured in direct succession."""
 
     never_failed: float
     recovered: float
 
 
 def tell(plan: Plan, folder: Path, picture: Path) -> bool:
-    """The whole story. Returns whether it came true."""
+    """Run the demo. Returns True if all checks pass."""
     real = real_compiler()
     compiler = None if real is None else Compiler(real, folder)
     with environment(folder / "cache", compiler.path if compiler else None):
@@ -322,7 +322,7 @@ def tell(plan: Plan, folder: Path, picture: Path) -> bool:
         tell_books(training, stats, accuracy)
         claims = {
             "each step happened exactly once": training.batches_seen() == stats.calls == plan.steps,
-            "attempts failed, and training went on eagerly": stats.failures > 0 and stats.eager_calls > 0,
+            "attempts failed, and training continued eagerly": stats.failures > 0 and stats.eager_calls > 0,
         }
         if real is None:
             tell_nothing_compiled(stats)
@@ -331,21 +331,21 @@ def tell(plan: Plan, folder: Path, picture: Path) -> bool:
             report, heats = compare(plan, training, folder / "healthy-cache", real)
             tell_comparison(heats, accuracy, report.accuracy)
             recovered = train_step.state is CompileState.COMPILED and stats.recoveries == 1
-            claims["it recovered by itself, and has run compiled code since"] = recovered
+            claims["it recovered without help, and has run compiled code since"] = recovered
             claims["the other run never failed"] = report.stats.compiled_calls == plan.steps
-            claims["both read the test images equally well, within noise"] = within_noise(accuracy, report.accuracy)
+            claims["both reach the same test accuracy, within noise"] = within_noise(accuracy, report.accuracy)
     draw(picture, training.took)
     return verdict(claims)
 
 
 def train(plan: Plan, compiler: Compiler | None) -> Training:
-    """The run that the demo is about."""
+    """Run the training that starts with a broken compiler."""
     training = Training(plan.steps)
 
     def before_step(step: int) -> None:
         if compiler is not None and step == plan.repair_at:
             compiler.repair()
-            say(f">>> step {step}: compiler repaired; train_step is not told, next attempt {train_step.next_retry}")
+            say(f">>> step {step}: compiler repaired; train_step is not notified, next attempt {train_step.next_retry}")
 
     say(f">>> {plan.steps} steps, {'the C++ compiler is broken' if compiler else 'there is no C++ compiler'}")
     training.run("training", before_step)
@@ -353,37 +353,37 @@ def train(plan: Plan, compiler: Compiler | None) -> Training:
 
 
 def compare(plan: Plan, ours: Training, cache: Path, cxx: str) -> tuple[Report, list[Heat]]:
-    """Do the training again where nothing fails. Then let both take some more steps, by turns."""
+    """Repeat the training without failures. Then time more steps of both processes, in turns."""
     say("\n>>> the same training in another process, with a compiler that was never broken")
     with another_process(plan.steps, cache, cxx) as other:
         report: Report = other.recv()
         heats = []
-        for _ in range(plan.heats):  # many and short: what else the machine does hits all of them alike
+        for _ in range(plan.heats):  # many and short, so that other load on the machine affects both alike
             other.send("go")
             heats.append(Heat(never_failed=other.recv(), recovered=ours.heat()))
     return report, heats
 
 
 def draw(path: Path, seconds: float) -> None:
-    """Save a picture of the training, without the heats that came after it."""
-    # Not before the heats: a process that has imported it takes the same steps a fifth more slowly. And not pyplot:
-    # there may be no display.
+    """Save a plot of the training, without the heats after it."""
+    # Imported after the heats, because importing it slows the same steps down by a fifth. Not pyplot, because there may
+    # be no display.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     plot_timeline(train_step, figure.subplots()).set_xlim(right=1.03 * seconds)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    say(f"\n>>> a picture of the training: {path}")
+    say(f"\n>>> plot of the training: {path}")
 
 
 def within_noise(a: float, b: float) -> bool:
-    """Whether two shares of the test images differ by no more than three standard errors."""
+    """Return True if two shares of the test images differ by at most three standard errors."""
     p = (a + b) / 2
     return abs(a - b) <= 3 * math.sqrt(2 * p * (1 - p) / TEST_IMAGES)
 
 
-# --- How it is told. --------------------------------------------------------------------------------------------------
+# --- Output. ----------------------------------------------------------------------------------------------------------
 
 
 def say(text: str = "") -> None:
@@ -391,21 +391,21 @@ def say(text: str = "") -> None:
 
 
 def tell_books(training: Training, stats: CompileStats, accuracy: float) -> None:
-    say("\n>>> the books, train_step.stats\n")
+    say("\n>>> statistics: train_step.stats\n")
     for name, value in stats.as_dict().items():
         say(f"    {name:<18} {value:>8}" if isinstance(value, int) else f"    {name:<18} {value:>8.2f}")
-    say("\n>>> the stopwatch\n")
+    say("\n>>> timings\n")
     for kind in ("eager", "compiled"):
         if seconds := training.seconds[kind]:
             say(f"    {len(seconds):>4} steps {kind}, {_rate(seconds):.1f} steps/s")
     attempts = training.seconds["attempt"]
-    say(f"    {len(attempts):>4} steps in which the compiler was run, {sum(attempts):.1f} s together")
+    say(f"    {len(attempts):>4} steps that ran the compiler, {sum(attempts):.1f} s in total")
     say(f"\n    test accuracy {accuracy:.1%}")
 
 
 def tell_nothing_compiled(stats: CompileStats) -> None:
     say("\n>>> This machine has no C++ compiler, so nothing was compiled and nothing could recover.")
-    say(f">>> The training ran eagerly from end to end; {stats.failures} attempts failed. There is nothing to compare.")
+    say(f">>> The whole training ran eagerly; {stats.failures} attempts failed. There is nothing to compare.")
 
 
 def tell_comparison(heats: list[Heat], recovered: float, never_failed: float) -> None:
@@ -418,7 +418,7 @@ def tell_comparison(heats: list[Heat], recovered: float, never_failed: float) ->
 
 
 def verdict(claims: dict[str, bool]) -> bool:
-    say("\n>>> is it true?\n")
+    say("\n>>> checks\n")
     for claim, is_true in claims.items():
         say(f"    {'yes' if is_true else 'NO ':<4} {claim}")
     return all(claims.values())
@@ -426,20 +426,20 @@ def verdict(claims: dict[str, bool]) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="the same story, shorter")
-    parser.add_argument("--plot", type=Path, default=PICTURE, metavar="PATH", help="where to save the picture")
+    parser.add_argument("--smoke", action="store_true", help="run a shorter version")
+    parser.add_argument("--plot", type=Path, default=PICTURE, metavar="PATH", help="where to save the plot")
     arguments = parser.parse_args()
     plan = SMOKE if arguments.smoke else WHOLE
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stdout)
     try:
-        # Not strict, whatever the environment says: the failures are to be survived.
+        # Turn strict mode off even if the environment turns it on: the demo is about the fallback.
         with (
             set_strict(False),
             tempfile.TemporaryDirectory(prefix="compile-retry-demo-", ignore_cleanup_errors=True) as folder,
         ):
             return 0 if tell(plan, Path(folder), arguments.plot.absolute()) else 1
     except EOFError:
-        say("\n>>> the other process ended before its time: see above")
+        say("\n>>> the other process ended early: see above")
         return 1
     except KeyboardInterrupt:
         say("\n>>> interrupted")

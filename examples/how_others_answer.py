@@ -1,10 +1,10 @@
-"""What the usual answers to a failing torch.compile do, side by side, on one training step.
+"""Compare the usual workarounds for a failing torch.compile, side by side, on one training step.
 
     python examples/how_others_answer.py
 
-The step normalises a batch, breaks the graph, and goes on. The compiler compiles the first graph; then the disk is
-full, so it fails on everything until it is repaired after step 5 of 12. Each answer runs the same steps in a world of
-its own.
+The step normalises a batch, breaks the graph, and continues. The compiler compiles the first graph. Then the disk is
+full, and every compile fails until the repair after step 5 of 12. Each approach runs the same steps in its own
+`World`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Step = Callable[[Tensor], Tensor]
 
 
 class World:
-    """A training step, a compiler that is broken for a while, and a count of what happened."""
+    """A training step, a compiler that is broken for a while, and counters."""
 
     def __init__(self) -> None:
         torch._dynamo.reset()
         self.norm = torch.nn.BatchNorm1d(4)
-        self.now = 0  # the step that is running
+        self.now = 0  # the current step
         self.asked_in_vain = 0
         self.graphs_run = 0
         self.messages = 0
@@ -104,7 +104,7 @@ def suppressed() -> AbstractContextManager[object]:
 
 @dataclass(frozen=True)
 class Answer:
-    """One way to live with failing compiles."""
+    """One approach to failing compiles."""
 
     name: str
     make: Callable[[World], Step]
@@ -113,7 +113,7 @@ class Answer:
 
 ANSWERS = [
     Answer("stock torch.compile", stock),
-    Answer("try round torch.compile()", try_round_torch_compile),
+    Answer("try around torch.compile()", try_round_torch_compile),
     Answer("latch to eager", latch_to_eager),
     Answer("eager on every error", eager_on_every_error),
     Answer("suppress_errors=True", stock, suppressed),
@@ -122,7 +122,7 @@ ANSWERS = [
 
 
 class Listener(logging.Handler):
-    """Counts what a person would see on the terminal: warnings and worse, from torch and from the library."""
+    """Counts the warnings and errors that torch and the library would print to the terminal."""
 
     def __init__(self, world: World) -> None:
         super().__init__(logging.WARNING)
@@ -133,7 +133,7 @@ class Listener(logging.Handler):
 
 
 def live_with(answer: Answer) -> tuple[str, ...]:
-    """Run the steps. One row of the table."""
+    """Run the steps. Returns one row of the table."""
     world = World()
     for name in ("torch._dynamo", "compile_retry"):
         logger = logging.getLogger(name)
@@ -164,7 +164,7 @@ def live_with(answer: Answer) -> tuple[str, ...]:
 
 def main() -> None:
     """Print the table."""
-    head = ("answer", "steps done", "batches normalised", "compiled after repair", "broken compiler asked", "warnings")
+    head = ("approach", "steps completed", "batches normalised", "compiled after repair", "failed compiles", "warnings")
     rows = [head, *(live_with(answer) for answer in ANSWERS)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     rows.insert(1, tuple("-" * width for width in widths))

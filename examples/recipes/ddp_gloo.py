@@ -1,12 +1,12 @@
-"""DistributedDataParallel: two processes on gloo, one of which compiles onto a full disk at first.
+"""DistributedDataParallel: two processes on Gloo, where one hits a full disk at first.
 
     .venv-recipes/bin/python examples/recipes/ddp_gloo.py
 
-`make recipes` makes that environment, though this one needs torch only. Decorated is the model, in place, before DDP
-wraps it. What is compiled then knows nothing of other ranks, and DDP's hooks on the gradients run as they do in eager:
-a rank that runs eagerly and one that runs compiled code meet in the same all-reduces.
+`make recipes` creates that environment, although this recipe needs only torch. The model is compiled in place, before
+DDP wraps it. The compiled code contains no communication, and DDP's gradient hooks run as in eager, so eager and
+compiled ranks meet in the same all-reduces.
 
-Each rank has its own books: rank 0 gathers them, to log them all.
+Each rank has its own statistics; rank 0 gathers them to log them all.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RANKS, STEPS = 2, 10
 
 
 def work(rank: int, folder: str) -> None:
-    """What each process does."""
+    """Train in one process."""
     torch.set_num_threads(1)
     torch.manual_seed(rank)
     dist.init_process_group("gloo", init_method=Path(folder, "rendezvous").as_uri(), rank=rank, world_size=RANKS)
@@ -41,11 +41,11 @@ def work(rank: int, folder: str) -> None:
     everyones = [torch.empty_like(weights) for _ in range(RANKS)]
     dist.all_gather(everyones, weights)
     assert torch.equal(*everyones), "all ranks have the same weights"
-    books = gather(rank, model)
+    statistics = gather(rank, model)
     if rank == 0:
-        judge(books)
+        check(statistics)
     dist.destroy_process_group()
-    # After DDP, gloo's threads outlive the group, and abort Python's shutdown if they are still busy (PyTorch 2.13).
+    # Gloo's threads outlive the group after DDP, and abort Python's shutdown if they are still busy (PyTorch 2.13).
     time.sleep(1)
 
 
@@ -64,26 +64,26 @@ def train(rank: int) -> nn.Module:
 
 
 def gather(rank: int, model: nn.Module) -> list[dict[str, Any]]:
-    """The books of all ranks, for each of them."""
+    """Gather the statistics of all ranks, on every rank."""
     compiled = compiled_function(model)
-    books: list[Any] = [None] * RANKS
-    dist.all_gather_object(books, {"rank": rank, "state": compiled.state.value, **compiled.stats.as_dict()})
-    return books
+    statistics: list[Any] = [None] * RANKS
+    dist.all_gather_object(statistics, {"rank": rank, "state": compiled.state.value, **compiled.stats.as_dict()})
+    return statistics
 
 
-def judge(books: list[dict[str, Any]]) -> None:
-    for row in books:
+def check(statistics: list[dict[str, Any]]) -> None:
+    for row in statistics:
         print("rank {rank}: {state}, {eager_calls} eager and {compiled_calls} compiled calls".format_map(row))
-    healthy, hurt = books
-    assert (healthy["failures"], hurt["failures"]) == (0, 2), "only rank 1 had failures"
-    assert healthy["compiled_calls"] == STEPS, "rank 0 ran compiled code all the while"
-    assert hurt["calls"] == STEPS, "rank 1 took every step, once"
-    assert (hurt["state"], hurt["recoveries"]) == ("compiled", 1), "rank 1 recovered"
+    healthy, failed = statistics
+    assert (healthy["failures"], failed["failures"]) == (0, 2), "only rank 1 had failures"
+    assert healthy["compiled_calls"] == STEPS, "rank 0 always ran compiled code"
+    assert failed["calls"] == STEPS, "rank 1 took every step, once"
+    assert (failed["state"], failed["recoveries"]) == ("compiled", 1), "rank 1 recovered"
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        spawn(work, (folder,), nprocs=RANKS)  # raises if one of them does
+        spawn(work, (folder,), nprocs=RANKS)  # raises if a process does
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""FastAPI: a service starts on a machine without a C++ compiler, answers all the same, and recovers under load.
+"""FastAPI: a service starts without a C++ compiler, serves requests eagerly, and recovers under load.
 
     .venv-recipes/bin/python examples/recipes/fastapi_service.py
 
-`make recipes` makes that environment. Decorated is the model, in place, once, when the service starts. The endpoint is
-a plain `def`: FastAPI runs it in a pool of threads, so a request that waits for the compiler holds up neither the
-event loop nor `/health`. In an `async def` it would. The policy waits in seconds: a number of requests says nothing
-about when a machine is repaired.
+`make recipes` creates that environment. The model is compiled in place, once, when the service starts. The endpoint is
+a plain `def`: FastAPI runs it in a thread pool, so a request that waits for the compiler does not block the event loop
+or `/health`. In an `async def` it would. The policy waits in seconds, because a number of requests says nothing about
+when a machine is repaired.
 
-The books are in the answers to `/health`, and for Prometheus under `/metrics`.
+`/health` returns the statistics, and `/metrics` exposes them for Prometheus.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CLIENTS = 4
 app = FastAPI()
 model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 1)).eval()
 eager_twin = copy.deepcopy(model)  # to compare with
-# Impatient, for a demonstration: as often as every second, whatever failing costs. Yours is the default.
+# For this demonstration: retry every second, whatever a failure costs. In production use the default policy.
 compile_with_fallback(model, name="model", dynamic=True, policy=RetryPolicy(wait=1, max_overhead=float("inf")))
 
 
@@ -49,7 +49,7 @@ def predict(rows: list[list[float]]) -> list[float]:
 
 @app.get("/health")
 def health() -> dict[str, Any]:
-    """200 in any state: eager answers are right answers. Alert on the state, do not restart for it."""
+    """Return 200 in every state, because eager answers are correct. Alert on the state; do not restart."""
     compiled = compiled_function(model)
     return {"state": compiled.state.value, **compiled.stats.as_dict()}
 
@@ -58,7 +58,7 @@ app.mount("/metrics", prometheus_client.make_asgi_app())
 
 
 def load(client: TestClient, seed: int, enough: threading.Event) -> int:
-    """Ask until it is enough, and compare with an eager model. Returns how many answers there were."""
+    """Send requests until `enough` is set, and compare with an eager model. Returns the number of answers."""
     numbers, answers = torch.Generator().manual_seed(seed), 0
     while not enough.wait(0.03):
         rows = torch.randn(seed + 2, 8, generator=numbers)
@@ -69,7 +69,7 @@ def load(client: TestClient, seed: int, enough: threading.Event) -> int:
 
 
 def wait_for(client: TestClient, come_true: Callable[[dict[str, Any]], bool]) -> Any:
-    """Watch the service's health until it is as wanted."""
+    """Poll `/health` until it meets the condition."""
     deadline = time.monotonic() + 60
     while not come_true(health := client.get("/health").json()):
         if time.monotonic() > deadline:
@@ -85,14 +85,14 @@ def main() -> None:
     enough = threading.Event()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, ThreadPoolExecutor(CLIENTS) as pool:
         missing = Path(folder, Path(compiler).name)
-        # In all threads, which testing.broken_compiler() is not; and an empty cache: what is in it needs no compiler.
+        # For all threads, unlike testing.broken_compiler(). The cache is empty, because a cache hit needs no compiler.
         os.environ.update(CXX=str(missing), TORCHINDUCTOR_CACHE_DIR=f"{folder}/inductor")
         with TestClient(app) as client:
             clients = [pool.submit(load, client, seed, enough) for seed in range(CLIENTS)]
             try:
                 broken = wait_for(client, lambda health: health["failures"] >= 2)
                 missing.symlink_to(compiler)
-                print(">>> the compiler is installed; nobody tells the service")
+                print(">>> the compiler is installed; the service is not notified")
                 repaired = wait_for(client, lambda health: health["compiled_calls"] >= 50)
             finally:
                 enough.set()
@@ -101,7 +101,7 @@ def main() -> None:
 
     print("GET /metrics:", *(line for line in metrics.splitlines() if line.startswith("compile_retry_state")), sep="\n")
     assert broken["state"] == "fallback", "it fell back"
-    assert broken["compiled_calls"] == 0 < broken["eager_calls"], "without a compiler it answered, eagerly"
+    assert broken["compiled_calls"] == 0 < broken["eager_calls"], "it answered eagerly without a compiler"
     assert (repaired["state"], repaired["recoveries"]) == ("compiled", 1), "it recovered"
     assert compiled_function(model).stats.calls == answers, "each request was one call"
     assert 'compile_retry_state{function="model",state="compiled"} 1.0' in metrics, "Prometheus sees the state"

@@ -1,12 +1,13 @@
-"""Accelerate: a loop with gradient accumulation trains on while the C++ compiler is broken, and TensorBoard shows it.
+"""Accelerate: a loop with gradient accumulation keeps training while the C++ compiler is broken; TensorBoard shows it.
 
     .venv-recipes/bin/python examples/recipes/hf_accelerate.py
 
-`make recipes` makes that environment. Decorated is the model, in place, before `accelerator.prepare()`: what that adds
-(mixed precision, DistributedDataParallel) goes into it or round it as with a plain model, and `unwrap_model` and
-`save_state` find the object and the names that they expect.
+`make recipes` creates that environment. The model is compiled in place, before `accelerator.prepare()`. Mixed precision
+and DistributedDataParallel are applied to it as to a plain model, and `unwrap_model` and `save_state` find the object
+and the names that they expect.
 
-The books go to the accelerator's trackers, with the loss: here TensorBoard, whose files are read back at the end.
+The statistics go to the accelerator's trackers, with the loss. Here the tracker is TensorBoard; its files are read back
+at the end.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def train(folder: str, fault: ExitStack) -> CompiledFunction[..., Any]:
     accelerator.init_trackers("recipe")
     model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 1))
     compile_with_fallback(model, policy=RetryPolicy(wait=None, wait_calls=2))
-    compiled = compiled_function(model)  # before prepare(), which may put a wrapper round the model
+    compiled = compiled_function(model)  # before prepare(), which may wrap the model
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     prepared, optimizer, data = accelerator.prepare(model, optimizer, make_data())
@@ -67,7 +68,7 @@ def train(folder: str, fault: ExitStack) -> CompiledFunction[..., Any]:
 
 def main() -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, ExitStack() as fault:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"  # empty: what is cached needs no compiler
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"  # empty, because a cache hit needs no compiler
         fault.enter_context(broken_compiler())
         compiled = train(folder, fault)
         board = EventAccumulator(str(Path(folder, "recipe"))).Reload()
@@ -77,7 +78,7 @@ def main() -> None:
     assert compiled.stats.failures == 2, "two attempts failed"
     assert compiled.stats.calls == STEPS, "every step was taken, once"
     assert compiled.state is CompileState.COMPILED, "it recovered"
-    assert compiled_calls == [0, 0, 0, 0, 1, 2, 3, 4, 5, 6], "TensorBoard shows when"
+    assert compiled_calls == [0, 0, 0, 0, 1, 2, 3, 4, 5, 6], "TensorBoard shows the recovery"
 
 
 if __name__ == "__main__":

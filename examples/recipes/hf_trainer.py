@@ -1,11 +1,11 @@
-"""Hugging Face Trainer: a language model trains on while the C++ compiler is broken, and recovers when it is repaired.
+"""Hugging Face Trainer: a language model keeps training while the C++ compiler is broken, and recovers afterwards.
 
     .venv-recipes/bin/python examples/recipes/hf_trainer.py
 
-`make recipes` makes that environment. Decorated is the model, in place, before the Trainer gets it. It stays the
-`LlamaForCausalLM` that it was: the Trainer finds the signature of its `forward`, and checkpoints keep their names.
+`make recipes` creates that environment. The model is compiled in place, before it is passed to the Trainer. It stays
+the same `LlamaForCausalLM`: the Trainer finds the signature of its `forward`, and checkpoints keep their names.
 
-The books appear where the losses do: in the Trainer's `log_history`, and in all that `report_to` names.
+The statistics appear next to the losses: in the Trainer's `log_history`, and in the trackers named by `report_to`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STEPS, REPAIRED_AFTER = 8, 4
 
 
 class CompileAwareTrainer(Trainer):
-    """Adds the books to whatever is logged."""
+    """Adds the compile statistics to everything that is logged."""
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         stats = compiled_function(self.model).stats.as_dict()
@@ -33,7 +33,7 @@ class CompileAwareTrainer(Trainer):
 
 
 class Repair(TrainerCallback):
-    """Ends the fault when a certain step is over. Nobody tells the model."""
+    """Ends the fault after a certain step, without notifying the model."""
 
     def __init__(self, fault: ExitStack) -> None:
         self.fault = fault
@@ -63,7 +63,7 @@ def make_trainer(folder: str, fault: ExitStack) -> Trainer:
 
 def main() -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, ExitStack() as fault:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"  # empty: what is cached needs no compiler
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"  # empty, because a cache hit needs no compiler
         fault.enter_context(broken_compiler())
         trainer = make_trainer(folder, fault)
         trainer.train()
@@ -76,8 +76,8 @@ def main() -> None:
     assert compiled.stats.calls == trainer.state.global_step == STEPS, "every step was taken, once"
     assert compiled.state is CompileState.COMPILED, "it recovered"
     recoveries = [entry["compile/recoveries"] for entry in trainer.state.log_history if "loss" in entry]
-    assert recoveries == [0, 0, 1, 1], "the Trainer's log shows when"
-    assert list(reloaded.state_dict()) == list(trainer.model.state_dict()), "what it saved is a plain model's"
+    assert recoveries == [0, 0, 1, 1], "the Trainer's log shows the recovery"
+    assert list(reloaded.state_dict()) == list(trainer.model.state_dict()), "the checkpoint is that of a plain model"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Lightning: a network inside a LightningModule trains on while the C++ compiler is broken, and recovers.
+"""Lightning: a network inside a LightningModule keeps training while the C++ compiler is broken, and recovers.
 
     .venv-recipes/bin/python examples/recipes/lightning_module.py
 
-`make recipes` makes that environment. Decorated is the network in the LightningModule, in place. `training_step` stays
-plain Python: it logs, and that is no work for a compiler. Checkpoints have the names of the plain module.
+`make recipes` creates that environment. The network in the LightningModule is compiled in place. `training_step` stays
+plain Python, because it logs. Checkpoints have the names of the plain module.
 
-The books go wherever the Trainer's logger writes: here a CSV file, which is read back at the end.
+The statistics go to the Trainer's logger. Here it writes a CSV file, which is read back at the end.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def make_trainer(folder: str, fault: ExitStack) -> Trainer:
 def main() -> None:
     module = Regression()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, ExitStack() as fault:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"  # empty: what is cached needs no compiler
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"  # empty, because a cache hit needs no compiler
         fault.enter_context(broken_compiler())
         trainer = make_trainer(folder, fault)
         trainer.fit(module, make_data())
@@ -89,8 +89,8 @@ def main() -> None:
     assert compiled.stats.failures == 2, "two attempts failed"
     assert compiled.stats.calls == trainer.global_step == STEPS, "every step was taken, once"
     assert compiled.state is CompileState.COMPILED, "it recovered"
-    assert [float(row["compile/recoveries"]) for row in rows] == [0] * 4 + [1] * 6, "the CSV file shows when"
-    assert next(iter(checkpoint["state_dict"])) == "net.0.weight", "the checkpoint is a plain module's"
+    assert [float(row["compile/recoveries"]) for row in rows] == [0] * 4 + [1] * 6, "the CSV file shows the recovery"
+    assert next(iter(checkpoint["state_dict"])) == "net.0.weight", "the checkpoint is that of a plain module"
 
 
 if __name__ == "__main__":

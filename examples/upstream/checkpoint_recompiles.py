@@ -1,9 +1,11 @@
-"""A compiled function inside a non-reentrant checkpoint can be recomputed by another graph: CheckpointError.
+"""A non-reentrant checkpoint can recompute a compiled function with another graph: CheckpointError.
 
-(a) Inside `save_on_cpu()` the recompute gets a plain tensor in place of the `nn.Parameter`, so Dynamo compiles again,
-and that graph saves other tensors. (b) Two checkpointed layers of different widths share a compiled function: the
-second makes Dynamo compile a dynamic graph, and the recompute of the first runs that. One would expect the recompute to
-run what the forward ran, or at least to save the same tensors; eagerly both work. Seen on 2.13.0, CPU.
+(a) Inside `save_on_cpu()` the recomputation receives a plain tensor instead of the `nn.Parameter`. Dynamo recompiles,
+and the new graph saves other tensors. (b) Two checkpointed layers of different widths share a compiled function. The
+second makes Dynamo compile a dynamic graph, and the recomputation of the first runs that one.
+
+Expected: the recomputation runs the same graph as the forward, or at least saves the same tensors. Both cases work in
+eager. Seen on 2.13.0, CPU.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def two_widths(layer: Layer) -> None:
 
 def fails(scenario: Callable[[Layer], None], layer: Layer) -> bool:
     torch._dynamo.reset()
-    scenario(layer)  # eagerly
+    scenario(layer)  # in eager
     try:
         scenario(torch.compile(layer, backend="aot_eager"))
     except CheckpointError as error:

@@ -1,8 +1,9 @@
-"""A first compile by Inductor can make an `nn.Module` that another thread calls raise.
+"""A first compile by Inductor can make calls of an `nn.Module` in other threads raise.
 
-For the first code that it generates in a process, Inductor traces a function with `torch.fx.symbolic_trace`, which puts
-a method of its own in the place of `nn.Module.__call__` for all threads. One would expect it to trace its own thread's
-calls only. Seen on 2.13.0, CPU.
+For the first code that it generates in a process, Inductor traces a function with `torch.fx.symbolic_trace`, which
+replaces `nn.Module.__call__` for all threads.
+
+Expected: tracing affects only calls in its own thread. Seen on 2.13.0, CPU.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def main() -> bool:
 
     thread = threading.Thread(target=call)
     thread.start()
-    with tempfile.TemporaryDirectory() as cache:  # code that is found there is not generated
+    with tempfile.TemporaryDirectory() as cache:  # code found in the cache is not generated
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         torch.compile(lambda x: x.sin() + 1)(torch.ones(2))
         done.set()

@@ -1,8 +1,9 @@
-"""A pool of compile workers whose process was killed takes jobs and never answers them.
+"""A pool of compile workers whose process was killed accepts jobs and never answers them.
 
 The parent keeps its own copies of the child's ends of both pipes open, so it sees neither an end of file nor a broken
-pipe, and nobody asks whether the process lives. A compile that waits for such a job hangs for ever. One would expect an
-error, and a new pool. Seen on 2.13.0, CPU.
+pipe, and nothing checks whether the process is alive. A compile that waits for such a job hangs forever.
+
+Expected: an error, and a new pool. Seen on 2.13.0, CPU.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""`backward(retain_graph=True)` is refused for donated buffers where none were donated.
+"""`backward(retain_graph=True)` is refused because of donated buffers although none were donated.
 
 A graph compiled with `donated_buffer=False` has `bw_donated_idxs = None`. The check before its backward reads the
-setting of that later moment and compares `None != []`, so outside of the patch it raises "compiled with non-empty
-donated buffers". One would expect the backward to run. Seen on 2.13.0, CPU.
+current setting and compares `None != []`, so outside the patch it raises "compiled with non-empty donated buffers".
+
+Expected: the backward runs. Seen on 2.13.0, CPU.
 """
 
 from __future__ import annotations

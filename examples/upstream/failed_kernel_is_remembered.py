@@ -1,8 +1,9 @@
-"""A C++ kernel that failed to compile once fails for the life of the process, also when the compiler works again.
+"""A C++ kernel that failed to compile once keeps failing until the process exits, even after the compiler is repaired.
 
-`CppPythonBindingsCodeCache.cache` keeps the kernel's loader from before the kernel is compiled, and the loader
-keeps the failed future. The next compile of the same kernel raises the old error without running the compiler. One
-would expect it to be run again. Seen on 2.13.0, CPU. Needs a POSIX shell and g++.
+`CppPythonBindingsCodeCache.cache` stores the kernel's loader before the kernel is compiled, and the loader keeps the
+failed future. The next compile of the same kernel raises the old error without running the compiler.
+
+Expected: the compiler runs again. Seen on 2.13.0, CPU. Needs a POSIX shell and g++.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""A compiler that fails while inductor asks for vector instructions costs them for good, without a word.
+"""If the compiler fails while Inductor probes for vector instructions, all later code silently lacks them.
 
-The empty answer is kept for the life of the process, so what compiles later, with the compiler repaired, is scalar.
-And a probe's .so that was cut short on disk (a full disk, a killed linker) gives the same answer in every new process
-that shares the cache. One would expect a failure not to be cached, and a file that does not load to be built again.
-Seen on 2.13.0, CPU. Needs a POSIX shell and g++, and a processor with vector instructions.
+The empty result is cached until the process exits, so later compiles produce scalar code even if the compiler is
+repaired. A probe's .so that was truncated on disk (by a full disk or a killed linker) gives the same result in every
+new process that shares the cache.
+
+Expected: a failure is not cached, and a file that does not load is rebuilt. Seen on 2.13.0, CPU. Needs a POSIX shell,
+g++, and a processor with vector instructions.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def compile_and_ask(broken: Path) -> None:
             torch.compile(lambda x: x.sin())(x)
         except torch._dynamo.exc.BackendCompilerFailed:
             broken.unlink()
-    torch.compile(lambda x: x.cos() + 1)(x)  # nothing is said about missing instructions
+    torch.compile(lambda x: x.cos() + 1)(x)  # no warning about missing instructions
     print([str(isa) for isa in cpu_vec_isa.valid_vec_isa_list()])
 
 

@@ -1,8 +1,10 @@
-"""If memory is full while kernels are tuned, the operation can not be compiled any more, also when memory is free.
+"""If memory is full during autotuning, the operation can never be compiled again, even after memory is free.
 
-A choice that fails is timed as infinite, and that is written to the cache file like a measurement. With infinite times
-for all choices every later compile, in every process that shares the cache, raises NoValidChoicesError without trying
-any. One would expect failures not to be stored, at least not that of all choices. Seen on 2.13.0, CPU.
+A choice that fails is timed as infinite, and the result is written to the cache file like a measurement. If all choices
+have infinite times, every later compile, in every process that shares the cache, raises NoValidChoicesError without
+trying any.
+
+Expected: failures are not stored, at least not if all choices fail. Seen on 2.13.0, CPU.
 """
 
 from __future__ import annotations

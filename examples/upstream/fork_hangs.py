@@ -1,8 +1,9 @@
 """A forked child that compiles hangs if its parent has compiled C++ kernels before.
 
-`AsyncCompile.pool()` is a thread pool. The child inherits it with its idle threads counted, but the threads are not
-there: a kernel handed to it is never compiled. For the process pool there is a fork handler, for this one there is not.
-One would expect the child to make a new pool. Seen on 2.13.0, CPU.
+`AsyncCompile.pool()` is a thread pool. The child inherits its count of idle threads but not the threads, so a kernel
+submitted to it is never compiled. The process pool has a fork handler; this pool has none.
+
+Expected: the child creates a new pool. Seen on 2.13.0, CPU.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""If inductor's cache directory is unusable when `torch._dynamo` is first imported, it can never be imported.
+"""If Inductor's cache directory is unusable when `torch._dynamo` is first imported, it can never be imported.
 
-The directory is made in the middle of the import. That fails, and leaves modules behind that a second import trips
-over, though the directory is fine by then. One would expect an import not to need the directory, or to work when it
-is there. Seen on 2.13.0, CPU.
+The directory is created in the middle of the import. When that fails, it leaves modules behind that break a second
+import, even if the directory is usable by then.
+
+Expected: the import does not need the directory, or works once it is there. Seen on 2.13.0, CPU.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""`torch.compile` takes keys out of the caller's own `options`.
+"""`torch.compile` removes keys from the caller's `options`.
 
-"guard_filter_fn" and "use_aoti" are popped from the dict itself. A second `torch.compile` with the same options is
-silently without them. One would expect the dict to stay as it is. Seen on 2.13.0, CPU.
+"guard_filter_fn" and "use_aoti" are popped from the dict itself. A second `torch.compile` with the same options
+silently lacks them.
+
+Expected: the dict is unchanged. Seen on 2.13.0, CPU.
 """
 
 from __future__ import annotations

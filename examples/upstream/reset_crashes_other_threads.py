@@ -1,7 +1,8 @@
 """`torch._dynamo.reset()` in one thread can crash the process while other threads call compiled code.
 
-Dynamo lets go of the interpreter lock while it evaluates guards, without holding a reference to them, and a reset frees
-them. One would expect the other threads to compile again. Seen on 2.13.0, CPU; it takes seconds to minutes.
+Dynamo releases the GIL while it evaluates guards, without holding a reference to them, and a reset frees them.
+
+Expected: the other threads recompile. Seen on 2.13.0, CPU; it takes seconds to minutes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""`nn.Sequential.compile()` compiles nothing, without a word.
+"""`nn.Sequential.compile()` silently compiles nothing.
 
-It compiles `Module._call_impl`, whose frame Dynamo skips as it does all frames of torch.nn's own files, and the
-`forward` below is torch.nn's own as well. One would expect what `torch.compile(module)` does, which wraps the call
-in this case. Seen on 2.13.0, CPU.
+It compiles `Module._call_impl`, whose frame Dynamo skips like all frames in torch.nn's own files, and the `forward`
+below it is torch.nn's own as well.
+
+Expected: it behaves like `torch.compile(module)`, which wraps the call in this case. Seen on 2.13.0, CPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A project that uses compile-retry: it fits a line. Its tests are in tests/; run them with `pytest` in this folder."""
+"""A small project that uses compile-retry to fit a linear model. Run its tests with `pytest` in this folder."""
 
 from __future__ import annotations
 

@@ -5,14 +5,15 @@ import torch
 if torch.__version__ < "2.10":  # compares as a version
     raise ImportError(f"compile_retry needs torch 2.10 or later, this is {torch.__version__}")
 
-from ._breaker import NextRetry
+from . import instrumentation as instrumentation  # writes the log, too
+from ._compile.checkpointing import mark_step_end
 from ._decorator import compile_with_fallback, compiled_function
 from ._failures import CompileFailure, is_transient
 from ._function import CompiledFunction
-from ._policy import RetryPolicy
 from ._report import report
+from ._schedule.breaker import NextRetry
+from ._schedule.policy import RetryPolicy
 from ._stats import CompileState, CompileStats
-from ._steps import mark_step_end
 from ._strict import set_strict
 
 __all__ = [

@@ -1,19 +1,18 @@
-"""``python -m compile_retry``: the command line, which needs the extra ``cli``."""
+"""``python -m compile_retry``: the command line."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-try:
-    import click
-except ImportError:
-    sys.stderr.write('The command line needs the extra "cli": pip install "compile-retry[cli]"\n')
-    sys.exit(2)
-
-from ._doctor import Check, Status, examine
+from ._doctor.checks import Check, Status, examine
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,35 +20,70 @@ if TYPE_CHECKING:
 _COLOURS: dict[Status, str] = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": "dim"}
 
 
-@click.group()
-@click.version_option(package_name="compile-retry")
-def main() -> None:
-    """Tools around torch.compile and its fallback."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
 
+    Args:
+        arguments: Those of the command line, by default the process's own.
 
-@main.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--strict", is_flag=True, help="A warning is a failure, too.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=1.0),
-    default=180.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="End the checks after this time.",
-)
-def doctor(as_json: bool, strict: bool, timeout: float) -> None:
-    """Check whether torch.compile would work here.
+    Returns:
+        The exit status: 0, or 1 if a check failed or the command was interrupted.
 
-    Exit status: 0 if it would, 1 if a check failed, 2 if the command itself is wrong.
+    Raises:
+        SystemExit: The command line is wrong (status 2), or asks for help or the version.
     """
-    checks = examine(timeout)
-    ok = not any(check.status == "failed" or (strict and check.status == "warning") for check in checks)
-    if as_json:
-        click.echo(json.dumps({"ok": ok, "checks": [asdict(check) for check in checks]}, indent=2))
+    options = _parser().parse_args(arguments)
+    try:
+        return _doctor(options)
+    except KeyboardInterrupt:
+        print("Aborted!", file=sys.stderr)
+        return 1
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m compile_retry",
+        description="Tools around torch.compile and its fallback.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s, version {version('compile-retry')}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    summary = "Check whether torch.compile would work here."
+    doctor = commands.add_parser(
+        "doctor",
+        help=summary,
+        description=summary,
+        epilog="Exit status: 0 if it would, 1 if a check failed, 2 if the command itself is wrong.",
+        allow_abbrev=False,
+    )
+    doctor.add_argument("--json", action="store_true", help="Print JSON.")
+    doctor.add_argument("--strict", action="store_true", help="A warning is a failure, too.")
+    doctor.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=180.0,
+        metavar="SECONDS",
+        help="End the checks after this time, at least 1 (default: 180).",
+    )
+    return parser
+
+
+def _seconds(text: str) -> float:
+    with suppress(ValueError):
+        if 1 <= (seconds := float(text)) < math.inf:
+            return seconds
+    raise ArgumentTypeError(f"must be a number of seconds, at least 1, not {text}")
+
+
+def _doctor(options: Namespace) -> int:
+    checks = examine(options.timeout)
+    bad = {"failed", "warning"} if options.strict else {"failed"}
+    ok = not any(check.status in bad for check in checks)
+    if options.json:
+        print(json.dumps({"ok": ok, "checks": [asdict(check) for check in checks]}, indent=2))
     else:
         _print(checks)
-    sys.exit(0 if ok else 1)
+    return 0 if ok else 1
 
 
 def _print(checks: list[Check]) -> None:
@@ -69,9 +103,9 @@ def _print(checks: list[Check]) -> None:
 def _print_lines(checks: list[Check]) -> None:
     width = max(len(check.name) for check in checks)
     for check in checks:
-        click.echo(f"{check.status:<8} {check.name:<{width}}  {check.detail}")
+        print(f"{check.status:<8} {check.name:<{width}}  {check.detail}")
         if check.remedy:
-            click.echo(f"{'':<8} {'':<{width}}  -> {check.remedy}")
+            print(f"{'':<8} {'':<{width}}  -> {check.remedy}")
 
 
 def _print_table(checks: list[Check], console: Console) -> None:
@@ -86,4 +120,4 @@ def _print_table(checks: list[Check], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m compile_retry")
+    sys.exit(main())

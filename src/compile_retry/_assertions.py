@@ -121,7 +121,7 @@ def _past(function: CompiledFunction[..., Any]) -> list[str]:
     # Left out is what the others say as well.
     events = [
         event
-        for event in tuple(function._control.journal.history.events)
+        for event in tuple(function._journal.history.events)
         if not isinstance(event, AttemptStarted | RetryScheduled)
     ]
     latest = events[-_EVENTS:]

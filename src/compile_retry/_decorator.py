@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
 import torch
 
 from ._function import CompiledFunction, ModuleHandle
-from ._policy import RetryPolicy
-from ._torch_eager import call_of, compiled_call_of, is_from_torch_compile
+from ._schedule.policy import RetryPolicy
+from ._torch.eager import call_of, compiled_call_of, is_from_torch_compile
 
 if TYPE_CHECKING:
     from tenacity import Retrying
@@ -156,7 +156,7 @@ def _plain(fn: Any) -> Any:
     if isinstance(function, CompiledFunction):
         plain = function.eager
     elif inspect.isfunction(function) and hasattr(function, "get_compiler_config"):  # torch.compile's mark on functions
-        from ._torch_internals import innermost
+        from ._torch.compilers import innermost
 
         plain = innermost(function)
     else:
@@ -227,20 +227,20 @@ def _check_names(options: dict[str, Any]) -> None:
 def _check_with_torch(backend: Any, mode: str | None, options: dict[str, Any] | None, dynamic: bool | None) -> None:
     """Have torch look at what only it can judge. Takes a second where it has to import Dynamo."""
     try:
-        from . import _torch_internals as internals
+        from ._torch import compilers
     except OSError:  # no cache directory, for now; the first attempt meets it again, and that may be retried
         return
-    if isinstance(backend, str) and backend not in (known := internals.backends()):
+    if isinstance(backend, str) and backend not in (known := compilers.backends()):
         raise ValueError(_unknown("backend", backend, known))
     if backend not in (None, "inductor"):
         return
-    if mode is not None and mode not in (known := internals.inductor_modes()):
+    if mode is not None and mode not in (known := compilers.inductor_modes()):
         raise ValueError(_unknown("mode", mode, known))
     for option in options or ():
-        if option.replace("-", "_") not in (known := internals.inductor_options()):
+        if option.replace("-", "_") not in (known := compilers.inductor_options()):
             raise ValueError(_unknown("option", option, known))
     try:
-        internals.make_compiler(backend, mode, options, dynamic)
+        compilers.make_compiler(backend, mode, options, dynamic)
     except RuntimeError as exc:
         raise ValueError(f"torch.compile cannot take options={options!r}: {exc}") from exc
 

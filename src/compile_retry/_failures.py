@@ -10,7 +10,10 @@ import errno
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
+
+# Function, file and line.
+Location: TypeAlias = tuple[str, str, int]
 
 FailureKind = Literal["transient", "permanent"]
 FailureStage = Literal["torch.compile", "trace", "backend"]
@@ -113,7 +116,7 @@ class CompileFailure:
         return f"{self.error_type.removeprefix('builtins.')}: {first_line}".removesuffix(": ")
 
 
-def in_words(location: tuple[str, str, int]) -> str:
+def in_words(location: Location) -> str:
     """Function, file and line, for people."""
     function, file, line = location
     return f"{function} ({file}:{line})"

@@ -7,28 +7,29 @@ import functools
 import inspect
 import pickle
 import sys
-import weakref
 from collections.abc import Callable
 from operator import attrgetter
 from types import FrameType, MethodType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast, overload
 
 import torch
-from torch.compiler import is_dynamo_compiling, is_exporting
+from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
-from . import _live
-from ._breaker import NextRetry
-from ._call import Conversion, Location, Tally
-from ._control import Control
-from ._failures import CompileFailure, is_fatal
-from ._frame_key import CREATION
-from ._history import Began, CallPath
-from ._locks import Lock
-from ._policy import RetryPolicy
-from ._stats import CompileState, CompileStats
-from ._steps import UNSEEN
-from ._torch_eager import compiled_call_of, has_forward_gradients, saved_tensors_hooks, set_compiled_call
+from ._compile.admission import Admission
+from ._compile.call import Calls, Tally
+from ._compile.creation import Creation
+from ._compile.ledger import Ledger
+from ._compile.outcomes import Outcomes
+from ._compile.turns import Turns
+from ._failures import CompileFailure, Location
+from ._record.history import CallPath
+from ._record.journal import Journal
+from ._record.live import WeakRegistry
+from ._schedule.breaker import Breaker, NextRetry, Probe
+from ._schedule.policy import RetryPolicy
+from ._stats import Books, CompileState, CompileStats, Counter
+from ._torch.eager import compiled_call_of, has_forward_gradients, saved_tensors_hooks, set_compiled_call
 from .events import Hook
 
 if TYPE_CHECKING:
@@ -56,18 +57,21 @@ class CompiledFunction(Generic[P, R]):
     __slots__ = (
         "__dict__",
         "__weakref__",
+        "_admission",
+        "_books",
         "_breaker",
         "_calls",
         "_clock",
         "_compiled",
         "_compiled_calls",
-        "_control",
         "_creation",
         "_eager_calls",
         "_history",
+        "_journal",
         "_ledger",
         "_numbers",
         "_options",
+        "_outcomes",
         "_skips_guards",
         "_with_guards",
         "eager",
@@ -85,12 +89,22 @@ class CompiledFunction(Generic[P, R]):
         self._clock = policy.clock
         self.name = name if name is not None else _name_of(fn)
         self._options = options
-        self._control = control = Control(self.name, _location(fn), policy)
-        # What each call needs, close at hand.
-        self._numbers, self._calls, self._breaker = control.numbers, control.calls, control.breaker
-        self._ledger, self._history = control.ledger, control.journal.history
-        self._compiled_calls, self._eager_calls = control.books.calls["compiled"], control.books.calls["eager"]
-        self._creation = Lock()
+        self._numbers, self._calls, self._books = Counter(), Calls(), Books()
+        self._breaker, self._ledger, turns = Breaker(policy), Ledger(), Turns()
+        self._admission = admission = Admission(self._breaker, self._ledger, turns)
+        self._journal = Journal(self.name, self._breaker, self._books, lambda: admission.state)
+        self._outcomes = Outcomes(
+            _location(fn),
+            breaker=self._breaker,
+            ledger=self._ledger,
+            turns=turns,
+            admission=admission,
+            journal=self._journal,
+        )
+        self._creation = Creation(options, self._calls, admission, self._outcomes, ENTRY_FRAMES)
+        # Close at hand, for each call.
+        self._history = self._journal.history
+        self._compiled_calls, self._eager_calls = self._books.calls["compiled"], self._books.calls["eager"]
         self._compiled: Callable[..., R] = self._create_and_call
         # Under the stance that skips guards, what runs eagerly would be taken for a recompile, or for other code.
         self._with_guards: Callable[..., R] = self._create_and_call
@@ -104,7 +118,7 @@ class CompiledFunction(Generic[P, R]):
             # Dynamo's marks are about the function that they are on.
             if not hasattr(type(self), attribute) and not attribute.startswith("_torchdynamo_"):
                 vars(self).setdefault(attribute, value)
-        _live.register(self)
+        live_functions.register(self)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:  # each line of it costs every call
         if is_dynamo_compiling():  # an outer compile traces through: be the plain function
@@ -129,7 +143,7 @@ class CompiledFunction(Generic[P, R]):
             except BaseException:
                 self._over(tally, probing=False, raised=True)
                 raise
-            if tally.compiled and not (tally.eager or tally.skipped):
+            if tally.compiled and not (tally.eager or tally.at_end):
                 next(self._compiled_calls)
             else:
                 self._over(tally, probing=False, raised=False)
@@ -138,27 +152,26 @@ class CompiledFunction(Generic[P, R]):
         return result
 
     def _watched(self, number: int, tally: Tally, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
-        """A call that may be an attempt, is timed, or is made within another one."""
-        control, probe, began = self._control, None, None
+        """Make a call that may be an attempt, is timed, or is made within another one."""
+        probe: Probe | None = None
+        began: tuple[float, int] | None = None
         outer = tally.call, tally.compiled, tally.eager, tally.given_up
-        left_open = tally.doubt, tally.skipped
+        left_open = tally.doubt, tally.at_end
         try:
             tally.call, tally.compiled, tally.eager, tally.given_up = number, 0, 0, 0
-            tally.doubt, tally.skipped, tally.models = None, [], []
+            tally.doubt, tally.at_end, tally.models = None, [], []
             episode = self._breaker.episode
             is_timed = number >= self._history.next_call
-            straight = control.eager_together
+            straight = self._admission.eager_together
             if episode is not None:
                 within = False
                 if number >= episode.due_call or self._clock() >= episode.due_time:
                     within = self._is_within_probe(tally)
-                    probe = None if within else self._breaker.let_through(number)
-                straight = straight or (not (probe or within) and control.goes_straight(episode, number))
+                    probe = None if within else self._admission.let_through(tally, number)
+                straight = straight or (not (probe or within) and self._admission.goes_straight(episode, number))
             if is_timed:
                 began = self._clock(), tally.attempts
             try:
-                if probe and episode:
-                    control.probe_begins(tally, number, episode)
                 result = self._way(tally, straight=straight)(*args, **kwargs)
             except BaseException:
                 self._over(tally, probing=probe is not None, raised=True)
@@ -166,12 +179,12 @@ class CompiledFunction(Generic[P, R]):
             self._over(tally, probing=probe is not None, raised=False, began=began)
         finally:
             tally.call, compiled, eager, given_up = outer
-            tally.doubt, tally.skipped = left_open
+            tally.doubt, tally.at_end = left_open
             if tally.call:  # what it has run, the other has run too
                 tally.compiled, tally.eager = tally.compiled + compiled, tally.eager + eager
                 tally.given_up += given_up
         if episode is not None:
-            control.hold_off(episode, number)
+            self._admission.hold_off(episode, number, self._history.next_call)
         return result
 
     def _way(self, tally: Tally, *, straight: bool) -> Callable[..., R]:
@@ -181,120 +194,66 @@ class CompiledFunction(Generic[P, R]):
             return self.eager
         return self._with_guards if self._skips_guards() else self._compiled
 
-    def _over(self, tally: Tally, *, probing: bool, raised: bool, began: Began | None = None) -> None:
+    def _over(self, tally: Tally, *, probing: bool, raised: bool, began: tuple[float, int] | None = None) -> None:
         """Book a call, and settle what it has left open.
 
         Args:
             tally: Of its thread.
-            probing: Whether it was let through during an episode.
-            raised: Whether it raised.
-            began: What was noted when it began, if it is timed.
+            probing: It was let through during an episode.
+            raised: It raised.
+            began: If it is timed, the clock when it began and the attempts that its thread had made before.
         """
-        control, clean = self._control, False
+        clean = False
         path: CallPath = "eager" if not tally.compiled else "mixed" if tally.eager else "compiled"
         try:
-            if tally.doubt is not None or tally.skipped:
-                control.settle(tally, program_raised=raised)
+            if tally.doubt is not None or tally.at_end:
+                self._outcomes.settle(tally, program_raised=raised)
             clean = not raised and tally.eager == tally.given_up and bool(tally.compiled or tally.given_up)
         finally:
-            next(control.books.calls[path])
+            next(self._books.calls[path])
             if probing:
-                control.probe_ended(tally, clean=clean)
+                self._outcomes.probe_ended(tally, clean=clean)
             if began is not None:
-                control.journal.took(tally, path, began)
-            control.journal.tell(tally)
+                then, attempts = began
+                self._journal.took(tally.call, path, then, attempted=tally.attempts != attempts)
+            self._journal.tell()
 
     def _is_within_probe(self, tally: Tally) -> bool:
-        """Whether this call is made within one that has been let through."""
+        """Check whether this call is made within one that has been let through."""
         frame, calls = cast("FrameType | None", sys._getframe(1)), 0  # not this one: it would keep itself alive
-        while frame is not None and calls < 2 and tally.probing:
+        while frame is not None and calls < 2 and tally.probe is not None:
             calls += frame.f_code is CALL and frame.f_locals.get("self") is self
             frame = frame.f_back
-        if calls == 2:
-            return True
-        tally.probing = None  # an interrupt may have left it
-        return False
+        return calls == 2  # otherwise an interrupt may have left it
 
     def _create_and_call(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Stands in for the compiled function until ``torch.compile`` has returned one."""
-        try:
-            compiled = self._create()
-        finally:
-            self._control.journal.tell(self._control.calls.tally)
-        return (compiled or self.eager)(*args, **kwargs)
-
-    def _create(self) -> Callable[..., R] | None:
-        control, tally = self._control, self._control.calls.tally
-        with self._creation:
-            if self._compiled != self._create_and_call:  # another thread was faster
-                return self._compiled
-            # Inside torch.export, torch.compile would give the plain function back, for good.
-            if control.step.must_stay_eager(None) or not control.may_attempt(tally, CREATION) or is_exporting():
-                control.step.ran_eagerly(UNSEEN)
-                return None
-            conversion = Conversion(control.location, CREATION, began=self.policy.clock(), stage="torch.compile")
-            damaged = None
-            try:
-                damaged = self._torch_compile()
-            except Exception as exc:
-                if is_fatal(exc):
-                    raise
-                control.doubt(exc, conversion, tally)
-                control.step.ran_eagerly(UNSEEN)
-                return None
-            if control.ledger.waits(CREATION):
-                control.ledger.compiled(CREATION)
-                control.made_progress()
-            if damaged is not None:
-                control.journal.moved(tally, damaged)
-            return self._compiled
-
-    def _torch_compile(self) -> str | None:
-        # Imports torch._dynamo, which takes a second and may itself fail, for want of a cache directory for example.
-        from . import _torch_internals as internals
-        from ._backend import GraphBackend
-        from ._frames import FrameConverter
-        from ._healing import working_cache
-
-        control, options = self._control, dict(self._options)
-        if options.get("options") is not None:
-            options["options"] = dict(options["options"])  # torch.compile takes things out of it
-        if internals.isolates_recompiles() and _accepts(torch.compile, "isolate_recompiles"):
-            options.setdefault("isolate_recompiles", True)
-        with working_cache(damaged=control.suspects_cache) as damaged:
-            compiler = internals.make_compiler(
-                options.get("backend", "inductor"),
-                options.get("mode"),
-                self._options.get("options"),
-                options.get("dynamic"),
-            )
-            options["backend"] = backend = GraphBackend(compiler, control)
-            compiled: Callable[..., R] = torch.compile(internals.visible(self.eager), **options)
-        internals.interpose(compiled, lambda inner: FrameConverter(inner, control, ENTRY_FRAMES))
-        weakref.finalize(self, backend.abandon).atexit = False
-        self._with_guards, self._skips_guards = internals.with_guards(compiled), internals.skips_guards
-        self._compiled = compiled
-        return damaged
+        created = self._creation.create(self.eager, owner=self)
+        if created is None:
+            return self.eager(*args, **kwargs)
+        self._with_guards, self._skips_guards = created.with_guards, created.skips_guards
+        self._compiled = created.compiled
+        return self._compiled(*args, **kwargs)
 
     @property
     def state(self) -> CompileState:
         """How the function stands now."""
-        return self._control.state
+        return self._admission.state
 
     @property
     def stats(self) -> CompileStats:
         """A snapshot of its books."""
-        return self._control.books.snapshot()
+        return self._books.snapshot()
 
     @property
     def last_failure(self) -> CompileFailure | None:
         """The last failed attempt, or ``None`` if none has failed since the start or the last :meth:`reset`."""
-        return self._control.last_failure
+        return self._outcomes.last_failure
 
     @property
     def next_retry(self) -> NextRetry | None:
         """How far away the next attempt is, or ``None`` if nothing is held off or no retry will come."""
-        return self._control.breaker.next_retry(self.stats.calls)
+        return self._breaker.next_retry(self.stats.calls)
 
     def register_hook(self, hook: Hook) -> RemovableHandle:
         """Have a hook told of this function's events, see :mod:`compile_retry.events`. Copies do not inherit it.
@@ -308,15 +267,15 @@ class CompiledFunction(Generic[P, R]):
         Raises:
             TypeError: `hook` cannot be called.
         """
-        return self._control.journal.hooks.register(hook)
+        return self._journal.hooks.register(hook)
 
     def retry_now(self) -> None:
         """Make the next call an attempt for everything that runs eagerly, also after giving up."""
-        self._control.retry_now()
+        self._outcomes.retry_now()
 
     def reset(self) -> None:
         """Forget all failures, also that it gave up: the next call attempts what is not compiled. The books stay."""
-        self._control.reset()
+        self._outcomes.reset()
 
     # As functions have them. Not kept in `__dict__`, which `functools.wraps` copies.
     __code__ = property(attrgetter("eager.__code__"))
@@ -359,6 +318,8 @@ class CompiledFunction(Generic[P, R]):
         return f"<CompiledFunction {self.name}: {self.state.value}>"
 
 
+live_functions: WeakRegistry[CompiledFunction[..., Any]] = WeakRegistry()
+
 CALL = CompiledFunction.__call__.__code__
 # Frames on the way into a decorated function. Traced alone they would turn it into the plain one for the caller.
 ENTRY_FRAMES = frozenset({CALL, CompiledFunction.__get__.__code__})
@@ -385,11 +346,6 @@ class ModuleHandle:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
-
-
-def _accepts(fn: Callable[..., Any], option: str) -> bool:
-    parameters = inspect.signature(fn).parameters
-    return option in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _name_of(fn: object) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ._breaker import NextRetry
 from ._failures import CompileFailure, summary
-from ._live import functions
+from ._function import live_functions
+from ._schedule.breaker import NextRetry
 from ._stats import CompileState, CompileStats
 
 if TYPE_CHECKING:
@@ -172,8 +172,9 @@ def report() -> Report:
         >>> report().as_dict()["functions"][-1]["state"]
         'pending'
     """
+    functions = live_functions.alive()
     return Report(
-        tuple(FunctionReport(fn.name, fn.state, fn.stats, fn.last_failure, fn.next_retry) for fn in functions())
+        tuple(FunctionReport(fn.name, fn.state, fn.stats, fn.last_failure, fn.next_retry) for fn in functions)
     )
 
 

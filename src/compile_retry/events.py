@@ -1,4 +1,4 @@
-"""What happens to decorated functions, for machines: one record per transition, handed to hooks.
+"""Records of what happens to decorated functions, one per transition, and the hooks that are called with them.
 
 The log says the same in words. A hook is called in the thread in which the thing happened, after the library has let go
 of its locks. The exceptions are `AttemptStarted`, during which torch holds the lock under which it compiles, and
@@ -14,10 +14,9 @@ from typing import ClassVar, Protocol
 
 from torch.utils.hooks import RemovableHandle
 
-from ._breaker import NextRetry
 from ._failures import CompileFailure
+from ._schedule.breaker import NextRetry
 from ._stats import CompileState
-from .instrumentation._switchboard import switchboard
 
 __all__ = [
     "AttemptFailed",
@@ -41,7 +40,7 @@ log = logging.getLogger("compile_retry")
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """What all events have.
+    """The base class of all events.
 
     Attributes:
         kind: What happened, in a word or two; the same for all events of a class.
@@ -50,6 +49,7 @@ class Event:
         time: When it happened, by the policy's clock. Hooks may be told of what happens in two threads in either order.
         state: How the function stands after it.
         message: The same in words.
+        level: Logging level of its line in the log; None if it has none, as another event's line says the same.
     """
 
     kind: ClassVar[str] = ""
@@ -58,6 +58,7 @@ class Event:
     time: float
     state: CompileState
     message: str
+    level: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,14 +204,14 @@ class CacheMoved(Event):
 
 
 class Hook(Protocol):
-    """What can be told of events: any callable that takes one."""
+    """Any callable that takes an event."""
 
     def __call__(self, event: Event, /) -> object:
         """Called with each event. What it raises is logged once, and breaks nothing."""
 
 
 class Hooks:
-    """Who is told."""
+    """Hooks that are called together, in the order of their registration. None of them can break anything."""
 
     def __init__(self) -> None:
         self._hooks: OrderedDict[int, Hook] = OrderedDict()
@@ -236,7 +237,8 @@ class Hooks:
                 log.exception("%r failed on %r; further failures of it are not logged", hook, event)
 
 
-_everywhere = Hooks()
+# Called with the events of all functions: the former before, the latter after the hooks of the function itself.
+first_hooks, _everywhere = Hooks(), Hooks()
 
 
 def register_hook(hook: Hook) -> RemovableHandle:
@@ -254,10 +256,12 @@ def register_hook(hook: Hook) -> RemovableHandle:
     return _everywhere.register(hook)
 
 
-def publish(event: Event, level: int | None, hooks: Hooks) -> None:
-    """Log an event, if it has a level, and tell the integrations, the hooks of its function and of the process."""
-    is_logged = switchboard.tell(event, level)
-    if level is not None and not is_logged:
-        log.log(level, "%s: %s", event.function, event.message)
-    hooks.tell(event)
-    _everywhere.tell(event)
+def publish(event: Event, hooks: Hooks) -> None:
+    """Call all hooks with an event.
+
+    Args:
+        event: The event.
+        hooks: Those of its function.
+    """
+    for each in (first_hooks, hooks, _everywhere):
+        each.tell(event)

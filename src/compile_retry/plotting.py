@@ -9,7 +9,7 @@ import torch
 
 from ._decorator import function_of
 from ._function import CompiledFunction
-from ._history import CallPath, Sample
+from ._record.history import CallPath, Sample
 from .events import AttemptFailed, Compiled, Event, GaveUp, Recovered
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def plot_timeline(fn: CompiledFunction[..., Any] | torch.nn.Module, ax: Axes | N
         ValueError: Nothing has been recorded yet.
     """
     function = function_of(fn)
-    history = function._control.journal.history
+    history = function._journal.history
     samples, events = history.samples, tuple(history.events)
     if not samples:
         raise ValueError(f"there is nothing to show yet: {function.name} has not been called, or no call has returned")

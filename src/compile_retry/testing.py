@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ._assertions import assert_compiled, assert_max_attempts
-from ._call import Attempt
+from ._compile.call import Attempt
 from .events import Event, register_hook
 
 __all__ = [
@@ -111,7 +111,7 @@ def fail_compiles(
     for name, value in (("times", times), ("graph", graph)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, not {value!r}")
-    from ._backend import faults
+    from ._compile.backend import faults
 
     done, instance = Faults(), exception() if isinstance(exception, type) else exception
 
@@ -137,8 +137,8 @@ def broken_compiler() -> Iterator[None]:
     What inductor has compiled before, it may still find in its cache, as on a real machine. Use a new cache directory
     (``TORCHINDUCTOR_CACHE_DIR``) where that matters.
     """
-    from . import _torch_inductor as inductor
-    from ._healing import heal
+    from ._compile.healing import heal
+    from ._torch import inductor
 
     with tempfile.TemporaryDirectory() as folder:
         compiler = Path(folder, "c++")

@@ -1,13 +1,15 @@
-"""Runs of ``python -m compile_retry doctor``, in this process."""
+"""Runs of ``python -m compile_retry``, in this process."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
 from compile_retry.__main__ import main
 
@@ -33,12 +35,28 @@ def forget_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(variable, raising=False)
 
 
-def doctor(*arguments: str) -> Result:
-    """Run the command, which leaves the environment alone."""
-    before = dict(os.environ)
-    result = CliRunner().invoke(main, ["doctor", *arguments])
+@dataclass
+class Result:
+    exit_code: int | str | None
+    stdout: str
+    stderr: str
+
+
+def command(*arguments: str) -> Result:
+    """Run a command, which leaves the environment alone."""
+    before, out, err = dict(os.environ), io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            status: int | str | None = main(arguments)
+        except SystemExit as end:
+            status = end.code
     assert dict(os.environ) == before
-    return result
+    return Result(status, out.getvalue(), err.getvalue())
+
+
+def doctor(*arguments: str) -> Result:
+    """Run the doctor."""
+    return command("doctor", *arguments)
 
 
 def checks_of(output: str) -> dict[str, dict[str, Any]]:
@@ -51,6 +69,6 @@ def checks_of(output: str) -> dict[str, dict[str, Any]]:
 def examine(*arguments: str, status: int) -> dict[str, dict[str, Any]]:
     """Run the command, which ends with this status, and read its checks."""
     result = doctor("--json", *arguments)
-    assert result.exit_code == status, result.output
+    assert result.exit_code == status, result
     assert json.loads(result.stdout)["ok"] is (status == 0)
     return checks_of(result.stdout)

@@ -13,10 +13,10 @@ from importlib.metadata import version
 from typing import Any
 
 import pytest
-from doctor_command import checks_of, doctor, examine, forget_variables
+from doctor_command import Result, checks_of, command, doctor, examine, forget_variables
 
-from compile_retry import _doctor as doctor_room
-from compile_retry._doctor_process import Findings
+from compile_retry._doctor import checks as doctor_room
+from compile_retry._doctor.process import Findings
 
 Facts = dict[str, dict[str, Any]]
 Find = Callable[..., None]
@@ -179,28 +179,48 @@ def test_a_compiler_that_the_environment_names(find: Find, monkeypatch: pytest.M
     assert "or correct CXX=no-such-compiler" in examine(status=1)["C++ compiler"]["remedy"]
 
 
-@pytest.mark.parametrize("arguments", [["--timeout", "soon"], ["--timeout", "0"], ["--no-such-option"]])
-def test_wrong_usage(arguments: list[str]) -> None:
-    """The exit status is that of a wrong command."""
-    assert doctor(*arguments).exit_code == 2
+def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exit status says that the machine has not been found healthy."""
+
+    def interrupt(*args: object) -> Findings:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor_room, "ask", interrupt)
+    assert doctor() == Result(1, "", "Aborted!\n")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, check=False)
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["surgeon"], "invalid choice: 'surgeon' (choose from "),
+        (["doctor", "--timeout", "soon"], "--timeout: must be a number of seconds, at least 1, not soon"),
+        (["doctor", "--timeout", "0"], "--timeout: must be a number of seconds, at least 1, not 0"),
+        (["doctor", "--timeout", "nan"], "--timeout: must be a number of seconds, at least 1, not nan"),
+        (["doctor", "--timeout", "inf"], "--timeout: must be a number of seconds, at least 1, not inf"),
+        (["doctor", "--time", "60"], "unrecognized arguments: --time 60"),
+        (["doctor", "--no-such-option"], "unrecognized arguments: --no-such-option"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], said: str) -> None:
+    """Nothing is checked, and the last line says what is wrong."""
+    result = command(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("usage: python -m compile_retry ")
+    assert said in result.stderr.splitlines()[-1]
 
 
-@pytest.mark.usefixtures("measured")
-def test_without_the_extra() -> None:
-    """It says how to install it."""
-    done = run(
-        "-c", "import runpy, sys; sys.modules['click'] = None; runpy.run_module('compile_retry', run_name='__main__')"
-    )
-    assert done.returncode == 2
-    assert done.stderr == 'The command line needs the extra "cli": pip install "compile-retry[cli]"\n'
+def test_help() -> None:
+    """The commands; the options with their defaults, and the exit status."""
+    assert "doctor Check whether torch.compile would work here." in " ".join(command("--help").stdout.split())
+    told = " ".join(doctor("--help").stdout.split())
+    assert "--timeout SECONDS End the checks after this time, at least 1 (default: 180)." in told
+    assert "Exit status: 0 if it would, 1 if a check failed, 2 if the command itself is wrong." in told
 
 
 @pytest.mark.usefixtures("measured")
 def test_its_version() -> None:
     """It is that of the package."""
-    done = run("-m", "compile_retry", "--version")
+    arguments = [sys.executable, "-m", "compile_retry", "--version"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout == f"python -m compile_retry, version {version('compile-retry')}\n"

@@ -191,8 +191,9 @@ def test_interrupted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     interrupter = threading.Thread(target=interrupt)
     interrupter.start()
-    assert doctor().exit_code == 1
+    result = doctor()
     interrupter.join()
+    assert (result.exit_code, result.stderr) == (1, "Aborted!\n")
     assert not is_alive(int(pid.read_text()))
     assert_nothing_is_left(place)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from compile_retry import CompileState, NextRetry, RetryPolicy, compile_with_fallback, compiled_function, set_strict
-from compile_retry import _heartbeat as heartbeat
+from compile_retry._record import heartbeat
 from compile_retry.events import (
     AttemptFailed,
     AttemptStarted,

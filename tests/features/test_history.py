@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from compile_retry import RetryPolicy, compile_with_fallback
-from compile_retry._history import CallPath, History, Sample
+from compile_retry._record.history import CallPath, History, Sample
 from compile_retry.plotting import plot_timeline
 from compile_retry.testing import FakeClock, fail_compiles
 from support import full_disk

@@ -173,17 +173,13 @@ def test_otel_draws_no_random_numbers_of_the_program(
 
 
 def test_otel_without_an_sdk() -> None:
-    """All goes nowhere, at next to no cost."""
+    """All goes nowhere, and the program notices nothing."""
     out = run("""
+logging.getLogger("compile_retry").setLevel(logging.CRITICAL)
 with fail_compiles(times=1):
     for _ in range(3):
         step(torch.ones(3))
 assert "opentelemetry.sdk" not in sys.modules
-from compile_retry.events import Compiled
-from compile_retry.instrumentation._switchboard import switchboard
-from compile_retry import CompileState
-event = Compiled(time=0.0, function="f", call=1, state=CompileState.COMPILED, message="", graph=1, seconds=1.0)
-import timeit
-print("us", min(timeit.repeat(lambda: switchboard.tell(event, None), number=1000, repeat=5)) * 1e3)
+assert (instrumentation.active()[-1], step.stats.recoveries) == ("opentelemetry", 1)
 """)
-    assert "us " in out
+    assert out == ""

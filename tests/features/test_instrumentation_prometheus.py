@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import prometheus_client
 import prometheus_client.parser
 import pytest
+from prometheus_client.registry import Collector
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback, instrumentation
 from compile_retry.testing import FakeClock
@@ -103,6 +104,16 @@ def test_prometheus_and_functions_of_one_name(scrape: Scrapes) -> None:
     assert scrape()["calls_total", "twin", "compiled"] == 4
 
 
+def test_prometheus_and_a_name_that_is_changed(scrape: Scrapes) -> None:
+    """A function counts under the name that it had at first, which is that in the log."""
+    fn = episode("at first")
+    fn.name = "later"
+    fn(X)
+    seen = scrape()
+    assert (seen["attempts_total", "at first"], seen["state", "at first", "compiled"]) == (3, 1)
+    assert ("attempts_total", "later") not in seen
+
+
 def test_prometheus_and_functions_that_are_gone(scrape: Scrapes) -> None:
     """Before a scrape has seen them: what was attempted counts."""
     episode("gone")
@@ -122,12 +133,20 @@ def test_prometheus_is_off(scrape: Scrapes) -> None:
     assert scrape()["attempts_total", "off"] == 6
 
 
-def test_prometheus_registry_that_was_cleared(scrape: Scrapes) -> None:
+def test_prometheus_registry_that_was_cleared(scrape: Scrapes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody has taken the collector out: nothing to take back."""
+    instrumentation.disable()
+    instrumentation.enable()
+    registered, register = list[Collector](), prometheus_client.REGISTRY.register
+
+    def note(collector: Collector) -> None:
+        registered.append(collector)
+        register(collector)
+
+    monkeypatch.setattr(prometheus_client.REGISTRY, "register", note)
     episode("cleared")
-    for collector in {*prometheus_client.REGISTRY._collector_to_names}:
-        if "compile_retry" in type(collector).__module__:
-            prometheus_client.REGISTRY.unregister(collector)
+    (collector,) = registered
+    prometheus_client.REGISTRY.unregister(collector)
     instrumentation.disable("prometheus")
     assert "prometheus" not in instrumentation.active()
 

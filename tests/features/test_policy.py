@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tenacity import RetryCallState
 
 from compile_retry import CompileState, NextRetry, RetryPolicy, compile_with_fallback
-from compile_retry._breaker import Breaker
+from compile_retry._schedule.breaker import Breaker
 from compile_retry.testing import FakeClock
 from support import Compiler, full_disk
 

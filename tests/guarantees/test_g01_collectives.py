@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, symbolic_trace
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
-from compile_retry._torch_distributed import collectives_in, world
+from compile_retry._torch.distributed import collectives_in, world
 
 
 @pytest.fixture

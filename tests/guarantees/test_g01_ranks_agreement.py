@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from torch._C._distributed_c10d import FileStore, HashStore, Store
 
-from compile_retry._ranks import RanksDisagreeError, settle_together
-from compile_retry._torch_distributed import World
+from compile_retry._compile.ranks import RanksDisagreeError, settle_together
+from compile_retry._torch.distributed import World
 
 FRAME = ("Block.forward", "/somewhere/model.py", 12)
 SECONDS = 60.0

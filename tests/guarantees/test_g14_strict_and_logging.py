@@ -13,6 +13,7 @@ import torch
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback, set_strict
 from compile_retry._strict import is_strict
+from compile_retry.events import Event, register_hook
 from compile_retry.testing import fail_compiles, record_events
 from support import Compiler, first, full_disk
 
@@ -111,6 +112,28 @@ def test_one_line_per_transition(caplog: pytest.LogCaptureFixture) -> None:
     assert lines[0][1].endswith("running eagerly, next attempt in 10 calls")
     assert "attempt 2 failed in call 11" in lines[1][1]
     assert lines[3][1].startswith("train_step: recovered in call 21, after 2 failed attempts and ")
+
+
+def test_the_level_of_an_event_is_that_of_its_line(caplog: pytest.LogCaptureFixture) -> None:
+    """Events without a line have none; and hooks are called when the line is written, the function's own first."""
+    fn = compile_with_fallback(sine, backend=Compiler(first(1)), policy=EVERY_CALL, name="f")
+    told = list[tuple[str, Event, int]]()
+
+    def lines() -> list[tuple[int, str]]:
+        return [(r.levelno, r.getMessage()) for r in caplog.records if r.name == "compile_retry"]
+
+    fn.register_hook(lambda event: told.append(("one", event, len(lines()))))
+    with (
+        caplog.at_level(logging.DEBUG, logger="compile_retry"),
+        register_hook(lambda event: told.append(("all", event, len(lines())))),
+    ):
+        for _ in range(3):
+            fn(X)
+    events = [event for _, event, _ in told[::2]]
+    assert [e.kind for e in events if e.level is None] == ["attempt started", "retry scheduled", "attempt started"]
+    assert [(e.level, f"f: {e.message}") for e in events if e.level is not None] == lines()
+    assert [whose for whose, _, _ in told] == ["one", "all"] * len(events)
+    assert [written for _, event, written in told if event.kind == "failed"] == [1, 1]
 
 
 def test_giving_up_is_an_error(caplog: pytest.LogCaptureFixture) -> None:

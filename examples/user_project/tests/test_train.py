@@ -1,4 +1,4 @@
-"""Does the training survive failed compiles? Uses the fixtures that come with compile-retry."""
+"""Tests that the training survives failed compiles, with the fixtures that come with compile-retry."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compile_retry.testing import FakeClock, Faults, assert_compiled, assert_max
 
 @pytest.fixture(autouse=True)
 def train_step(monkeypatch: pytest.MonkeyPatch) -> CompiledFunction[..., Any]:
-    """A copy of the train step for each test: it has not been compiled, and has not failed."""
+    """A copy of the train step for each test, uncompiled and without failures."""
     fresh = copy.copy(train.train_step)
     monkeypatch.setattr(train, "train_step", fresh)
     return fresh
@@ -29,7 +29,7 @@ def test_recovery(
     compile_events: list[Event],
     compile_strict: Callable[[bool], None],
 ) -> None:
-    """A disk that is full for two attempts costs compiled code for a while, and changes no loss."""
+    """A disk that is full for two attempts delays compiled code, but changes no loss."""
     compile_strict(False)  # this test is about the fallback
     expected = train.train(steps=8)
     train_step.reset()
@@ -39,7 +39,7 @@ def test_recovery(
     faults = compile_faults(OSError(28, "No space left on device"), times=2, function="train_step")
     losses = train.train(steps=8)
 
-    assert faults.failed == 2  # otherwise this would test nothing
+    assert faults.failed == 2  # otherwise this test would test nothing
     assert losses == pytest.approx(expected)
     assert_compiled(train_step)
     assert [event.kind for event in compile_events if event.kind in ("failed", "recovered")] == [
@@ -49,7 +49,7 @@ def test_recovery(
 
 
 def test_max_attempts(train_step: CompiledFunction[..., Any]) -> None:
-    """The whole run is compiled once: nothing in the loop forces a recompile."""
+    """The run compiles once: nothing in the loop forces a recompile."""
     with assert_max_attempts(1, train_step):
         train.train(steps=8)
 
@@ -57,7 +57,7 @@ def test_max_attempts(train_step: CompiledFunction[..., Any]) -> None:
 def test_the_wait_in_seconds(
     compile_clock: FakeClock, compile_faults: Callable[..., Faults], compile_strict: Callable[[bool], None]
 ) -> None:
-    """As in production the next attempt is a minute away, but here nobody waits for it."""
+    """The next attempt is a minute away, as in production, but the test does not wait for it."""
     compile_strict(False)
     step = compile_with_fallback(train.train_step.eager, policy=RetryPolicy(wait=60, clock=compile_clock))
     arguments = torch.nn.Linear(4, 1), torch.ones(8, 4), torch.ones(8, 1)
@@ -72,6 +72,6 @@ def test_the_wait_in_seconds(
 
 
 def test_it_compiles_at_all(compile_strict: Callable[[bool], None]) -> None:
-    """Strictly: a compile that fails here, fails this test and is not hidden by a fallback."""
+    """In strict mode a failed compile fails this test instead of falling back."""
     compile_strict(True)
     train.train(steps=2)

@@ -54,13 +54,12 @@ class OpenTelemetry:
     def stop(self) -> None:
         self._running = False
 
-    def tell(self, event: Event, level: int | None) -> bool:
+    def __call__(self, event: Event) -> None:
         self._ledger.open_accounts()
         if isinstance(event, AttemptFailed | Compiled):
             with _own_random_numbers():
                 self._measure(event)
                 self._trace(event)
-        return False
 
     def _callback(
         self, read: Callable[[Reading], Iterable[Observation]]

@@ -32,12 +32,11 @@ class Prometheus(Collector):
         with suppress(KeyError):  # somebody else has taken it out
             REGISTRY.unregister(self)
 
-    def tell(self, event: Event, level: int | None) -> bool:
+    def __call__(self, event: Event) -> None:
         self._ledger.open_accounts()
         if isinstance(event, AttemptFailed):
             with self._lock:
                 self._failures[event.function, event.failure.error_type] += 1
-        return False
 
     def describe(self) -> Iterable[Metric]:
         return [*_counters([], {}), *_gauges([])]

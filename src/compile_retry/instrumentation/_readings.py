@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from compile_retry import _live
-from compile_retry._function import CompiledFunction
+from compile_retry._function import CompiledFunction, live_functions
 from compile_retry._locks import Lock
 from compile_retry._stats import Books, CompileState, CompileStats
 
@@ -20,7 +19,7 @@ _NOTHING = CompileStats(**dict.fromkeys((field.name for field in fields(CompileS
 
 @dataclass(frozen=True)
 class Reading:
-    """How the functions of one name stand, taken together.
+    """State and books of the functions of one name, taken together.
 
     Attributes:
         function: Their name.
@@ -38,7 +37,7 @@ class Reading:
 
     @property
     def calls(self) -> dict[str, int]:
-        """How many calls took which path."""
+        """Number of calls by the path that they took."""
         stats = self.stats
         return {"compiled": stats.compiled_calls, "mixed": stats.mixed_calls, "eager": stats.eager_calls}
 
@@ -54,10 +53,9 @@ class Ledger:
     def open_accounts(self) -> list[CompiledFunction[..., Any]]:
         """Take note of the functions there are, so that they count when they are gone. Returns them."""
         with self._lock:
-            functions = _live.functions()
+            functions = live_functions.alive()
             for function in functions:
-                control = function._control
-                self._books.setdefault(weakref.ref(function), (control.name, control.books))
+                self._books.setdefault(weakref.ref(function), (function.name, function._books))
             for ref in [ref for ref in self._books if ref() is None]:
                 name, books = self._books.pop(ref)
                 self._gone[name] = _sum(self._gone.get(name, _NOTHING), books.snapshot())
@@ -70,9 +68,10 @@ class Ledger:
             stats = dict(self._gone)
             for name, books in self._books.values():
                 stats[name] = _sum(stats.get(name, _NOTHING), books.snapshot())
-        by_name: dict[str, list[CompiledFunction[..., Any]]] = {name: [] for name in stats}
-        for function in functions:
-            by_name[function._control.name].append(function)
+            by_name: dict[str, list[CompiledFunction[..., Any]]] = {name: [] for name in stats}
+            for function in functions:
+                name, _ = self._books[weakref.ref(function)]  # the name may have been changed since
+                by_name[name].append(function)
         return [_reading(name, stats[name], functions) for name, functions in by_name.items()]
 
 

@@ -1,32 +1,26 @@
-"""Which integrations there are, which of them run, and what becomes of one that fails. Imports no package of theirs."""
+"""Starts integrations with the first event, and turns them off and on. Imports no package of theirs."""
 
 from __future__ import annotations
 
-import logging
 import random
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from compile_retry._locks import Lock
+from compile_retry.events import AttemptStarted, Event, Hook, Hooks, first_hooks, log
 
-if TYPE_CHECKING:
-    from compile_retry.events import Event
-
-log = logging.getLogger("compile_retry")
+from ._logging import write_line
 
 
-class Integration(Protocol):
-    """Between this library and one package."""
+class Integration(Hook, Protocol):
+    """A hook that hands events to one package."""
 
     def start(self) -> None:
         """Called before the first event, and again after each `stop`."""
 
     def stop(self) -> None:
         """Called when it is disabled: leave nothing behind."""
-
-    def tell(self, event: Event, level: int | None) -> bool:
-        """Called with each event and the level of its log line; returns whether that line is not needed any more."""
 
 
 def _structlog() -> Integration:
@@ -47,68 +41,80 @@ def _opentelemetry() -> Integration:
     return OpenTelemetry()
 
 
-class Switch:
-    """One integration, on or off."""
+def _ignore(event: Event) -> None: ...
 
-    def __init__(self, name: str, make: Callable[[], Integration], *modules: str) -> None:
+
+class Switch:
+    """Calls one integration while it is on, and another hook while it is off.
+
+    Args:
+        name: Its name for users.
+        make: Imports the package.
+        modules: If one of these is missing, the package is not installed.
+        otherwise: Called while it is off.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Integration], *modules: str, otherwise: Hook = _ignore) -> None:
         self.name = name
         self.wanted = True
-        self.running = False
         self._make = make
-        self._modules = modules  # if one of these is missing, the package is not installed
+        self._modules = modules
+        self._otherwise = otherwise
         self._integration: Integration | None = None
-        self._has_failed = False
+        self._hook = otherwise
+
+    @property
+    def running(self) -> bool:
+        return self._hook is not self._otherwise
 
     def start(self) -> None:
         try:
             self._integration = self._integration or self._make()
             self._integration.start()
-            self.running = True
         except Exception as exc:
             if not (isinstance(exc, ModuleNotFoundError) and exc.name in self._modules):
                 log.exception("the integration with %s cannot be started and is left out", self.name)
+        else:
+            self._hook = self._integration
 
     def stop(self) -> None:
         if self._integration is not None and self.running:
-            self.running = False
+            self._hook = self._otherwise
             self._integration.stop()
 
-    def tell(self, event: Event, level: int | None) -> bool:
-        try:
-            return self.running and self._integration is not None and self._integration.tell(event, level)
-        except Exception:
-            if not self._has_failed:
-                self._has_failed = True
-                log.exception("the integration with %s failed on %r; further failures are not logged", self.name, event)
-            return False
+    def __call__(self, event: Event) -> None:
+        self._hook(event)
+
+    def __repr__(self) -> str:
+        return f"the integration with {self.name}"
 
 
 class Switchboard:
-    """All integrations."""
+    """Hands each event on to all integrations, and starts them before the first one."""
 
     def __init__(self, *switches: Switch) -> None:
         self._switches = {switch.name: switch for switch in switches}
+        self._hooks = Hooks()
+        for switch in switches:
+            self._hooks.register(switch)
         self._lock = Lock()
         self._settled = False  # all that are wanted have been started, as far as they can be
         self._early: deque[Event] = deque()
 
-    def tell(self, event: Event, level: int | None) -> bool:
-        """Hand an event on. Whether it needs no line in the log any more."""
+    def __call__(self, event: Event) -> None:
+        """Hand an event on, after those that came before there was time to start the integrations."""
         if not self._settled:
-            if event.kind == "attempt started":  # torch holds the lock under which it compiles: no time for imports
+            if isinstance(event, AttemptStarted):  # torch holds the lock under which it compiles: no time for imports
                 self._early.append(event)
-                return False
+                return
             self._settle()
         while True:
             try:
                 early = self._early.popleft()
             except IndexError:  # none is left; not asked before, as another thread could take it meanwhile
                 break
-            self._hand_on(early, None)
-        return self._hand_on(event, level)
-
-    def _hand_on(self, event: Event, level: int | None) -> bool:
-        return sum(switch.tell(event, level) for switch in self._switches.values()) > 0  # not any(): all are told
+            self._hooks.tell(early)
+        self._hooks.tell(event)
 
     def _settle(self) -> None:
         with self._lock:
@@ -139,11 +145,12 @@ class Switchboard:
         return tuple(switch.name for switch in self._switches.values() if switch.running)
 
 
-switchboard = Switchboard(
-    Switch("structlog", _structlog, "structlog"),
+_switchboard = Switchboard(
+    Switch("structlog", _structlog, "structlog", otherwise=write_line),
     Switch("prometheus", _prometheus, "prometheus_client"),
     Switch("opentelemetry", _opentelemetry, "opentelemetry", "opentelemetry.metrics", "opentelemetry.trace"),
 )
+first_hooks.register(_switchboard)
 
 
 def disable(*names: str) -> None:
@@ -158,7 +165,7 @@ def disable(*names: str) -> None:
     Raises:
         ValueError: There is no integration of such a name.
     """
-    switchboard.switch(names, on=False)
+    _switchboard.switch(names, on=False)
 
 
 def enable(*names: str) -> None:
@@ -170,9 +177,9 @@ def enable(*names: str) -> None:
     Raises:
         ValueError: There is no integration of such a name.
     """
-    switchboard.switch(names, on=True)
+    _switchboard.switch(names, on=True)
 
 
 def active() -> tuple[str, ...]:
-    """The names of the integrations that run: none before the first event."""
-    return switchboard.active()
+    """Name the integrations that run: none before the first event."""
+    return _switchboard.active()

@@ -1,0 +1,121 @@
+"""One captured graph: an attempt to compile it, and what counts how often its code runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch.fx import GraphModule
+
+from compile_retry._torch import compilers
+from compile_retry._torch import frames as torch_frames
+from compile_retry._torch.distributed import collectives_in
+from compile_retry._torch.inductor import spare_other_threads
+
+from .admission import Admission
+from .call import Attempt, Calls, Conversion, Tally
+from .frameless import FramelessGraph
+from .healing import find_vector_instructions, heal, working_cache
+from .outcomes import Outcomes
+
+Code: TypeAlias = Callable[..., Any]
+
+# Called before each run of a compiler; may raise what the compiler would have raised. For `compile_retry.testing`.
+faults: list[Callable[[Attempt], None]] = []
+
+
+class HeldOffError(Exception):
+    """No attempt may be made now; the frame is to be run eagerly."""
+
+
+class GraphBackend:
+    """The backend that ``torch.compile`` is given: wraps the user's own for one decorated function."""
+
+    def __init__(self, compiler: compilers.Compiler, calls: Calls, admission: Admission, outcomes: Outcomes) -> None:
+        self._compiler = compiler
+        self._calls, self._admission, self._outcomes = calls, admission, outcomes
+        self.__name__ = getattr(compiler, "compiler_name", "compile_retry")
+        for attribute in ("get_compiler_config", "reset"):  # torch calls them where a backend has them
+            if hasattr(compiler, attribute):
+                setattr(self, attribute, getattr(compiler, attribute))
+
+    def __call__(self, graph_module: GraphModule, example_inputs: list[Any], **from_torch: Any) -> Code:
+        # `mode` and `options`, which torch hands back to a callable backend, are in the compiler already.
+        tally = self._calls.tally
+        conversion = tally.conversion
+        if conversion is None:
+            return self._for_nobodys_frame(graph_module, example_inputs)
+        if not self._admission.may_attempt(tally, conversion.key):
+            conversion.gave_way = True  # an attempt has failed since, in a call that was made while Dynamo traced
+            raise HeldOffError(self._outcomes.name)
+        conversion.runner = self._compile(graph_module, example_inputs, conversion, tally)
+        return conversion.runner
+
+    def _for_nobodys_frame(self, graph_module: GraphModule, example_inputs: list[Any]) -> Code:
+        graph = FramelessGraph(graph_module, self._compile, self._calls, self._admission, self._outcomes)
+        return graph.first_attempt(graph_module, example_inputs) or graph.__call__
+
+    def _compile(
+        self, graph_module: GraphModule, example_inputs: list[Any], conversion: Conversion, tally: Tally
+    ) -> Code:
+        """Run the compiler, with what it takes to succeed after a failure. What it raises leaves as it is.
+
+        Dynamo makes graph breaks of some exceptions; the frame callback answers the others.
+        """
+        outcomes = self._outcomes
+        if outcomes.takes_healing():
+            heal()
+        conversion.is_dynamic |= compilers.has_dynamic_shapes(graph_module)
+        outcomes.has_seen(collectives_in(graph_module))
+        compiler_runs = outcomes.compiler_runs(tally, conversion)
+        which = Attempt(self._outcomes.name, conversion.graph)
+        try:
+            with compiler_runs, working_cache(damaged=outcomes.suspects_cache) as usual:
+                if self._is_for_this_processor(example_inputs):
+                    find_vector_instructions()
+                code = attempt(self._compiler, graph_module, example_inputs, which)
+        except Exception:
+            raise
+        except BaseException:
+            outcomes.interrupted()
+            raise
+        outcomes.succeeded(conversion, tally, left=usual)
+        return _counted(code, self._calls)
+
+    def abandon(self) -> None:
+        """Keep little: the function is gone, but Dynamo keeps its backends and their code."""
+        del self._admission, self._outcomes
+
+    def _is_for_this_processor(self, example_inputs: list[Any]) -> bool:
+        """Whether inductor needs to know the processor's vector instructions."""
+        on_cpu = (isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in example_inputs)
+        return self.__name__ == "inductor" and any(on_cpu)
+
+
+def attempt(compiler: compilers.Compiler, graph_module: GraphModule, example_inputs: list[Any], which: Attempt) -> Code:
+    """One run of the compiler: forward and backward of one graph.
+
+    Everything that decides how an attempt is carried out belongs here: where it runs, and who takes part in it.
+    """
+    for fault in tuple(faults):
+        fault(which)
+    spare_other_threads()
+    with compilers.compiling_backward_too():
+        code = compilers.innermost(compiler(graph_module, example_inputs))
+    # Generates the graph's own code, for a backend that runs the graph as it is. Otherwise it would be generated when
+    # it is first run, maybe by two threads at once; and a `forward` taken before that takes a detour for good.
+    graph_module.code  # noqa: B018
+    return graph_module.forward if getattr(code, "__self__", None) is graph_module else code
+
+
+def _counted(code: Code, calls: Calls) -> Code:
+    def run_compiled(*args: Any) -> Any:
+        outer = torch_frames.set_eval_frame(None)  # see `run_directly`
+        try:
+            calls.tally.compiled += 1
+            return code(*args)
+        finally:
+            torch_frames.set_eval_frame(outer)
+
+    return run_compiled

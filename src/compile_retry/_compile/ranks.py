@@ -1,0 +1,301 @@
+"""Agreement between ranks on a frame that moves data between them and that some rank cannot compile.
+
+Eager and compiled code may issue different collectives, so a rank must not run such a frame eagerly while others run it
+compiled. `settle_together` tries again in place until the frame compiles, all ranks have agreed to run it eagerly, or
+time is up.
+
+The agreement is a two-phase commit in the key-value store of the default group:
+
+1. A rank that has failed often enough says *hello* with a nonce, and keeps trying.
+2. When all ranks are here, rank 0 *invites* them to a round, naming the nonces. A rank that finds its own nonce
+   *accepts*: it stops trying, and waits.
+3. The last to accept writes the round's outcome: eager. Until then, any rank may write the other one: off. The first to
+   write wins, and everybody obeys what is written.
+
+So a rank runs eagerly only after every rank has stopped trying, and tries again only if that round can no longer end in
+eager. Keys that a former life of the job has left behind do no harm: a nonce and the name of a round are never reused.
+
+The whole default group must take part even if the collectives are those of a subgroup: only ranks that issue the same
+collectives everywhere stay in step, and a graph does not tell which groups the code around it uses. A subgroup with a
+shorter time-out ends the wait sooner, with an error of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from compile_retry._failures import Location, in_words, is_fatal, qualified_name, release, root_cause
+from compile_retry._torch import distributed
+from compile_retry.events import log
+
+T = TypeVar("T")
+
+# A failure that passes should be ridden out, so this many tries fail before a rank is ready to give up.
+_TRIES = 3
+# Seconds between tries, and between looks at the store.
+_FIRST_PAUSE, _LONGEST_PAUSE, _POLL = 0.1, 5.0, 0.05
+
+_EAGER, _OFF = "eager", "off"
+_AWAY = "null"
+_INVITATION = "invitation"
+# So much of a message is put into an error.
+_LINE = 200
+
+
+class RanksDisagreeError(RuntimeError):
+    """A frame that moves data between ranks could not be compiled on this rank, and not all ranks can run it eagerly.
+
+    Running it eagerly here alone could hang the job or make its results wrong without an error.
+    """
+
+
+def settle_together(
+    frame: Location,
+    call: int,
+    collectives: tuple[str, ...],
+    try_again: Callable[[], T],
+    *,
+    heal: Callable[[], object],
+    spent: float = 0.0,
+    world: distributed.World | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], object] = time.sleep,
+) -> T | None:
+    """Try again in place until a frame compiles or all ranks have agreed to run it eagerly.
+
+    Call it after a failure, before anything of the frame has run. It begins no try after half the group's time-out.
+
+    Args:
+        frame: The frame's function, file and line.
+        call: Number of the decorated function's call. Only ranks that are in the same call can agree.
+        collectives: What moves data between ranks in this frame, for people.
+        try_again: Compiles the frame and returns the result, which is not None, or raises.
+        heal: Called before each try.
+        spent: Seconds that the failed first attempt took.
+        world: The process group; the default group unless a test brings its own.
+        clock: Monotonic, in seconds.
+        sleep: Waits for so many seconds.
+
+    Returns:
+        What `try_again` returned; None if all ranks run the frame eagerly from now on.
+
+    Raises:
+        RanksDisagreeError: Neither has happened in time.
+    """
+    world = distributed.world() if world is None else world
+    patience = world.timeout / 2
+    where, what = in_words(frame), ", ".join(collectives)
+    log.warning(
+        "%s moves data between ranks (%s) and could not be compiled on rank %d; trying again for up to %.4g s",
+        *(where, what, world.rank, patience),
+    )
+    meeting = _Meeting(world, frame, call)
+    meeting.open()
+    tries = _Tries(meeting, try_again, heal, clock, sleep)
+    try:
+        compiled = tries.make(patience, spent)
+    finally:
+        meeting.leave()
+    if meeting.agreed:  # even if there is code by now: the other ranks run eagerly already
+        log.error("%s could not be compiled on any rank; all ranks run it eagerly from now on", where)
+        return None
+    if compiled is not None:
+        log.warning("%s: compiled on rank %d after all", where, world.rank)
+        return compiled
+    raise RanksDisagreeError(
+        f"{where} could not be compiled on rank {world.rank} within {patience:.4g} s, half of the process group's "
+        f"time-out. It moves data between ranks ({what}), and not all {world.size} ranks have given up compiling it. "
+        "So it must not run eagerly here: eager and compiled code may issue different collectives. The last try failed "
+        f"with {tries.failure}.{meeting.trouble} Repair the compiler on this rank and restart from a checkpoint. "
+        "A larger `timeout` of `init_process_group` leaves more time for tries. To run without a compiler, set "
+        "TORCH_COMPILE_DISABLE=1 on every rank."
+    )
+
+
+class _Tries(Generic[T]):
+    """One rank's tries, and the pauses between them, in which it may be called to a meeting."""
+
+    def __init__(
+        self,
+        meeting: _Meeting,
+        try_again: Callable[[], T],
+        heal: Callable[[], object],
+        clock: Callable[[], float],
+        sleep: Callable[[float], object],
+    ) -> None:
+        self.failure = ""
+        self._meeting = meeting
+        self._try_again = try_again
+        self._heal = heal
+        self._clock = clock
+        self._sleep = sleep
+
+    def make(self, patience: float, spent: float) -> T | None:
+        """Try until one succeeds, the meeting agrees or time is up."""
+        deadline = self._clock() + patience - spent
+        tries, longest, pause = 0, 0.0, _FIRST_PAUSE
+        while True:
+            began = self._clock()
+            compiled = self._try()
+            if compiled is not None:
+                return compiled
+            now = self._clock()
+            tries, longest = tries + 1, max(longest, now - began)
+            pause_ends = now + pause
+            is_last = pause_ends + longest > deadline
+            if is_last or tries >= _TRIES:
+                self._meeting.attend()
+            self._wait(max(pause_ends, deadline) if is_last else pause_ends, deadline)
+            if self._meeting.agreed or self._clock() >= deadline:
+                self._meeting.call_off()
+                return None
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _try(self) -> T | None:
+        try:
+            self._heal()
+            return self._try_again()
+        except Exception as exc:
+            if is_fatal(exc):
+                raise
+            root = root_cause(exc)
+            self.failure = f"{qualified_name(root)}: {root}".removeprefix("builtins.").removesuffix(": ")[:_LINE]
+            release(exc)
+            return None
+
+    def _wait(self, pause_ends: float, deadline: float) -> None:
+        """Pause, or as long as this rank is bound to a round of the meeting, wait for its outcome."""
+        while True:
+            self._meeting.look()
+            end = max(pause_ends, deadline) if self._meeting.bound else pause_ends
+            left = end - self._clock()
+            if self._meeting.agreed or left <= 0:
+                return
+            self._sleep(min(left, _POLL))
+
+
+class _Meeting:
+    """The ranks that cannot compile one frame, as they see each other in the group's store.
+
+    Attributes:
+        bound: The round that this rank has accepted: until its outcome is known, the frame must not be compiled here.
+        agreed: The outcome is that all ranks run the frame eagerly.
+        trouble: A sentence about the store, if that has failed.
+    """
+
+    def __init__(self, world: distributed.World, frame: Location, call: int) -> None:
+        function, file, line = frame
+        # Directories may differ between hosts.
+        self._store = world.substore(f"compile_retry/{function}:{Path(file).name}:{line}/{call}")
+        self._world = world
+        self._nonce = uuid.uuid4().hex
+        self._present = False
+        self._invited: list[str] | None = None
+        self.bound = ""
+        self.agreed = False
+        self.trouble = ""
+
+    def open(self) -> None:
+        """Remove the hellos of a former life of the job. Ranks that are here say hello again."""
+        if self._world.rank == 0:
+            with self._surviving_the_store():
+                for rank in range(self._world.size):
+                    self._store.set(_hello(rank), _AWAY)
+
+    def attend(self) -> None:
+        """Say hello, again after each failed try: the counts of collectives may have changed."""
+        issued = self._world.issued()
+        if issued is None:  # nobody could tell whether ranks are at the same point of the program
+            self.trouble = " The group's backend does not count collectives, so ranks cannot agree."
+            return
+        with self._surviving_the_store():
+            self._present = True
+            self._store.set(_hello(self._world.rank), json.dumps([self._nonce, issued]))
+
+    def look(self) -> None:
+        """Take part in what goes on in the store."""
+        if not self._present:
+            return
+        with self._surviving_the_store():
+            leads = self._world.rank == 0
+            if leads and not self.bound:
+                self._invite()
+            if not self.bound:
+                self._accept()
+            if leads and self.bound and self._nonces() != self._invited:
+                self.call_off()  # somebody has left, or has left and come back
+            if self.bound and self._store.check([_outcome(self.bound)]):
+                self._obey(self._store.get(_outcome(self.bound)))
+
+    def call_off(self) -> None:
+        """Leave the round that this rank is bound to, unless its outcome is there already: then obey that."""
+        if self.bound:
+            with self._surviving_the_store():
+                self._obey(self._store.compare_set(_outcome(self.bound), "", _OFF))
+
+    def leave(self) -> None:
+        """Be here no more; to be called whatever has happened."""
+        if self._present:
+            self.call_off()
+            with self._surviving_the_store():
+                self._store.set(_hello(self._world.rank), _AWAY)
+
+    @contextmanager
+    def _surviving_the_store(self) -> Iterator[None]:
+        # Without a store there is no agreement, but a try may still succeed. Whoever is bound stays bound.
+        try:
+            yield
+        except RuntimeError as exc:
+            self.trouble = f" The group's store has failed: {exc}."
+
+    def _obey(self, outcome: bytes) -> None:
+        self.agreed = outcome.decode() == _EAGER
+        self.bound = ""
+
+    def _invite(self) -> None:
+        self._invited = self._nonces()
+        if self._invited is not None:
+            self._store.set(_INVITATION, json.dumps([uuid.uuid4().hex, self._invited]))
+
+    def _accept(self) -> None:
+        if not self._store.check([_INVITATION]):
+            return
+        invitation, nonces = json.loads(self._store.get(_INVITATION))
+        if nonces[self._world.rank] == self._nonce:
+            self.bound = invitation  # first: if the store fails now, the acceptance may have been counted all the same
+            if self._store.add(f"{invitation}/accepted", 1) == self._world.size:
+                self._store.compare_set(_outcome(invitation), "", _EAGER)
+
+    def _nonces(self) -> list[str] | None:
+        """Nonces of all ranks, if all are here and at the same point of the program."""
+        keys = [_hello(rank) for rank in range(self._world.size)]
+        if not self._store.check(keys):
+            return None
+        hellos = [json.loads(hello) for hello in self._store.multi_get(keys)]
+        if None in hellos or not _are_in_step([issued for _, issued in hellos]):
+            return None
+        return [nonce for nonce, _ in hellos]
+
+
+def _are_in_step(issued: list[dict[str, int]]) -> bool:
+    """Tell whether the members of each group have issued equally many collectives in it.
+
+    Where collectives do not block the host, a rank may be calls ahead of the others, and have run compiled code in
+    those. Then the same frame of the same function is not the same moment.
+    """
+    first: dict[str, int] = {}
+    return all(first.setdefault(group, count) == count for counts in issued for group, count in counts.items())
+
+
+def _hello(rank: int) -> str:
+    return f"hello/{rank}"
+
+
+def _outcome(invitation: str) -> str:
+    return f"{invitation}/outcome"

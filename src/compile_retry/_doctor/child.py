@@ -1,0 +1,287 @@
+"""What `compile_retry doctor` runs in a process of its own, where it may hang or crash: all that asks torch.
+
+Reports on standard output, one line of JSON when a step begins and one with what it found. Ends when standard input
+does, so that no compiler outlives a doctor that was killed; on the way out it removes the directories that it made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compile_retry._failures import qualified_name, root_cause
+
+Facts = dict[str, Any]
+
+# Includes what inductor's kernels include: slim images have a compiler, but neither Python's headers nor libgomp.
+_PROGRAM = """
+#include <Python.h>
+#include <omp.h>
+#include <cmath>
+#include <vector>
+extern "C" int compile_retry_doctor(int n) { std::vector<double> v(n, 42.0); return (int)std::lround(v.back()); }
+"""
+
+_MEGABYTE = 2**20
+
+
+def _versions() -> Facts:
+    from compile_retry._torch import (
+        first_import,  # noqa: F401  # survives a cache directory that cannot be made
+        inductor,
+    )
+
+    inductor.check_supported()
+    own = metadata.version("compile-retry")
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "compile_retry": own}
+
+
+def _cache_directory() -> Facts:
+    from compile_retry._torch.inductor import cache_directory
+
+    directory = cache_directory()
+    return {"path": directory, **_writable(directory)}
+
+
+def _temporary_directory() -> Facts:
+    directory = tempfile.gettempdir()
+    return {"path": directory, **_writable(directory)}
+
+
+def _writable(directory: str) -> Facts:
+    """Whether a megabyte can be written there, and how much more there is."""
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(directory).free
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"x" * _MEGABYTE)
+    except OSError as exc:
+        return {"error": _describe(exc)}
+    return {"free": free}
+
+
+def _compiler() -> Facts:
+    """Compile, link, load and run a few lines: a compiler that knows its version may lack all the rest."""
+    from compile_retry._torch.inductor import cxx_compiler
+
+    command = cxx_compiler()
+    said = _run(command, "--version")
+    facts = {"path": shutil.which(command) or command, "version": (said.stdout or said.stderr).partition("\n")[0]}
+    # There are other flags there, and OpenMP is in places of inductor's choice: the compile tells.
+    if sys.platform in ("win32", "darwin"):  # pragma: no cover  # of other systems
+        return facts
+    with _workspace(tempfile.gettempdir()) as directory:
+        source, library = Path(directory, "doctor.cpp"), Path(directory, "doctor.so")
+        source.write_text(_PROGRAM)
+        flags = ["-shared", "-fPIC", "-fopenmp", "-I", sysconfig.get_path("include"), "-o", str(library)]
+        done = _run(command, *flags, str(source))
+        if done.returncode:
+            return {**facts, "error": _complaint(done.stderr) or f"exit status {done.returncode}"}
+        if ctypes.CDLL(str(library)).compile_retry_doctor(3) != 42:
+            return {**facts, "error": "what it compiles gives wrong results"}
+    return facts
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    # It is the compiler that inductor would run.
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)  # noqa: S603
+
+
+def _vector_instructions() -> Facts:
+    """Where inductor finds fewer than there are, ask once more where no damaged file can answer."""
+    from compile_retry._torch import inductor
+
+    sets = inductor.instruction_sets()
+    facts = {"processor": sets.flags, "found": sets.usable}
+    if set(sets.flags) <= set(" ".join(sets.usable).split()):
+        return facts
+    with _workspace(tempfile.gettempdir()) as directory, inductor.caching_in(directory):
+        inductor.forget_failures()
+        facts["found elsewhere"] = inductor.instruction_sets().usable
+    inductor.forget_failures()
+    return facts
+
+
+def _compile() -> Facts:
+    """With a constant that was never seen before, in an empty directory: nothing can answer but the compiler."""
+    return _compile_afresh("cpu")
+
+
+def _cached_compile() -> Facts:
+    """Always the same graph, in the usual directory."""
+    return _compile_and_compare(0.5, "cpu")
+
+
+def _compile_afresh(device: str) -> Facts:
+    from compile_retry._torch import inductor
+
+    with _workspace(inductor.cache_directory()) as directory, inductor.caching_in(directory, headers=True):
+        return _compile_and_compare(random.SystemRandom().uniform(0.1, 2.0), device)
+
+
+def _compile_and_compare(scale: float, device: str) -> Facts:
+    from compile_retry._torch.inductor import count_compiles, forget_failures
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return ((scale * x).sin() * x.exp() + x).sum()
+
+    torch.compiler.reset()
+    forget_failures()
+    captured, hits = count_compiles()
+    begin = time.monotonic()
+    # With `fullgraph` a failure raises even under `suppress_errors`.
+    result = _loss_and_gradient(torch.compile(step, fullgraph=True), device)
+    seconds = time.monotonic() - begin
+    torch.testing.assert_close(result, _loss_and_gradient(step, device), rtol=1e-3, atol=1e-3)  # sums, in other orders
+    now_captured, now_hits = count_compiles()
+    return {"seconds": seconds, "compiled": now_captured > captured, "from cache": now_hits > hits}
+
+
+def _loss_and_gradient(step: Callable[[torch.Tensor], torch.Tensor], device: str) -> tuple[torch.Tensor, Any]:
+    x = torch.linspace(-1, 1, 1000, device=device, requires_grad=True)
+    loss = step(x)
+    loss.backward()
+    return loss.detach(), x.grad
+
+
+def _gpu() -> Facts:
+    """What torch finds, and a compile for it."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return {"device": None, "built for": torch.version.cuda or torch.version.hip}
+    return _of_gpu(accelerator)  # pragma: no cover  # not run on a GPU yet
+
+
+def _of_gpu(accelerator: torch.device) -> Facts:  # pragma: no cover  # not run on a GPU yet
+    facts: Facts = {"device": accelerator.type}
+    if accelerator.type in ("cuda", "xpu"):
+        facts |= {"name": torch.get_device_module(accelerator).get_device_name(), **_triton()}
+        if not facts["triton works"]:
+            return facts
+    try:
+        return {**facts, **_compile_afresh(accelerator.type)}
+    except Exception as exc:
+        return {**facts, "error": _describe(exc)}
+
+
+def _triton() -> Facts:  # pragma: no cover  # not run on a GPU yet
+    from compile_retry._torch.inductor import triton_works
+
+    try:
+        version = import_module("triton").__version__
+    except ImportError:
+        return {"triton": None, "triton works": False}
+    return {"triton": version, "triton works": triton_works()}
+
+
+def _elsewhere() -> Facts:
+    """The graph that is always the same, in a new directory; if need be without precompiled headers."""
+    with _workspace(tempfile.gettempdir()) as directory:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory
+        if "TRITON_CACHE_DIR" in os.environ:
+            os.environ["TRITON_CACHE_DIR"] = str(Path(directory, "triton"))
+        from compile_retry._torch import inductor
+
+        try:
+            return _compile_and_compare(0.5, "cpu")
+        except Exception:
+            headers = inductor.header_directory()
+            if headers is None:
+                raise
+            with inductor.caching_in(directory):
+                return {**_compile_and_compare(0.5, "cpu"), "without headers": headers}
+
+
+# By name of the check that they are for.
+_LOOK = {
+    "versions": _versions,
+    "cache directory": _cache_directory,
+    "temporary directory": _temporary_directory,
+    "C++ compiler": _compiler,
+    "vector instructions": _vector_instructions,
+}
+_STEPS: dict[str, dict[str, Callable[[], Facts]]] = {
+    "look": _LOOK,
+    "compile": {**_LOOK, "compile": _compile, "cached compile": _cached_compile, "GPU": _gpu},
+    "elsewhere": {"elsewhere": _elsewhere},
+}
+
+
+def _describe(exc: BaseException) -> str:
+    root = root_cause(exc)
+    text = str(root)
+    return f"{qualified_name(root).removeprefix('builtins.')}: {_complaint(text)}".removesuffix(": ")
+
+
+def _complaint(text: str) -> str:
+    """The line that says most: a compiler's first error, or else the first line."""
+    lines = [line.strip() for line in text.rpartition("Output:\n")[2].splitlines() if line.strip()]
+    return next((line for line in lines if "error:" in line), lines[0] if lines else "")[:300]
+
+
+@contextmanager
+def _workspace(parent: str) -> Iterator[str]:
+    """A directory that goes at the end, of whatever kind that is: the process's SIGTERM is an exception, too."""
+    with tempfile.TemporaryDirectory(prefix="compile_retry_doctor_", dir=parent, ignore_cleanup_errors=True) as name:
+        yield name
+
+
+def _leave_with_the_parent(parent: int) -> None:
+    """Wait for the other end of the pipe to be closed, by whatever way the parent has gone."""
+    os.read(parent, 1)
+    if sys.platform == "win32":
+        os._exit(1)
+    os.killpg(0, signal.SIGTERM)  # compilers remove their temporary files, and the main thread leaves its blocks
+    time.sleep(2)  # gives them the time to do so
+    os.killpg(0, signal.SIGKILL)  # pragma: no cover  # nothing is left to tell of it
+
+
+def _own_streams() -> tuple[int, int]:
+    """Keep standard input and output for ourselves: what is printed goes to standard error."""
+    own = os.dup(0), os.dup(1)
+    with Path(os.devnull).open() as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)
+    return own
+
+
+def main(mode: str) -> None:
+    """Take the steps of this mode, and tell what they found."""
+    parent, output = _own_streams()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    threading.Thread(target=_leave_with_the_parent, args=[parent], daemon=True).start()
+
+    def report(**line: object) -> None:
+        os.write(output, json.dumps(line).encode() + b"\n")
+
+    for name, take in _STEPS[mode].items():
+        report(step=name)
+        try:
+            facts = take()
+        except Exception as exc:
+            facts = {"error": _describe(exc)}
+        report(step=name, facts=facts)
+        if name == "versions" and "error" in facts:  # torch was not imported, or only by halves
+            return
+
+
+if __name__ == "__main__":  # pragma: no branch  # it is not imported
+    main(sys.argv[1])

@@ -1,0 +1,115 @@
+"""Runs the doctor's child process, and ends it with all that it has started: in time, or when the time is up."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+# What has been told to end has so long to remove its temporary files.
+_GRACE = 3.0
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a child has told.
+
+    Attributes:
+        facts: For each step that was finished what it found, by its name.
+        during: The step in which the child came to its end, None if it finished.
+        stopped: Why it did so before it had finished, in words.
+    """
+
+    facts: dict[str, dict[str, Any]]
+    during: str | None
+    stopped: str
+
+
+def ask(mode: Literal["look", "compile", "elsewhere"], seconds: float) -> Findings:
+    """Run the child in this mode, for so many seconds at most."""
+    parent, alive = os.pipe()  # closed when this process is gone, even if it is killed
+    try:
+        process = subprocess.Popen(  # noqa: S603  # it is this package's own module
+            [sys.executable, "-m", "compile_retry._doctor.child", mode],
+            stdin=parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # compilers and workers are in its process group
+        )
+        output, stopped = _outcome(process, seconds)
+    finally:
+        os.close(parent)
+        os.close(alive)
+    return _read(output, stopped)
+
+
+def _outcome(process: subprocess.Popen[bytes], seconds: float) -> tuple[bytes, str]:
+    try:
+        output, errors = process.communicate(timeout=max(seconds, 0.0))
+    except subprocess.TimeoutExpired:
+        return _end(process), "it took too long"
+    except BaseException:
+        _end(process)
+        raise
+    if process.returncode:
+        _signal(process, signal.SIGTERM)
+        return output, _how_it_died(process.returncode, errors)
+    return output, ""
+
+
+def _end(process: subprocess.Popen[bytes]) -> bytes:
+    """End the child and its whole group, and return what it had said. What cannot be killed is not waited for."""
+    output = b""
+    for number in (signal.SIGTERM, _KILL):
+        _signal(process, number)
+        if process.returncode is None:
+            try:
+                output, _ = process.communicate(timeout=_GRACE)
+            except subprocess.TimeoutExpired as exc:
+                output = exc.output or b""
+    return output
+
+
+if sys.platform == "win32":
+    _KILL = signal.SIGTERM
+
+    def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+        process.kill()
+
+else:
+    _KILL = signal.SIGKILL
+
+    def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+        with suppress(ProcessLookupError, PermissionError):  # macOS says the latter of processes that have ended
+            os.killpg(process.pid, number)
+
+
+def _how_it_died(status: int, errors: bytes) -> str:
+    lines = errors.decode(errors="replace").strip().splitlines()
+    if status < 0:
+        return f"the process died of signal {-status} ({signal.strsignal(-status)})"
+    return f"the process ended with status {status}" + (f": {lines[-1][:300]}" if lines else "")
+
+
+def _read(output: bytes, stopped: str) -> Findings:
+    facts: dict[str, dict[str, Any]] = {}
+    during = None
+    for line in _lines(output):
+        if "facts" in line:
+            facts[line["step"]] = line["facts"]
+            during = None
+        else:
+            during = line["step"]
+    return Findings(facts, during, stopped)
+
+
+def _lines(output: bytes) -> Iterator[dict[str, Any]]:
+    for line in output.splitlines():
+        with suppress(ValueError):  # cut short
+            yield json.loads(line)

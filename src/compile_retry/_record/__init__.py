@@ -1,0 +1,1 @@
+"""The history of each function: its events, and samples of its calls."""

@@ -1,0 +1,85 @@
+"""Says that an attempt is still running. One thread for all attempts, asleep, and only while there are any."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from compile_retry._locks import Lock
+
+# Seconds until it is said for the first time; then after twice that, and so on.
+FIRST = 60.0
+
+Say = Callable[[float], None]
+
+
+@dataclass(eq=False)
+class _Running:
+    say: Say
+    began: float = field(default_factory=time.monotonic)
+    next: float = 0.0
+
+
+class _Watch:
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._running: list[_Running] = []
+        self._thread: threading.Thread | None = None
+        self._wake = threading.Event()
+
+    def add(self, running: _Running) -> None:
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():  # in a fork the parent's is not there
+                self._running, self._wake = [], threading.Event()
+                thread = threading.Thread(target=self._run, name="compile_retry heartbeat", daemon=True)
+                thread.start()  # waits for the lock
+                self._thread = thread
+            self._running.append(running)
+            self._wake.set()
+
+    def remove(self, running: _Running) -> None:
+        with self._lock:
+            self._running = [other for other in self._running if other is not running]
+            self._wake.set()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._running:
+                    self._thread = None
+                    return
+                self._wake.clear()
+                now = time.monotonic()
+                due = [running for running in self._running if running.next <= now]
+                for running in due:
+                    running.next = now + now - running.began
+                wait = min(running.next for running in self._running) - now
+                wake = self._wake
+            for running in due:
+                running.say(now - running.began)
+            wake.wait(max(0.0, wait))
+
+
+_watch = _Watch()
+
+
+@contextmanager
+def heartbeat(say: Say) -> Iterator[None]:
+    """While the block runs, call this after a minute, two, four and so on, with the seconds that have passed.
+
+    It is called from another thread.
+    """
+    running = _Running(say)
+    running.next = running.began + FIRST
+    try:
+        _watch.add(running)
+    except RuntimeError:  # no more threads to be had: then nothing is said
+        yield
+        return
+    try:
+        yield
+    finally:
+        _watch.remove(running)
