@@ -45,7 +45,7 @@ class Net(torch.nn.Module):
 
 
 def why_not_compiled(fn: Any) -> list[str]:
-    """What `assert_compiled` says, in lines."""
+    """The message of `assert_compiled`, in lines."""
     with pytest.raises(AssertionError) as raised:
         assert_compiled(fn)
     return str(raised.value).splitlines()
@@ -159,7 +159,7 @@ def test_assert_compiled_takes_whatever_was_decorated() -> None:
 
 
 def test_assert_compiled_says_why_not() -> None:
-    """How the function stands, its books, the failure with its frame, the next attempt, and what happened."""
+    """It tells the state, the books, the failure with its frame, the next attempt, and what happened."""
     fn = compile_with_fallback(sine, backend=Compiler(first(2)), policy=EVERY_SECOND_CALL, name="step")
     for _ in range(3):
         fn(X)
@@ -238,7 +238,7 @@ def test_assert_max_attempts_of_one_function() -> None:
 
 
 def test_assert_max_attempts_before_there_is_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fails in torch.compile() is an attempt without a graph."""
+    """A failure in torch.compile() is an attempt without a graph."""
 
     def broken(*args: object, **kwargs: object) -> None:
         raise MemoryError
@@ -291,7 +291,7 @@ def test_assert_max_attempts_leaves_exceptions_alone() -> None:
 
 
 def test_assert_max_attempts_checks_its_arguments() -> None:
-    """What is wrong with the call is said before the block runs."""
+    """A wrong call is refused before the block runs."""
     with pytest.raises(ValueError, match="n must not be negative, not -1"):
         assert_max_attempts(-1)
     for n in (1.0, True):

@@ -159,7 +159,7 @@ def test_stop_before_delay() -> None:
 
 
 def test_the_retry_predicate_decides() -> None:
-    """What it refuses is permanent, whatever it is."""
+    """A failure that it refuses is permanent, of whatever kind it is."""
     policy = RetryPolicy(wait=None, wait_calls=1, retry=tenacity.retry_if_not_exception_type(OSError))
     fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: full_disk()), policy=policy)
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""What may be decorated and with what; failures of torch.compile() itself."""
+"""Callables and options that the decorator takes; failures of torch.compile() itself."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_wrong_arguments(options: dict[str, Any], error: type[Exception], messag
     ids=lambda options: " ".join([*options, *map(str, options.values())]).partition(" at 0x")[0],
 )
 def test_options_pass_through(options: dict[str, Any]) -> None:
-    """What torch.compile takes is taken, arrives unchanged, and is left alone; the function compiles with it."""
+    """All that torch.compile takes is taken, arrives unchanged, and is left alone; the function compiles with it."""
     seen: list[dict[str, Any]] = []
     real, given = torch.compile, {**options}
 
@@ -235,7 +235,7 @@ def test_torch_compile_is_patched_away() -> None:
 
 
 def test_an_unknown_torch() -> None:
-    """Where torch has changed under the library, functions run eagerly and the log says why."""
+    """If torch has changed under the library, functions run eagerly and the log says why."""
 
     def unknown(x: torch.Tensor) -> torch.Tensor:
         return x

@@ -255,7 +255,7 @@ def test_class_methods_inside_an_outer_compile() -> None:
 
 
 def test_an_outer_compile_that_breaks() -> None:
-    """Where the outer compile cannot trace the decorated function, that one still runs, once."""
+    """If the outer compile cannot trace the decorated function, that one still runs, once."""
     ran: list[int] = []
 
     def step(x: torch.Tensor) -> torch.Tensor:

@@ -98,7 +98,7 @@ def test_strict_from_the_environment(value: str, strict: bool) -> None:
 
 
 def test_one_line_per_transition(caplog: pytest.LogCaptureFixture) -> None:
-    """What failed, what runs instead, when the next attempt is due; then the recovery; nothing for calls between."""
+    """A line tells what failed, what runs instead, and when the next attempt is due; another one the recovery."""
     policy = RetryPolicy(wait=None, wait_calls=10, stop=tenacity.stop_after_attempt(3))
     fn = compile_with_fallback(sine, backend=Compiler(first(2)), policy=policy, name="train_step")
     with caplog.at_level(logging.DEBUG, logger="compile_retry"):
