@@ -45,7 +45,7 @@ def _ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# How coverage tells a process that starts to measure itself.
+# With these, coverage tells a process that starts to measure itself.
 _MEASURED = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_PROCESS")}
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the integrations share: an episode to be told of, and a process where nothing is set up."""
+"""Helpers for tests of the integrations: an episode to be told of, and a process where nothing is set up."""
 
 from __future__ import annotations
 

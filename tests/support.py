@@ -1,4 +1,4 @@
-"""What several test modules share: a compiler that fails when told to, and a training step with its eager twin."""
+"""Helpers for many test modules: a compiler that fails when told to, and a training step with its eager twin."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def moments() -> Iterator[Moment]:
 
 
 def process_state() -> list[Any]:
-    """What a call must not change in the process. Not in it is torch's generator: a training step may draw."""
+    """Process-wide state that a call must not change. Without torch's generator: a training step may draw."""
     return [
         dict(torch._dynamo.config.get_config_copy()),
         dict(torch._functorch.config.get_config_copy()),

@@ -23,7 +23,7 @@ TIMEOUT = 240
 
 @functools.cache
 def can_mount() -> bool:
-    """Whether a tmpfs can be made here: needs root, and not in every container is root enough."""
+    """Try to make a tmpfs: that needs root, and not in every container is root enough."""
     place = tempfile.mkdtemp()
     try:
         mount = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], capture_output=True, check=False)
@@ -94,7 +94,7 @@ def _run(place: Place, environment: dict[str, str], *arguments: str) -> dict[str
 
 @functools.cache
 def _healthy() -> tuple[Path, list[str]]:
-    """What a healthy process finds: its answers to the probes, which are kept in the cache, and what they say."""
+    """Probe the compiler in a healthy process. Returns its cache directory, and the instruction sets that it found."""
     root = Path(tempfile.mkdtemp(prefix="healthy_"))
     (root / "tmp").mkdir()
     answer = _run(Place(root), {}, "instruction sets")

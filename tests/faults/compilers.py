@@ -56,5 +56,5 @@ class Script:
         self._mode.write_text(f"{mode}\n")
 
     def invocations(self) -> int:
-        """How often the compiler was asked since it was told to fail."""
+        """Count how often the compiler was asked since it was told to fail."""
         return len(self._count.read_text())

@@ -20,7 +20,7 @@ POSITIONS = ("first call", "recompile", "second graph", "backward")
 
 @dataclass
 class Place:
-    """Where one run keeps its files, and what the faults need to remember until they end."""
+    """The files of one run, and what its faults need to remember until they end."""
 
     root: Path
     limits: dict[int, tuple[int, int]] = field(default_factory=dict)

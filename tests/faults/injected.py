@@ -110,7 +110,7 @@ def _faulty(position: str, exc: Exception, backend: Backend) -> AbstractContextM
 
 
 def run(name: str, position: str) -> str:
-    """What became of one step whose compiler raised this there; raises AssertionError where it went wrong."""
+    """Run a step whose compiler raises this there. Returns the outcome; a wrong one is an AssertionError."""
     torch._dynamo.reset()
     exc, backend = ALL[name](), Backend()
     weight = torch.ones(3, requires_grad=True)

@@ -65,7 +65,7 @@ def assert_nothing_is_left(place: Path) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether the process runs: one that was killed and not yet waited for by its new parent does not."""
+    """True if the process runs. One that was killed and not yet waited for by its new parent does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -93,7 +93,7 @@ def test_a_healthy_machine(place: Path) -> None:
 
 @pytest.mark.usefixtures("scalar")
 def test_a_poisoned_cache(place: Path) -> None:
-    """Where the cache answers it says so; once a kernel there is cut short, it names the directory to delete."""
+    """It says that the cache answers; once a kernel there is cut short, it names the directory to delete."""
     examine(status=1)  # a processor has vector instructions, and none are found
     checks = examine(status=1)
     assert "compiled in" in checks["compile"]["detail"]
@@ -124,7 +124,7 @@ def test_no_compiler(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("scalar", "measured")
 def test_a_compiler_that_fails(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it fails in a new cache directory as well, the usual one is not suspected."""
+    """If it fails in a new cache directory as well, the usual one is not suspected."""
     install_compiler(place, FAILS, monkeypatch)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(place / "triton"))
     checks = examine(status=1)

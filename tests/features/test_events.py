@@ -243,7 +243,7 @@ def test_one_thread_watches_all_attempts(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_no_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no thread can be started the attempt is made all the same, in silence."""
+    """If no thread can be started, the attempt is made all the same, in silence."""
 
     def start(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

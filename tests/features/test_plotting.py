@@ -103,7 +103,7 @@ def test_giving_up() -> None:
 
 
 def test_mixed_calls() -> None:
-    """What is compiled in part has its own series."""
+    """Calls that are compiled in part have their own series."""
 
     def step(x: torch.Tensor) -> torch.Tensor:
         y = x.sin()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tenacity import RetryCallState
 
 from compile_retry import CompileState, NextRetry, RetryPolicy, compile_with_fallback
+from compile_retry._schedule.breaker import Breaker
 from compile_retry.testing import FakeClock
 from support import Compiler, full_disk
 
@@ -158,7 +159,7 @@ def test_stop_before_delay() -> None:
 
 
 def test_the_retry_predicate_decides() -> None:
-    """What it refuses is permanent, whatever it is."""
+    """A failure that it refuses is permanent, of whatever kind it is."""
     policy = RetryPolicy(wait=None, wait_calls=1, retry=tenacity.retry_if_not_exception_type(OSError))
     fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: full_disk()), policy=policy)
     for _ in range(4):
@@ -203,8 +204,6 @@ def test_next_retry_in_words() -> None:
 )
 def test_the_schedule_is_the_model(waits: list[float], calls: int, fails: int) -> None:
     """Attempts happen exactly where a reference model of the schedule puts them."""
-    from compile_retry._schedule.breaker import Breaker
-
     policy = RetryPolicy(wait=None, wait_calls=lambda s: waits[min(s.attempt_number, len(waits)) - 1])
     breaker, made, left = Breaker(policy), [], fails
     for call in range(1, calls + 1):

@@ -43,7 +43,7 @@ X = torch.ones(4, 8, requires_grad=True)
 
 
 def seen(fn: Callable[..., object], *args: object) -> list[tuple[str, ...]]:
-    """What is found in each graph that Dynamo captures."""
+    """Names of the collectives that are found in each graph that Dynamo captures."""
     found = []
 
     def backend(graph_module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -130,7 +130,7 @@ def test_groups_of_one_rank(four_ranks: dist.ProcessGroup) -> None:
 
 
 def test_dtensor(four_ranks: dist.ProcessGroup) -> None:
-    """What a DTensor will send to other ranks is decided below Dynamo, so every graph with one counts."""
+    """Dynamo does not know what a DTensor will send to other ranks, so every graph with one counts."""
     mesh, alone = (
         init_device_mesh("cpu", (4,)),
         init_device_mesh("cpu", (4, 1), mesh_dim_names=("data", "model"))["model"],

@@ -73,8 +73,15 @@ def assert_same(ours: list[float], theirs: list[float]) -> None:
 STEPS = [(whole_step, False), (broken_step, False), (forward_only, True)]
 
 
-@pytest.mark.parametrize(("body", "optimize"), STEPS, ids=["whole", "broken", "forward"])
-@pytest.mark.parametrize("which", range(1, 7))
+# The attempts that each of them makes.
+ATTEMPTS = [
+    *(pytest.param(whole_step, False, which, id=f"whole-{which}") for which in range(1, 5)),
+    *(pytest.param(broken_step, False, which, id=f"broken-{which}") for which in range(1, 8)),
+    *(pytest.param(forward_only, True, which, id=f"forward-{which}") for which in range(1, 3)),
+]
+
+
+@pytest.mark.parametrize(("body", "optimize", "which"), ATTEMPTS)
 @pytest.mark.parametrize("policy", [EVERY_CALL, SECOND_CALL], ids=["next call", "second call"])
 def test_any_one_attempt_fails(body: Callable[..., Any], optimize: bool, which: int, policy: RetryPolicy) -> None:
     """Whichever attempt of a step fails, the run equals its eager twin's and ends up compiled."""
@@ -91,7 +98,7 @@ def test_any_one_attempt_fails(body: Callable[..., Any], optimize: bool, which: 
     assert_same(run(step, ours, 7, optimize=optimize), run(body, twin, 7, optimize=optimize))
     assert_twins(ours, twin)
     assert step.state is CompileState.COMPILED
-    assert step.stats.failures == step.stats.recoveries == (1 if asked >= which else 0)
+    assert step.stats.failures == step.stats.recoveries == 1
     assert step.stats.calls == 7
 
 
@@ -110,8 +117,8 @@ def test_attempts_fail_often(body: Callable[..., Any], optimize: bool, dynamic: 
     twin = ours.twin()
     step = compile_with_fallback(body, backend=Compiler(fails), policy=EVERY_CALL, dynamic=dynamic)
     batches = (5, 5, 3, 4)
-    losses = run(step, ours, 16, optimize=optimize, batches=batches)
-    assert_same(losses, run(body, twin, 16, optimize=optimize, batches=batches))
+    losses = run(step, ours, 8, optimize=optimize, batches=batches)
+    assert_same(losses, run(body, twin, 8, optimize=optimize, batches=batches))
     assert_twins(ours, twin)
 
 

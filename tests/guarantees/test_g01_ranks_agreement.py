@@ -105,7 +105,7 @@ class SimulatedWorld(World):
 
 @dataclass
 class Rank:
-    """How one rank fares: it comes to the frame, its tries fail so many times, and each takes a while."""
+    """One rank: it comes to the frame, its tries fail so many times, and each takes a while."""
 
     failures: float
     comes: float = 0.0
@@ -115,7 +115,7 @@ class Rank:
     invocations: int = 1
     store_fails: Callable[[], bool] = lambda: False
     error: Callable[[], BaseException] = lambda: MemoryError("out of memory")
-    # What came of it.
+    # The outcome.
     tries: int = 0
     healed: int = 0
     ended: float = 0.0

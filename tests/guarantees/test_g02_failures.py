@@ -1,4 +1,4 @@
-"""Which failures are worth another attempt: the table of what fails in the wild, class by class."""
+"""G2: the kinds of failures. A table of what fails in the wild, class by class, and is worth another attempt or not."""
 
 from __future__ import annotations
 

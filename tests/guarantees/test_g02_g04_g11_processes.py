@@ -40,7 +40,7 @@ def sine(x: torch.Tensor) -> torch.Tensor:
 
 
 def in_child(work: Callable[[], Any], seconds: int = HANGS) -> Any:
-    """What `work` returns in a forked child, which is killed if it takes longer than that."""
+    """Return the result of `work` in a forked child, which is killed if it takes longer than that."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:

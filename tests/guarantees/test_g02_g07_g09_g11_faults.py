@@ -40,14 +40,25 @@ def test_real_fault(fault: str, position: str, policy: str) -> None:
     assert {cause["kind"] for cause in answer["causes"]} == {"transient"}
 
 
-@pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("name", injected.ALL)
+OUTCOMES = {
+    **dict.fromkeys(injected.TRANSIENT, "recovers"),
+    **dict.fromkeys(injected.PERMANENT, "gives up, as documented"),
+    **dict.fromkeys(injected.FATAL, "surfaces"),
+}
+ONE_OF_EACH_KIND = ["torch.OutOfMemoryError", "OutOfResources", "AcceleratorError"]
+every_position = pytest.mark.parametrize("position", POSITIONS)
+
+
+@every_position
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 def test_injected_fault(name: str, position: str) -> None:
     """By its kind: held off and recovered, given up for this graph, or surfaced where eager could not run either."""
-    kinds = (
-        (injected.TRANSIENT, "recovers"),
-        (injected.PERMANENT, "gives up, as documented"),
-        (injected.FATAL, "surfaces"),
-    )
-    (expected,) = (outcome for names, outcome in kinds if name in names)
-    assert injected.run(name, position) == expected
+    assert injected.run(name, position) == OUTCOMES[name]
+
+
+@pytest.mark.long
+@every_position
+@pytest.mark.parametrize("name", [name for name in OUTCOMES if name not in ONE_OF_EACH_KIND])
+def test_every_injected_fault(name: str, position: str) -> None:
+    """The same for all others."""
+    assert injected.run(name, position) == OUTCOMES[name]

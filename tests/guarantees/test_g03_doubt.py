@@ -30,7 +30,7 @@ def largest(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("function", [softmax, largest])
-@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("inductor", marks=pytest.mark.long), "aot_eager"])
 def test_an_index_that_only_the_backend_notices(function: Callable[..., torch.Tensor], backend: str) -> None:
     """It is raised as the program's, nothing is counted or held off, and the next good call is compiled."""
     fn = compile_with_fallback(function, backend=backend, policy=RetryPolicy(wait=3600))

@@ -195,7 +195,7 @@ def test_graph_break_under_fullgraph() -> None:
 
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_errors_of_the_compiled_code_itself(fullgraph: bool) -> None:
-    """What compiled code raises while it runs is the program's: not a compile failure, never a reason to run again."""
+    """An error that compiled code raises while it runs is the program's: no compile failure, no reason to run again."""
     ran = 0
 
     def backend(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:

@@ -359,7 +359,7 @@ def during_which_another_thread_acts(action: str, moment: int) -> tuple[Compiled
 
 @pytest.mark.parametrize("action", ["retry_now", "reset"])
 def test_a_strategy_during_which_another_thread_acts(action: str) -> None:
-    """What it says of the episode that is over is not used: it is asked again."""
+    """Its answer for an episode that is over is not used: it is asked again."""
     asked: list[int] = []
 
     def wait(retry_state: tenacity.RetryCallState) -> float:

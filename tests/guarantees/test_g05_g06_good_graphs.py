@@ -24,7 +24,7 @@ def two_graphs(x: torch.Tensor) -> torch.Tensor:
     return y.cos()
 
 
-@pytest.mark.parametrize("retries", [0, 15, 300])
+@pytest.mark.parametrize("retries", [0, 15, pytest.param(300, marks=pytest.mark.long)])
 def test_the_compiled_shape_stays_compiled(retries: int) -> None:
     """Through any number of failed retries of another shape; and the next retry can still succeed."""
     compiler = Compiler(rows(4))

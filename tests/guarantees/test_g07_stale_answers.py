@@ -105,7 +105,7 @@ def test_an_unusable_cache_directory(cache: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.long
 def test_an_unusable_directory_that_nobody_has_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the environment names none, it does not name another one afterwards. (Torch itself puts its default in.)"""
+    """If the environment names none, it does not name another one afterwards. (Torch itself puts its default in.)"""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     Path(default_cache_dir()).touch()
     fn = compile_with_fallback(waves, policy=EVERY_CALL)
@@ -141,15 +141,21 @@ assert fn.state is CompileState.COMPILED, fn.last_failure
 
 @pytest.mark.usefixtures("measured")
 def test_dynamo_cannot_be_imported_for_want_of_room(tmp_path: Path) -> None:
-    """Where no directory at all can be made nothing is imported by halves; it recovers when there is room."""
+    """If no directory at all can be made, nothing is imported by halves; it recovers when there is room.
+
+    Nor can options be checked then. That is left to the first attempt.
+    """
     code = """
 import pathlib, sys, tempfile, torch
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback
 tempfile.tempdir = sys.argv[1]
 policy = RetryPolicy(wait=None, wait_calls=1)
 fn = compile_with_fallback(torch.sin, backend=lambda graph, inputs: graph.forward, policy=policy)
-assert torch.equal(fn(torch.ones(3)), torch.ones(3).sin())
-assert fn.state is CompileState.FALLBACK and "torch._dynamo" not in sys.modules
+with_options = compile_with_fallback(torch.sin, mode="default", policy=policy)
+for function in fn, with_options:
+    assert torch.equal(function(torch.ones(3)), torch.ones(3).sin())
+    assert (function.state, function.last_failure.stage) == (CompileState.FALLBACK, "torch.compile")
+assert "torch._dynamo" not in sys.modules
 pathlib.Path(sys.argv[1]).mkdir()
 fn(torch.ones(3))
 assert fn.state is CompileState.COMPILED, fn.last_failure
@@ -200,7 +206,7 @@ def test_a_probe_that_failed_without_a_word(cache: Path, monkeypatch: pytest.Mon
 @pytest.mark.long
 @needs_vectors
 def test_a_processor_without_vector_instructions(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a compiler really cannot do is asked three times and no more, and blamed on nobody."""
+    """A compiler is asked three times, and no more, for instructions that it does not have, and nobody is blamed."""
     asked: list[None] = []
 
     @functools.cache
@@ -261,7 +267,7 @@ def test_tuned_timings_are_looked_up_anew() -> None:
     ],
 )
 def test_what_suggests_a_damaged_cache(exc: Exception, attempt: int, damaged: bool) -> None:
-    """What reads like a file cut short, or a directory that is none; a compiler's complaint, every other time."""
+    """Messages as of a file cut short, or of a directory that is none; a compiler's complaint, every other time."""
     assert suggests_damaged_cache(exc, attempt) is damaged
 
 

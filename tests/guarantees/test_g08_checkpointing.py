@@ -360,6 +360,7 @@ def test_checkpoint_sequential() -> None:
     assert compiler.asked == 6
 
 
+@pytest.mark.long
 def test_a_retained_graph() -> None:
     """`backward(retain_graph=True)` works on compiled code though its backward was compiled ahead."""
     fn = compile_with_fallback(lambda x: torch.tanh(x.sin() * x).exp())

@@ -6,7 +6,6 @@ import gc
 import pickle
 import subprocess
 import sys
-import threading
 import weakref
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch._inductor.config
 
 from compile_retry import CompileFailure, CompileState, RetryPolicy, compile_with_fallback
 from compile_retry.testing import fail_compiles
-from support import Compiler, first, full_disk, no_log_records, process_state
+from support import Compiler, first, full_disk, process_state
 
 EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
 
@@ -102,7 +101,7 @@ def test_wrappers_of_a_function_that_stays(fails: int) -> None:
 
     make()
     before = graphs()
-    for _ in range(20):
+    for _ in range(6):
         make()
     assert graphs() <= before
 
@@ -136,22 +135,6 @@ def test_held_off_calls_keep_nothing() -> None:
         fn(x)
     gc.collect()
     assert len(gc.get_objects()) - before < 50
-
-
-def test_failed_retries_keep_nothing() -> None:
-    """A hundred failed retries leave next to nothing behind; what torch itself keeps is not ours to drop."""
-    fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: full_disk()), policy=EVERY_CALL)
-    x = torch.ones(3)
-    with no_log_records():
-        for _ in range(100):  # until our history of events and torch's metrics, 64 of each, are as long as they get
-            fn(x)
-        gc.collect()
-        threads, before = threading.active_count(), len(gc.get_objects())
-        for _ in range(100):
-            fn(x)
-        gc.collect()
-        assert threading.active_count() == threads
-        assert (len(gc.get_objects()) - before) / 100 < 20
 
 
 def test_import_is_light() -> None:

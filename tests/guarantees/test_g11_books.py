@@ -209,7 +209,7 @@ def test_a_backend_that_skips_frames() -> None:
 
 
 def test_nested_calls_are_part_of_their_callers_graph() -> None:
-    """What Dynamo traces into is not a call; what runs on its own is."""
+    """A function that Dynamo traces into makes no call; one that runs on its own does."""
     inner = compile_with_fallback(sine, backend=Compiler(), name="inner")
     outer = compile_with_fallback(lambda x: inner(x) + 1, backend=Compiler(), name="outer")
     for _ in range(3):
@@ -239,7 +239,7 @@ def test_recursion() -> None:
 
 
 def test_a_call_within_a_call() -> None:
-    """What it runs its caller has run too; and what its caller does after it goes by the caller's number."""
+    """Its caller has run what it runs; and what its caller does after it goes by the caller's number."""
 
     def step(x: torch.Tensor, depth: int) -> torch.Tensor:
         x = x + 1
@@ -328,7 +328,7 @@ def test_eight_threads_four_shapes() -> None:
 
 
 def test_two_threads_compile_the_same_frame() -> None:
-    """Where one of them fails, the other one's code is there for both; nothing is left to wait for."""
+    """If one of them fails, the other one's code is there for both; nothing is left to wait for."""
     second = threading.Thread(target=lambda: fn(X))
     asked: list[int] = []
 

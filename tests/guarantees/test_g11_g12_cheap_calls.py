@@ -29,7 +29,7 @@ def sine(x: torch.Tensor) -> torch.Tensor:
 
 
 def gone_through(fn: CompiledFunction[..., Any], calls: int = 200) -> int:
-    """How many of the library's Python functions most of so many calls go through."""
+    """Count the library's Python functions that most of so many calls go through."""
     seen: list[int] = []
 
     def note(frame: FrameType, event: str, arg: object) -> None:
@@ -113,7 +113,7 @@ def test_after_a_recovery() -> None:
 
 
 def test_no_more_functions_than_without_the_library() -> None:
-    """What a compiled call goes through of Python functions, torch's own included, stock torch goes through as well."""
+    """A compiled call goes through no more Python functions, torch's own included, than under stock torch."""
     fn, stock = compile_with_fallback(sine, backend="eager"), torch.compile(sine, backend="eager")
     counts = []
     for call in (fn, stock):

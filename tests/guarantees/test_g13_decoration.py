@@ -1,9 +1,8 @@
-"""What may be decorated and with what; failures of torch.compile() itself."""
+"""Callables and options that the decorator takes; failures of torch.compile() itself."""
 
 from __future__ import annotations
 
 import functools
-import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -125,7 +124,7 @@ def test_wrong_arguments(options: dict[str, Any], error: type[Exception], messag
     ids=lambda options: " ".join([*options, *map(str, options.values())]).partition(" at 0x")[0],
 )
 def test_options_pass_through(options: dict[str, Any]) -> None:
-    """What torch.compile takes is taken, arrives unchanged, and is left alone; the function compiles with it."""
+    """All that torch.compile takes is taken, arrives unchanged, and is left alone; the function compiles with it."""
     seen: list[dict[str, Any]] = []
     real, given = torch.compile, {**options}
 
@@ -236,7 +235,7 @@ def test_torch_compile_is_patched_away() -> None:
 
 
 def test_an_unknown_torch() -> None:
-    """Where torch has changed under the library, functions run eagerly and the log says why."""
+    """If torch has changed under the library, functions run eagerly and the log says why."""
 
     def unknown(x: torch.Tensor) -> torch.Tensor:
         return x
@@ -287,27 +286,6 @@ def test_ahead_of_time_inductor() -> None:
         patch.setattr(torch, "compile", lambda fn, **options: fn)
         compile_with_fallback(sine, options={"use_aoti": True, "max_autotune": False})(X)
     assert [arguments[:2] for arguments in made] == [(None, {"max_autotune": False})] * 2
-
-
-def test_options_cannot_be_checked_without_a_cache_directory() -> None:
-    """Then the check is left to the first attempt, which may be retried."""
-
-    class NoCacheDirectory:
-        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-            if name == "compile_retry._torch.frames":
-                raise OSError(30, "Read-only file system")
-
-    name = "compile_retry._torch.frames"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delitem(sys.modules, name, raising=False)
-        patch.delattr(sys.modules["compile_retry._torch"], "frames", raising=False)
-        patch.setattr(sys, "meta_path", [NoCacheDirectory(), *sys.meta_path])
-        fn = compile_with_fallback(sine, mode="default", policy=SECOND_CALL)
-        torch.testing.assert_close(fn(X), X.sin())
-        assert fn.last_failure is not None
-        assert (fn.last_failure.stage, fn.last_failure.message) == ("torch.compile", "[Errno 30] Read-only file system")
-    fn(X), fn(X)
-    assert fn.state is CompileState.COMPILED
 
 
 def test_two_threads_call_a_new_function() -> None:

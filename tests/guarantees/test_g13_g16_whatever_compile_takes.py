@@ -298,7 +298,7 @@ def test_compiled_in_compiled(case: str) -> None:
 
 
 def test_a_decorated_forward_books_its_own_calls() -> None:
-    """Where both a module and its forward are compiled, the forward runs compiled and the module has nothing to do."""
+    """If both a module and its forward are compiled, the forward runs compiled and the module has nothing to do."""
     net = Ours().module(in_class(Ours(), Compiler(first(1)))(), Compiler())
     for _ in range(3):
         net(X)

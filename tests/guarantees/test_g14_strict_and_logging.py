@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import tenacity
 import torch
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback, set_strict
+from compile_retry._strict import is_strict
 from compile_retry.events import Event, register_hook
 from compile_retry.testing import fail_compiles, record_events
 from support import Compiler, first, full_disk
@@ -84,9 +86,7 @@ def test_set_strict_as_a_function() -> None:
 @pytest.mark.parametrize(("value", "strict"), [("1", True), ("0", False), ("", False)])
 def test_strict_from_the_environment(value: str, strict: bool) -> None:
     """COMPILE_RETRY_STRICT=1 switches it on from the start."""
-    code = "from compile_retry._strict import is_strict; print(is_strict())"
-    import os
-
+    code = f"from {is_strict.__module__} import is_strict; print(is_strict())"
     out = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "COMPILE_RETRY_STRICT": value},
@@ -98,7 +98,7 @@ def test_strict_from_the_environment(value: str, strict: bool) -> None:
 
 
 def test_one_line_per_transition(caplog: pytest.LogCaptureFixture) -> None:
-    """What failed, what runs instead, when the next attempt is due; then the recovery; nothing for calls between."""
+    """A line tells what failed, what runs instead, and when the next attempt is due; another one the recovery."""
     policy = RetryPolicy(wait=None, wait_calls=10, stop=tenacity.stop_after_attempt(3))
     fn = compile_with_fallback(sine, backend=Compiler(first(2)), policy=policy, name="train_step")
     with caplog.at_level(logging.DEBUG, logger="compile_retry"):

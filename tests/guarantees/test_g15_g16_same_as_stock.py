@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -17,8 +16,6 @@ from support import no_log_records
 
 # Prototype features warn, and as an error a warning would be one more exception of the program's.
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-every_program = pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
 
 
 @pytest.fixture(autouse=True)
@@ -88,9 +85,10 @@ class Baselines(NamedTuple):
         return 0 if call is not None and isinstance(self.eager.seen[call].result, Raised) else 1
 
 
-@functools.cache
-def baselines(program: Program) -> Baselines:
-    return Baselines(eagerly(program), stock(program))
+def parameter(program: Program) -> pytest.ParameterSet:
+    """The parameter of a test; programs for inductor take long."""
+    marks = [pytest.mark.long] if program.backend == "inductor" else []
+    return pytest.param(program, id=program.name, marks=marks)
 
 
 def first_round(run: Run) -> list[Work]:
@@ -108,37 +106,40 @@ def attempts_to_fail(known: Baselines) -> list[int]:
     return sorted({1, 2, made} & set(range(1, made + 1)))
 
 
-@every_program
-def test_stock_is_eager(program: Program) -> None:
-    """Stock torch.compile does what eager does, or the program says why it does not."""
-    found = baselines(program).differences()
-    assert bool(found) == bool(program.differs), found
-
-
-@every_program
-def test_healthy(program: Program) -> None:
+def wrong_while_healthy(program: Program, known: Baselines) -> list[str]:
     """A healthy program compiles, breaks and runs as many graphs as under stock torch.compile, and does the same."""
-    known = baselines(program)
     run = ours(program)
     problems = known.wrong(run)
     if not program.given_up:
         problems += known.other_work(run)
     elif not any(ours.ran > stock.ran for ours, stock in zip(run.work, known.stock.work, strict=True)):
         problems.append("no call runs more graphs than under stock")
-    assert not problems, "\n".join(problems)
+    return problems
 
 
-@every_program
-def test_failing(program: Program) -> None:
+def wrong_after_a_failure(program: Program, known: Baselines, attempt: int) -> list[str]:
     """A failed attempt changes no outcome, and the last of three rounds runs the graphs that stock runs."""
-    known = baselines(program)
-    problems = []
+    run = ours(program, failing=attempt)
+    problems = known.wrong(run)
+    if any(known.raised_by_stock(call) for call in range(len(run.work))):  # that is permanent, and given up
+        return problems
+    problems += known.not_recovered(run, program)
+    if run.failures != known.failures(run, attempt):
+        problems.append(f"{run.failures} failures are booked, last {run.last_failure}")
+    return problems
+
+
+@pytest.mark.parametrize("program", [parameter(program) for program in PROGRAMS])
+def test_program(program: Program, subtests: pytest.Subtests) -> None:
+    """A program does under the library what it does under stock torch.compile, and if a compile fails, in eager."""
+    known = Baselines(eagerly(program), stock(program))
+    with subtests.test("stock is eager, or the program says why it is not"):
+        found = known.differences()
+        assert bool(found) == bool(program.differs), found
+    with subtests.test("healthy"):
+        problems = wrong_while_healthy(program, known)
+        assert not problems, "\n".join(problems)
     for attempt in attempts_to_fail(known):
-        run = ours(program, failing=attempt)
-        found = known.wrong(run)
-        if not any(known.raised_by_stock(call) for call in range(len(run.work))):  # that is permanent, and given up
-            found += known.not_recovered(run, program)
-            if run.failures != known.failures(run, attempt):
-                found.append(f"{run.failures} failures are booked, last {run.last_failure}")
-        problems += [f"attempt {attempt}: {text}" for text in found]
-    assert not problems, "\n".join(problems)
+        with subtests.test("failing", attempt=attempt):
+            problems = wrong_after_a_failure(program, known, attempt)
+            assert not problems, "\n".join(problems)

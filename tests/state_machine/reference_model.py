@@ -1,4 +1,4 @@
-"""What the design promises of attempts, hold-offs, states and books, as plain arithmetic on plain sets.
+"""The design's promises of attempts, hold-offs, states and books, as plain arithmetic on plain sets.
 
 Written from the design and not from the source, so that test_state_machine.py can hold one against the other.
 """
@@ -31,12 +31,12 @@ CLEAN_CALLS = 64
 MOST_LOOKS = 8
 
 # So many failures in a row that are not worth another attempt cost nothing; after that, the policy's share is theirs.
-FREE_REFUSALS = 4
+FREE_REFUSALS = 8
 
 
 @dataclass(frozen=True)
 class Config:
-    """What one call of the step differs in from another."""
+    """The ways in which one call of the step differs from another."""
 
     rows: int = 3
     grad: bool = True
@@ -161,7 +161,7 @@ class Call:
 
 
 class Model:
-    """What one decorated function must have done so far, and what it may do next."""
+    """The state of one decorated function: what it must have done so far, and what it may do next."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -180,7 +180,7 @@ class Model:
         self.call = Call(Config())
         self.complaints: list[str] = []
 
-    # What the function says of itself
+    # Its state
 
     @property
     def state(self) -> CompileState:
@@ -222,11 +222,11 @@ class Model:
 
     @property
     def waits_out_of_reach(self) -> bool:
-        """Whether the rest of a function waits, of which the first part has been given up since."""
+        """True if the rest of a function waits, and its first part has been given up since."""
         firsts = {key: (REST_OF[graph], *key[1:]) for key in self.waiting if (graph := str(key[0])) in REST_OF}
         return any(first not in self.code and self.is_given_up(first) for first in firsts.values())
 
-    # What happens to it
+    # Calls and attempts
 
     def begin(self, config: Config, *, in_backward: bool = False) -> None:
         """A call begins."""
@@ -361,7 +361,7 @@ class Model:
             self.episode = None
             self.recoveries += self.progress or (clean and compiled)
 
-    # What users do to it
+    # Interventions of users
 
     def retry_now(self) -> None:
         self.given_up = set()

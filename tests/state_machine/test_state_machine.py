@@ -170,7 +170,7 @@ class TrainingMachine(RuleBasedStateMachine):
     def a_checkpointed_step(self, which: int, config: Config, meanwhile: str) -> None:
         self.check_checkpointed(self.subject(which), replace(config, grad=True), meanwhile)
 
-    # What goes wrong and what is done about it
+    # Faults, repairs and interventions
 
     @rule(fault=faults)
     def break_it(self, fault: Fault) -> None:
@@ -207,7 +207,7 @@ class TrainingMachine(RuleBasedStateMachine):
         assert (copied.fn.state, copied.fn.stats.calls) == (CompileState.PENDING, 0)
         assert (copied.fn.last_failure, copied.fn.next_retry) == (None, None)
 
-    # What must hold
+    # Checks
 
     def subject(self, which: int) -> Subject:
         return self.subjects[which % len(self.subjects)]

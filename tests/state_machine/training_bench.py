@@ -117,7 +117,7 @@ PERMANENT = (NotImplementedError, UncapturedHigherOrderOpError)
 
 @dataclass
 class Fault:
-    """What fails from now on: attempts of the graph (or all) where the call's arguments fit, so many times."""
+    """A fault from now on: attempts of the graph (or all) fail if the call's arguments fit, so many times."""
 
     stage: str
     kind: type[Exception]
@@ -142,7 +142,7 @@ class Fault:
 
 
 class Bench:
-    """Where compiles are made to fail, and where it is seen what is compiled and what runs.
+    """Makes compiles fail, and sees what is compiled and what runs.
 
     Args:
         clock: What moves when something is compiled.
@@ -201,7 +201,7 @@ class Bench:
 
 @dataclass
 class Result:
-    """What a call did that a program can see."""
+    """The effects of a call that a program can see."""
 
     value: torch.Tensor | None = None
     error: BaseException | None = None
@@ -277,7 +277,7 @@ def perform(
 
 
 def expected_graphs(body: Callable[..., torch.Tensor], config: Config) -> list[str]:
-    """What eager would run as graphs, up to the program's error."""
+    """The graphs that eager would run, up to the program's error."""
     graphs = list(GRAPHS[body].values())
     if config.tag == "raise first":
         return []
