@@ -120,7 +120,7 @@ def _past(function: CompiledFunction[..., Any]) -> list[str]:
     # These two are redundant: other events' messages contain the same facts.
     events = [
         event
-        for event in tuple(function._journal.history.events)
+        for event in tuple(function._record.history.events)
         if not isinstance(event, AttemptStarted | RetryScheduled)
     ]
     latest = events[-_EVENTS:]

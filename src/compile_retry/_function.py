@@ -16,19 +16,15 @@ import torch
 from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
-from ._compile.admission import Admission
-from ._compile.call import Calls, Tally
-from ._compile.creation import Creation
-from ._compile.ledger import Ledger
-from ._compile.outcomes import Outcomes
-from ._compile.turns import Turns
+from ._compile.call import Tally
+from ._compile.sharing import group_of
 from ._failures import CompileFailure, Location
 from ._record.history import CallPath
-from ._record.journal import Journal
 from ._record.live import WeakRegistry
-from ._schedule.breaker import Breaker, NextRetry, Probe
+from ._record.record import Record
+from ._schedule.breaker import NextRetry, Probe
 from ._schedule.policy import RetryPolicy
-from ._stats import Books, CompileState, CompileStats, Counter
+from ._stats import CompileState, CompileStats
 from ._torch.eager import compiled_call_of, has_forward_gradients, saved_tensors_hooks, set_compiled_call
 from .events import Hook
 
@@ -57,7 +53,6 @@ class CompiledFunction(Generic[P, R]):
         "__dict__",
         "__weakref__",
         "_admission",
-        "_books",
         "_breaker",
         "_calls",
         "_clock",
@@ -65,12 +60,15 @@ class CompiledFunction(Generic[P, R]):
         "_compiled_calls",
         "_creation",
         "_eager_calls",
+        "_given_name",
+        "_group",
         "_history",
         "_journal",
         "_ledger",
         "_numbers",
         "_options",
         "_outcomes",
+        "_record",
         "_skips_guards",
         "_with_guards",
         "eager",
@@ -88,22 +86,30 @@ class CompiledFunction(Generic[P, R]):
         self._clock = policy.clock
         self.name = name if name is not None else _name_of(fn)
         self._options = options
-        self._numbers, self._calls, self._books = Counter(), Calls(), Books()
-        self._breaker, self._ledger, turns = Breaker(policy), Ledger(), Turns()
-        self._admission = admission = Admission(self._breaker, self._ledger, turns)
-        self._journal = Journal(self.name, self._breaker, self._books, lambda: admission.state)
-        self._outcomes = Outcomes(
-            _location(fn),
-            breaker=self._breaker,
-            ledger=self._ledger,
-            turns=turns,
-            admission=admission,
-            journal=self._journal,
+        self._given_name = name
+        group = group_of(
+            fn,
+            name=name,
+            label=self.name,
+            location=_location(fn),
+            policy=policy,
+            options=options,
+            entry_frames=ENTRY_FRAMES,
         )
-        self._creation = Creation(options, self._calls, admission, self._outcomes, ENTRY_FRAMES)
+        self._record = Record(policy.clock)
+        group.add(self._record, fn, self)
+        self._numbers, self._calls, self._breaker, self._ledger = (
+            group.numbers,
+            group.calls,
+            group.breaker,
+            group.ledger,
+        )
+        self._admission, self._journal, self._outcomes = group.admission, group.journal, group.outcomes
+        self._creation = group.creation()
+        self._group = group
         # Short-cuts for the call path.
-        self._history = self._journal.history
-        self._compiled_calls, self._eager_calls = self._books.calls["compiled"], self._books.calls["eager"]
+        self._history, calls = self._record.history, self._record.books.calls
+        self._compiled_calls, self._eager_calls = calls["compiled"], calls["eager"]
         self._compiled: Callable[..., R] = self._create_and_call
         # Needed under the stance that skips guards: otherwise a frame that should run eagerly would raise, or run code
         # compiled for other arguments.
@@ -137,7 +143,7 @@ class CompiledFunction(Generic[P, R]):
             return self._watched(number, tally, args, kwargs)
         tally.compiled = tally.eager = 0
         try:
-            tally.call = number
+            tally.call, tally.record = number, self._record
             try:  # passing an empty dictionary would take 0.05 us
                 result = self._compiled(*args, **kwargs) if kwargs else self._compiled(*args)
             except BaseException:
@@ -156,10 +162,12 @@ class CompiledFunction(Generic[P, R]):
         probe: Probe | None = None
         began: tuple[float, int] | None = None
         outer = tally.call, tally.compiled, tally.eager, tally.given_up
+        outer_record = tally.record
         left_open = tally.doubt, tally.at_end
         try:
             tally.call, tally.compiled, tally.eager, tally.given_up = number, 0, 0, 0
             tally.doubt, tally.at_end, tally.models = None, [], []
+            tally.record = self._record
             episode = self._breaker.episode
             is_timed = number >= self._history.next_call
             straight = self._admission.eager_together
@@ -179,6 +187,7 @@ class CompiledFunction(Generic[P, R]):
             self._finish(tally, probing=probe is not None, raised=False, began=began)
         finally:
             tally.call, compiled, eager, given_up = outer
+            tally.record = outer_record
             tally.doubt, tally.at_end = left_open
             if tally.call:  # the outer call has run these graphs too
                 tally.compiled, tally.eager = tally.compiled + compiled, tally.eager + eager
@@ -210,12 +219,12 @@ class CompiledFunction(Generic[P, R]):
                 self._outcomes.settle(tally, program_raised=raised)
             clean = not raised and tally.eager == tally.given_up and bool(tally.compiled or tally.given_up)
         finally:
-            next(self._books.calls[path])
+            next(self._record.books.calls[path])
             if probing:
                 self._outcomes.probe_ended(tally, clean=clean)
             if began is not None:
                 then, attempts = began
-                self._journal.took(tally.call, path, then, attempted=tally.attempts != attempts)
+                self._journal.took(self._record, tally.call, path, then, attempted=tally.attempts != attempts)
             self._journal.tell()
 
     def _is_within_probe(self, tally: Tally) -> bool:
@@ -228,7 +237,7 @@ class CompiledFunction(Generic[P, R]):
 
     def _create_and_call(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Create the compiled function and call it. If that fails, call the eager function."""
-        created = self._creation.create(self.eager, owner=self)
+        created = self._creation.create(self.eager)
         if created is None:
             return self.eager(*args, **kwargs)
         self._with_guards, self._skips_guards = created.with_guards, created.skips_guards
@@ -243,7 +252,7 @@ class CompiledFunction(Generic[P, R]):
     @property
     def stats(self) -> CompileStats:
         """A snapshot of its counters."""
-        return self._books.snapshot()
+        return self._record.books.snapshot()
 
     @property
     def last_failure(self) -> CompileFailure | None:
@@ -253,7 +262,7 @@ class CompiledFunction(Generic[P, R]):
     @property
     def next_retry(self) -> NextRetry | None:
         """The due moment of the next attempt, or ``None`` if nothing is held off or no retry will come."""
-        return self._breaker.next_retry(self.stats.calls)
+        return self._breaker.next_retry(self._numbers.value)
 
     def register_hook(self, hook: Hook) -> RemovableHandle:
         """Register a hook for this function's events: see :mod:`compile_retry.events`. Copies do not inherit it.
@@ -268,7 +277,7 @@ class CompiledFunction(Generic[P, R]):
         Raises:
             TypeError: `hook` is not callable.
         """
-        return self._journal.hooks.register(hook)
+        return self._record.hooks.register(hook)
 
     def retry_now(self) -> None:
         """Make an attempt due at the next call for everything that runs eagerly, even after giving up."""
@@ -305,7 +314,7 @@ class CompiledFunction(Generic[P, R]):
         return self._renewed(self.eager, vars(self))
 
     def _renewed(self, fn: Callable[P, R], attributes: dict[str, Any]) -> Self:
-        renewed = type(self)(fn, policy=self.policy, name=self.name, options=self._options)
+        renewed = type(self)(fn, policy=self.policy, name=self._given_name, options=self._options)
         vars(renewed).update(attributes, __wrapped__=fn)
         return renewed
 

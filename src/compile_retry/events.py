@@ -50,6 +50,7 @@ class Event:
         state: How the function stands after it.
         message: The same in words.
         level: Logging level of its line in the log; None if it has none, as another event's line says the same.
+        functions: How many decorated functions share their compiled code, and so this event.
     """
 
     kind: ClassVar[str] = ""
@@ -59,6 +60,7 @@ class Event:
     state: CompileState
     message: str
     level: int | None = None
+    functions: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,8 +226,13 @@ class Hooks:
         self._hooks[handle.id] = hook
         return handle
 
-    def tell(self, event: Event) -> None:
+    def tell(self, event: Event, told: list[Hook] | None = None) -> None:
+        """Call all hooks with an event, except those in `told`, to which they are added."""
         for number, hook in tuple(self._hooks.items()):
+            if told is not None:
+                if hook in told:
+                    continue
+                told.append(hook)
             self._tell(number, hook, event)
 
     def _tell(self, number: int, hook: Hook, event: Event) -> None:
@@ -256,12 +263,18 @@ def register_hook(hook: Hook) -> RemovableHandle:
     return _everywhere.register(hook)
 
 
-def publish(event: Event, hooks: Hooks) -> None:
+def publish(event: Event, *hooks: Hooks) -> None:
     """Call all hooks with an event.
 
     Args:
         event: The event.
-        hooks: Those of its function.
+        hooks: Those of its function, or of each function that shares it. A hook that several have is called once.
     """
-    for each in (first_hooks, hooks, _everywhere):
-        each.tell(event)
+    first_hooks.tell(event)
+    if len(hooks) == 1:
+        hooks[0].tell(event)
+    else:
+        told: list[Hook] = []
+        for each in hooks:
+            each.tell(event, told)
+    _everywhere.tell(event)

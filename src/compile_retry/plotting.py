@@ -60,7 +60,7 @@ def plot_timeline(fn: CompiledFunction[..., Any] | torch.nn.Module, ax: Axes | N
         ValueError: Nothing has been recorded yet.
     """
     function = function_of(fn)
-    history = function._journal.history
+    history = function._record.history
     samples, events = history.samples, tuple(history.events)
     if not samples:
         raise ValueError(f"nothing to plot yet: {function.name} has not been called, or no call has returned")

@@ -37,9 +37,9 @@ class GraphBackend:
         self._calls, self._admission, self._outcomes = calls, admission, outcomes
         self._interrupted = False
         self.__name__ = getattr(compiler, "compiler_name", "compile_retry")
-        for attribute in ("get_compiler_config", "reset"):  # torch calls them if a backend has them
-            if hasattr(compiler, attribute):
-                setattr(self, attribute, getattr(compiler, attribute))
+        if hasattr(compiler, "get_compiler_config"):  # torch calls it if a backend has it
+            self.get_compiler_config = compiler.get_compiler_config
+        self.was_reset = False
 
     def __call__(self, graph_module: GraphModule, example_inputs: list[Any], **from_torch: Any) -> Code:
         # torch passes `mode` and `options` to a callable backend; the compiler already has them.
@@ -84,6 +84,11 @@ class GraphBackend:
             raise
         outcomes.succeeded(conversion, tally, left=usual)
         return _counted(code, self._calls)
+
+    def reset(self) -> None:
+        """Called by ``torch._dynamo.reset()``."""
+        self.was_reset = True
+        getattr(self._compiler, "reset", lambda: None)()
 
     def abandon(self) -> None:
         """Release most references: the function is gone, but Dynamo keeps its backends and their code."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from compile_retry._failures import FailureStage, Location
+from compile_retry._record.record import Record
 from compile_retry._schedule.breaker import Probe, Unsettled
 
 from .frame_key import FrameKey
@@ -95,9 +96,11 @@ class Tally:
         "eager",
         "given_up",
         "models",
+        "record",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.record = Record(clock)  # replaced by that of the function that is called
         self.call = 0  # its number; 0 if there is none
         self.compiled = 0  # graphs that ran compiled
         self.eager = 0  # graphs and frames that ran eagerly
@@ -127,11 +130,11 @@ class Tally:
 
 
 class Calls(threading.local):
-    """The calls in progress, per thread.
+    """The current calls of a function, or of several that share their compiled code, one per thread.
 
     Attributes:
         tally: This thread's tally.
     """
 
-    def __init__(self) -> None:
-        self.tally = Tally()
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.tally = Tally(clock)

@@ -6,7 +6,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Collection
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.compiler import is_exporting
@@ -19,6 +19,12 @@ from .call import Calls
 from .checkpointing import UNSEEN
 from .frame_key import CREATION
 from .outcomes import Outcomes
+
+if TYPE_CHECKING:
+    from compile_retry._torch.frames import FrameCallback
+
+    from .backend import GraphBackend
+    from .frames import FrameConverter
 
 
 class Created(NamedTuple):
@@ -38,36 +44,25 @@ class Created(NamedTuple):
 class Creation:
     """Calls ``torch.compile`` for one function: once, and after a failure again when an attempt is due."""
 
-    def __init__(
-        self,
-        options: dict[str, Any],
-        calls: Calls,
-        admission: Admission,
-        outcomes: Outcomes,
-        entry_frames: Collection[CodeType],
-    ) -> None:
-        self._options, self._entry_frames = options, entry_frames
+    def __init__(self, region: Region, calls: Calls, admission: Admission, outcomes: Outcomes) -> None:
+        self._region = region
         self._calls, self._admission, self._outcomes = calls, admission, outcomes
         self._lock = Lock()
         self._created: Created | None = None
 
-    def create(self, fn: Callable[..., Any], owner: object) -> Created | None:
+    def create(self, fn: Callable[..., Any]) -> Created | None:
         """Call ``torch.compile``, unless another thread has done so.
-
-        Args:
-            fn: The function.
-            owner: The object whose lifetime bounds that of the compiled code.
 
         Returns:
             The compiled function; None if `fn` must run eagerly in this call.
         """
         with self._lock:
             if self._created is None:
-                self._created = self._attempt(fn, owner)
+                self._created = self._attempt(fn)
         self._outcomes.tell()
         return self._created
 
-    def _attempt(self, fn: Callable[..., Any], owner: object) -> Created | None:
+    def _attempt(self, fn: Callable[..., Any]) -> Created | None:
         admission, outcomes, tally = self._admission, self._outcomes, self._calls.tally
         # Inside torch.export, torch.compile would return the plain function, and we would keep it for good.
         if not admission.admits(tally, CREATION) or is_exporting():
@@ -76,7 +71,7 @@ class Creation:
         conversion = outcomes.begin(CREATION)
         conversion.stage = "torch.compile"
         try:
-            created, usual = self._torch_compile(fn, owner)
+            created, usual = self._region.torch_compile(fn)
         except Exception as exc:
             if is_fatal(exc):
                 raise
@@ -86,38 +81,75 @@ class Creation:
         outcomes.created(tally, left=usual)
         return created
 
-    def _torch_compile(self, fn: Callable[..., Any], owner: object) -> tuple[Created, str | None]:
-        # Imports torch._dynamo, which takes a second and may itself fail, for example without a cache directory.
-        from compile_retry._torch import compilers, functions
-        from compile_retry._torch import frames as torch_frames
 
-        from .backend import GraphBackend
-        from .frames import FrameConverter
+class Region:
+    """The part of Dynamo that functions with shared code have in common: one backend and one frame callback.
+
+    Dynamo's cache entries belong to a code object and a backend, and as of torch 2.12 to a region as well. The first
+    function determines the region, and the others join it.
+    """
+
+    def __init__(
+        self,
+        options: dict[str, Any],
+        calls: Calls,
+        admission: Admission,
+        outcomes: Outcomes,
+        entry_frames: Collection[CodeType],
+    ) -> None:
+        self._options, self._entry_frames = options, entry_frames
+        self._shared = calls, admission, outcomes
+        self._outcomes = outcomes
+        self._lock = Lock()
+        self._backend: GraphBackend | None = None
+        self._converter: FrameConverter | None = None
+        self._code: CodeType | None = None
+        self._number: int | None = None
+
+    def torch_compile(self, fn: Callable[..., Any]) -> tuple[Created, str | None]:
+        """Call ``torch.compile``. Also return the usual cache directory, if another one was used for the first time."""
+        # Imports torch._dynamo, which takes a second and may itself fail, for example without a cache directory.
+        from compile_retry._torch import functions
+
         from .healing import working_cache
 
-        shared, options = (self._calls, self._admission, self._outcomes), dict(self._options)
+        options = dict(self._options)
         if options.get("options") is not None:
             options["options"] = dict(options["options"])  # torch.compile removes entries from it
         if functions.isolates_recompiles() and _accepts(torch.compile, "isolate_recompiles"):
             options.setdefault("isolate_recompiles", True)
-        with working_cache(damaged=self._outcomes.suspects_cache) as usual:
-            compiler = compilers.make_compiler(
-                options.get("backend", "inductor"),
-                options.get("mode"),
-                self._options.get("options"),
-                options.get("dynamic"),
-            )
-            options["backend"] = backend = GraphBackend(compiler, *shared)
-            compiled: Callable[..., Any] = torch.compile(functions.visible(fn), **options)
-        weakref.finalize(owner, backend.abandon).atexit = False
-
-        def in_front(inner: torch_frames.FrameCallback) -> FrameConverter:
-            converter = FrameConverter(inner, *shared, self._entry_frames)
-            weakref.finalize(owner, converter.abandon).atexit = False
-            return converter
-
-        functions.interpose(compiled, in_front)
+        with self._lock, working_cache(damaged=self._outcomes.suspects_cache) as usual:
+            options["backend"] = self._backend = self._backend or self._new_backend()
+            visible, self._code = functions.visible(fn, self._code)
+            compiled: Callable[..., Any] = torch.compile(visible, **options)
+            functions.interpose(compiled, self._in_front)
+            self._number = functions.join_region(compiled, self._number)
         return Created(compiled, functions.with_guards(compiled), functions.skips_guards), usual
+
+    def was_reset(self) -> bool:
+        """Return True if Dynamo has forgotten the region's code."""
+        return self._backend is not None and self._backend.was_reset
+
+    def _new_backend(self) -> GraphBackend:
+        from compile_retry._torch import compilers
+
+        from .backend import GraphBackend
+
+        options = self._options
+        compiler = compilers.make_compiler(
+            options.get("backend", "inductor"), options.get("mode"), options.get("options"), options.get("dynamic")
+        )
+        backend = GraphBackend(compiler, *self._shared)
+        weakref.finalize(self, backend.abandon).atexit = False
+        return backend
+
+    def _in_front(self, inner: FrameCallback) -> FrameConverter:
+        from .frames import FrameConverter
+
+        if self._converter is None:
+            self._converter = FrameConverter(inner, *self._shared, self._entry_frames)
+            weakref.finalize(self, self._converter.abandon).atexit = False
+        return self._converter
 
 
 def _accepts(fn: Callable[..., Any], option: str) -> bool:

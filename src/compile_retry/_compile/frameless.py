@@ -103,7 +103,7 @@ class FramelessGraph:
             if not tally.call:  # pragma: no cover
                 outcomes.settle(tally, program_raised=False)
             return None
-        outcomes.compiled(conversion)
+        outcomes.compiled(conversion, tally)
         return code
 
 

@@ -38,14 +38,14 @@ class _Known:
     Attributes:
         state: Dynamo's frame state. It identifies them; after ``torch._dynamo.reset()`` it is a new object.
         compiles: The number of compiles so far.
-        is_over_limit: Whether one of torch's recompile limits is reached.
+        over_limit_of: The number of functions when one of torch's recompile limits was reached; 0 if none was.
         is_skipped: Whether Dynamo skips them for good.
         is_compilable: Whether Dynamo compiles frames from their file; None if that must be checked for each frame.
     """
 
     state: FrameState
     compiles: int = 0
-    is_over_limit: bool = False
+    over_limit_of: int = 0
     is_skipped: bool = False
     is_compilable: bool | None = None
 
@@ -115,7 +115,7 @@ class FrameConverter:
 
     def _held_off(self, request: _Request) -> ConvertFrameReturn | None:
         """Run the frame eagerly if it may not be compiled now. Otherwise return None."""
-        if request.known.is_over_limit:
+        if request.known.over_limit_of and self._outcomes.functions <= request.known.over_limit_of:
             return self._stay_over_limit(request)
         if self._admission.admits(request.tally, request.key):
             return None
@@ -175,7 +175,7 @@ class FrameConverter:
         compiles = torch_frames.count_compiles(known.state)
         outer, tally.conversion = tally.conversion, conversion
         try:
-            with torch_frames.settings_for_compile(known.compiles):
+            with torch_frames.settings_for_compile(known.compiles, self._outcomes.functions):
                 result = self._inner(request.frame, request.cache_entry, known.state)
         except Exception:
             torch_frames.uncount_compiles(known.state, compiles)
@@ -190,7 +190,7 @@ class FrameConverter:
                 torch_frames.run_directly(conversion.runner, result.guarded_code.code, request.frame.f_globals)
             self._codes_compiled += not request.known.compiles
             request.known.compiles += 1
-            self._outcomes.compiled(conversion)
+            self._outcomes.compiled(conversion, request.tally)
             self._entries = [
                 *(entry for entry in self._entries if entry.alive),
                 cache_entries.CachedFrame(result.guarded_code),
@@ -210,7 +210,7 @@ class FrameConverter:
         self._admission.forget_code(code)
 
     def _over_limit(self, request: _Request, conversion: Conversion) -> ConvertFrameReturn:
-        request.known.is_over_limit = True
+        request.known.over_limit_of = max(1, self._outcomes.functions)
         self._outcomes.over_limit(conversion, request.tally)
         return self._stay_over_limit(request)
 

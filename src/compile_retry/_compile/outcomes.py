@@ -74,6 +74,11 @@ class Outcomes:
         return self._journal.attempt_started(tally.call, conversion.graph)
 
     @property
+    def functions(self) -> int:
+        """The number of functions that share their compiled code."""
+        return len(self._journal.records.alive())
+
+    @property
     def is_held_off(self) -> bool:
         """True from a first failure to the recovery."""
         return self._breaker.episode is not None
@@ -90,7 +95,7 @@ class Outcomes:
         self.suspects_cache = False
         self._made_progress()
         first, self._admission.has_code = not self._admission.has_code, True
-        self._journal.compiled(tally.call, conversion.graph, self.seconds_since(conversion), first=first)
+        self._journal.compiled(tally.record, tally.call, conversion.graph, self.seconds_since(conversion), first=first)
         self._moved(tally, left)
 
     def _moved(self, tally: Tally, left: str | None) -> None:
@@ -102,9 +107,9 @@ class Outcomes:
         self._progress = True
         self._breaker.refusals.end()
 
-    def compiled(self, conversion: Conversion) -> None:
+    def compiled(self, conversion: Conversion, tally: Tally) -> None:
         """Record that a whole frame is compiled."""
-        self._journal.took_to_compile(self.seconds_since(conversion))
+        tally.record.books.add_seconds(self.seconds_since(conversion))
         self._turns.served(conversion.key.steady)
         self._ledger.compiled(conversion.key, is_dynamic=conversion.is_dynamic)
 
@@ -193,7 +198,7 @@ class Outcomes:
         elif not is_strict():
             how_long = self._give_up(doubt, tally)
         began = doubt.conversion.began
-        self._journal.failed(failure, began=began, seconds=doubt.seconds, how_long=how_long)
+        self._journal.failed(tally.record, failure, began=began, seconds=doubt.seconds, how_long=how_long)
 
     def _schedule(self, doubt: Doubt, tally: Tally) -> tuple[int, bool]:
         """Evaluate the policy. Return the attempt's number within the episode, and True if it allows another one."""
@@ -250,7 +255,7 @@ class Outcomes:
         doubt = self._doubt(exc, conversion, can_be_retried=True)
         self.suspects_cache = suggests_damaged_cache(doubt.root, attempt=1)
         failure = self._note(doubt, "transient", 1, tally)
-        self._journal.failed_in_place(failure, began=conversion.began, seconds=doubt.seconds)
+        self._journal.failed_in_place(tally.record, failure, began=conversion.began, seconds=doubt.seconds)
 
     def give_up_together(self, conversion: Conversion) -> None:
         """Run the function eagerly from this call on, like all other ranks."""
@@ -282,7 +287,7 @@ class Outcomes:
         self._ledger.forget(waiting=True)
         self._turns.forget()
         if self._progress or (clean and tally.compiled):
-            self._journal.recovered(tally.call, episode, now)
+            self._journal.recovered(tally.record, tally.call, episode, now)
         elif not self._ledger.given_up:
             self._journal.swept_away(tally.call, now)
 

@@ -12,7 +12,7 @@ from typing import Any
 from compile_retry._failures import CompileFailure, Location, in_words, summary
 from compile_retry._locks import Lock
 from compile_retry._schedule.breaker import Breaker, Episode
-from compile_retry._stats import Books, CompileState
+from compile_retry._stats import CompileState
 from compile_retry._strict import is_strict
 from compile_retry.events import (
     AttemptFailed,
@@ -21,7 +21,6 @@ from compile_retry.events import (
     Compiled,
     Event,
     GaveUp,
-    Hooks,
     RecompileLimit,
     Recovered,
     RetryScheduled,
@@ -33,6 +32,8 @@ from compile_retry.events import (
 
 from .heartbeat import heartbeat
 from .history import CallPath, History, Sample
+from .live import WeakRegistry
+from .record import Record
 
 # Seconds of hold-off until the log says so again; then twice as many, and so on.
 FIRST_REMINDER = 60.0
@@ -46,17 +47,16 @@ class _Untold(threading.local):
 
 
 class Journal:
-    """Counts and tells what happens to one function.
+    """Counts and tells what happens to one function, or to several that share their compiled code.
 
     Events are noted where things happen, under whatever locks, and told when the thread has let go of them. What the
     line of another event says as well gets no line in the log.
     """
 
-    def __init__(self, name: str, breaker: Breaker, books: Books, state: Callable[[], CompileState]) -> None:
+    def __init__(self, name: str, breaker: Breaker, state: Callable[[], CompileState]) -> None:
         self.name = name
-        self.hooks = Hooks()
-        self.history = History(breaker.policy.clock)
-        self._breaker, self._books, self._state = breaker, books, state
+        self.records = WeakRegistry[Record]()
+        self._breaker, self._policy, self._state = breaker, breaker.policy, state
         self._untold = _Untold()
         self._not_compiled_before = 0  # the episode
         self._reminders = Lock()
@@ -69,8 +69,14 @@ class Journal:
             self._publish(untold.pop(0)(state=self._state()))
 
     def _publish(self, event: Event) -> None:
-        self.history.add_event(event)
-        publish(event, self.hooks)
+        records = self.records.alive()
+        for record in records:
+            record.history.add_event(event)
+        publish(event, *(record.hooks for record in records))
+
+    def _not_compiled(self) -> int:
+        """Count the calls of all functions that ran eagerly, at least in part."""
+        return sum(record.books.not_compiled for record in self.records.alive())
 
     def _note(
         self,
@@ -81,8 +87,17 @@ class Journal:
         time: float | None = None,
         **details: Any,
     ) -> None:
-        time = self.history.clock() if time is None else time
-        event = partial(kind, function=self.name, call=call, time=time, message=message, level=level, **details)
+        time = self._policy.clock() if time is None else time
+        event = partial(
+            kind,
+            function=self.name,
+            functions=len(self.records.alive()),
+            call=call,
+            time=time,
+            message=message,
+            level=level,
+            **details,
+        )
         self._untold.events.append(event)
 
     def attempt_started(self, call: int, graph: int) -> AbstractContextManager[None]:
@@ -95,8 +110,9 @@ class Journal:
             message = f"still compiling graph {graph} of call {call}, {seconds:.0f} s"
             event = StillCompiling(
                 function=self.name,
+                functions=len(self.records.alive()),
                 call=call,
-                time=self.history.clock(),
+                time=self._policy.clock(),
                 state=self._state(),
                 message=message,
                 level=logging.WARNING,
@@ -107,24 +123,25 @@ class Journal:
 
         return heartbeat(still)
 
-    def compiled(self, call: int, graph: int, seconds: float, *, first: bool) -> None:
-        next(self._books.attempts)
+    def compiled(self, record: Record, call: int, graph: int, seconds: float, *, first: bool) -> None:
+        next(record.books.attempts)
         message = f"compiled in call {call}"
         self._note(Compiled, call, message, logging.INFO if first else None, graph=graph, seconds=seconds)
 
-    def failed(self, failure: CompileFailure, *, began: float, seconds: float, how_long: str) -> None:
+    def failed(self, record: Record, failure: CompileFailure, *, began: float, seconds: float, how_long: str) -> None:
         """Noted when the call is over, with the time at which the attempt failed.
 
         Args:
+            record: Of the function in whose call it failed.
             failure: What is known of it.
             began: The policy's clock when the attempt began.
             seconds: How long it took.
             how_long: If it will not be tried again: when it runs eagerly.
         """
-        self._count_failure(seconds)
+        self._count_failure(record, seconds)
         time = began + seconds
         if failure.attempt == 1:
-            self._not_compiled_before = self._books.not_compiled
+            self._not_compiled_before = self._not_compiled()
         what, where = summary(failure), in_words(failure.frame)
         due = self._breaker.next_retry(failure.call)
         if is_strict():
@@ -144,18 +161,14 @@ class Journal:
         elif due is not None:
             self._note(RetryScheduled, failure.call, f"next attempt {due}", None, time, next_retry=due)
 
-    def _count_failure(self, seconds: float) -> None:
-        next(self._books.attempts)
-        next(self._books.failures)
-        self._books.add_seconds(seconds)
+    def _count_failure(self, record: Record, seconds: float) -> None:
+        next(record.books.attempts)
+        next(record.books.failures)
+        record.books.add_seconds(seconds)
 
-    def took_to_compile(self, seconds: float) -> None:
-        """Count the seconds in which a frame was compiled."""
-        self._books.add_seconds(seconds)
-
-    def failed_in_place(self, failure: CompileFailure, *, began: float, seconds: float) -> None:
+    def failed_in_place(self, record: Record, failure: CompileFailure, *, began: float, seconds: float) -> None:
         """Told without a line in the log: the ranks' agreement has its own."""
-        self._count_failure(seconds)
+        self._count_failure(record, seconds)
         message = f"{summary(failure)}; trying again in place, as other ranks wait"
         self._note(AttemptFailed, failure.call, message, None, began + seconds, failure=failure, seconds=seconds)
 
@@ -172,8 +185,8 @@ class Journal:
         )
         self._note(GaveUp, call, message, logging.ERROR, failure=failure)
 
-    def recovered(self, call: int, episode: Episode, time: float) -> None:
-        next(self._books.recoveries)
+    def recovered(self, record: Record, call: int, episode: Episode, time: float) -> None:
+        next(record.books.recoveries)
         seconds = time - episode.started
         attempts = "1 failed attempt" if episode.failures == 1 else f"{episode.failures} failed attempts"
         self._note(
@@ -195,7 +208,7 @@ class Journal:
     @property
     def eager_calls(self) -> int:
         """How many calls ran eagerly, at least in part, since the episode began."""
-        return self._books.not_compiled - self._not_compiled_before
+        return self._not_compiled() - self._not_compiled_before
 
     def over_limit(self, call: int, location: Location) -> None:
         message = (
@@ -212,20 +225,21 @@ class Journal:
         )
         self._note(CacheMoved, call, message, logging.WARNING, directory=directory)
 
-    def took(self, call: int, path: CallPath, began: float, *, attempted: bool) -> None:
+    def took(self, record: Record, call: int, path: CallPath, began: float, *, attempted: bool) -> None:
         """Note a call that was timed, now that it is over.
 
         Args:
+            record: Of its function.
             call: Its number.
             path: What ran in it.
             began: The policy's clock when it began.
             attempted: Whether something was compiled in it, or failed to be.
         """
-        now = self.history.clock()
-        self.history.add(Sample(now, call, path, now - began, attempted=attempted))
-        self._remind(call)
+        now = self._policy.clock()
+        record.history.add(Sample(now, call, path, now - began, attempted=attempted))
+        self._remind(record.history, call)
 
-    def _remind(self, call: int) -> None:
+    def _remind(self, history: History, call: int) -> None:
         """Say again that the function runs eagerly, if that has not been said for long."""
         episode, now = self._breaker.episode, self._breaker.policy.clock()
         if episode is None or now < episode.started + FIRST_REMINDER:
@@ -235,7 +249,7 @@ class Journal:
             if of == episode.started and now < due:
                 return
             self._reminder = episode.started, now + (now - episode.started)
-        eager, compiled = self.history.seconds_per_call("eager"), self.history.seconds_per_call("compiled")
+        eager, compiled = history.seconds_per_call("eager"), history.seconds_per_call("compiled")
         calls, seconds, lost, slowdown = self.eager_calls, now - episode.started, None, None
         message = f"still running eagerly, {calls} calls in the {seconds:.0f} s since the first failure"
         if eager and compiled:

@@ -182,7 +182,7 @@ def is_deliberate_limit(exc: BaseException) -> bool:
     return is_recompile_limit(exc) and bool(torch._dynamo.config.fail_on_recompile_limit_hit)
 
 
-def settings_for_compile(compiles: int) -> AbstractContextManager[object]:
+def settings_for_compile(compiles: int, functions: int) -> AbstractContextManager[object]:
     """Patch Dynamo's config for this thread's next compile of a frame.
 
     With `suppress_errors`, which users may set, an error would make Dynamo skip the frame's code for good. Since 2.0.
@@ -190,14 +190,19 @@ def settings_for_compile(compiles: int) -> AbstractContextManager[object]:
     so the wrappers of one function would exhaust it for each other. Here it applies to each wrapper separately. Since
     2.6.
 
+    Functions that share their compiled code share the limits too, so these grow with their number.
+
     Args:
-        compiles: How many times this wrapper's frames of that code have been compiled.
+        compiles: How many times frames of that code have been compiled for these functions.
+        functions: How many functions share their compiled code.
     """
     config = torch._dynamo.config
     changes: dict[str, Any] = {}
+    if functions > 1:
+        changes["recompile_limit"] = config.recompile_limit * functions
     if config.suppress_errors:
         changes["suppress_errors"] = False
-    if compiles < config.accumulated_recompile_limit:
+    if compiles < config.accumulated_recompile_limit * max(1, functions):
         changes["accumulated_recompile_limit"] = sys.maxsize
     patch: AbstractContextManager[object] = config.patch(changes) if changes else nullcontext()
     return patch

@@ -31,7 +31,7 @@ class UnsupportedTorchError(RuntimeError):
     """Raised if this PyTorch version has changed a private API that the library needs."""
 
 
-def visible(fn: Callable[..., Any]) -> Callable[..., Any]:
+def visible(fn: Callable[..., Any], code: CodeType | None) -> tuple[Callable[..., Any], CodeType | None]:
     """Return a function in a form that Dynamo can capture.
 
     Dynamo skips frames from torch.nn's files, so it captures a module's ``forward``, not its call. If ``forward`` is
@@ -40,17 +40,25 @@ def visible(fn: Callable[..., Any]) -> Callable[..., Any]:
     ``torch.compile``, including modules whose ``forward`` was replaced by a partial, a callable object or a compiled
     function.
 
-    Before 2.12, the wrappers of one code object share a recompile limit, so each wrapper gets a copy of the code. A
-    function that wraps a compiled function gets a copy too, because ``functools.wraps`` has copied an attribute that
-    ``torch.compile`` rejects.
+    Before 2.12, the wrappers of one code object share a recompile limit, so wrappers that do not share compiled code
+    get copies of the code. A function that wraps a compiled function gets a copy too, because ``functools.wraps`` has
+    copied an attribute that ``torch.compile`` rejects.
+
+    Args:
+        fn: The function.
+        code: A copy of its code that was made for another function with the same code; None if there is none.
+
+    Returns:
+        The function to compile, and the copy of its code that it uses, if any.
     """
     module, name = getattr(fn, "__self__", None), getattr(fn, "__name__", None)
     if isinstance(module, torch.nn.Module) and name in _MODULE_CALLS and _is_from_torch(module.forward):
         wrapped: Callable[..., Any] = wrap_inline(fn)
-        return wrapped
+        return wrapped, code
     if isinstance(fn, FunctionType) and (hasattr(fn, "get_compiler_config") or not isolates_recompiles()):
-        return _with_own_code(fn)
-    return fn
+        code = code or fn.__code__.replace()
+        return _with_code(fn, code), code
+    return fn, code
 
 
 # Module methods that `torch.compile` never adds a frame around; since 2.1.
@@ -64,9 +72,9 @@ def _is_from_torch(forward: object) -> bool:
     return not hasattr(forward, "_torchdynamo_orig_callable") and bool(_is_skipped_file(forward))
 
 
-def _with_own_code(fn: FunctionType) -> FunctionType:
-    """Copy the function and its code object, because Dynamo's cache and recompile limit belong to the code object."""
-    twin = FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+def _with_code(fn: FunctionType, code: CodeType) -> FunctionType:
+    """Copy the function with another code object, because Dynamo's cache and recompile limit belong to that."""
+    twin = FunctionType(code, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     twin.__kwdefaults__ = fn.__kwdefaults__
     return twin
 
@@ -106,6 +114,28 @@ def interpose(compiled: object, wrap: Callable[[FrameCallback], FrameCallback]) 
     outer._torchdynamo_orig_backend = inner._torchdynamo_orig_backend
     cell.cell_contents = outer
     return True
+
+
+def join_region(compiled: object, number: int | None) -> int | None:
+    """Make a function that ``torch.compile`` returned use the cache entries of others.
+
+    The function reads its region's number from its context, a closure variable, on each call; since 2.12. If it does
+    not, or if torch has no regions, the functions share their entries unless they were isolated from each other.
+
+    Args:
+        compiled: The function.
+        number: The number of the others' region; None for the first function.
+
+    Returns:
+        The number of the function's region; None if it has none.
+    """
+    code, closure = getattr(compiled, "__code__", None), getattr(compiled, "__closure__", None)
+    if code is None or closure is None or "self" not in code.co_freevars:
+        return number
+    context = closure[code.co_freevars.index("self")].cell_contents
+    if number is not None and hasattr(context, "_isolate_recompiles_id"):
+        context._isolate_recompiles_id = number
+    return getattr(context, "_isolate_recompiles_id", None)
 
 
 def skips_guards() -> bool:

@@ -8,4 +8,5 @@ from compile_retry.events import Event, log
 def write_line(event: Event) -> None:
     """Write the line of an event that has one."""
     if event.level is not None:
-        log.log(event.level, "%s: %s", event.function, event.message)
+        who = event.function if event.functions <= 1 else f"{event.function} x{event.functions}"
+        log.log(event.level, "%s: %s", who, event.message)

@@ -55,7 +55,7 @@ class Ledger:
         with self._lock:
             functions = live_functions.alive()
             for function in functions:
-                self._books.setdefault(weakref.ref(function), (function.name, function._books))
+                self._books.setdefault(weakref.ref(function), (function.name, function._record.books))
             for ref in [ref for ref in self._books if ref() is None]:
                 name, books = self._books.pop(ref)
                 self._gone[name] = _sum(self._gone.get(name, _NOTHING), books.snapshot())

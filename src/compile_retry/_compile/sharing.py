@@ -1,0 +1,163 @@
+"""Functions that share their compiled code: the same code, the same options, the same policy.
+
+They fail and recover together. Each keeps its own counters.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Collection, Hashable
+from dataclasses import fields
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+
+from compile_retry._failures import Location
+from compile_retry._locks import Lock
+from compile_retry._record.journal import Journal
+from compile_retry._record.record import Record
+from compile_retry._schedule.breaker import Breaker
+from compile_retry._schedule.policy import RetryPolicy
+from compile_retry._stats import Counter
+
+from .admission import Admission
+from .call import Calls
+from .creation import Creation, Region
+from .ledger import Ledger
+from .outcomes import Outcomes
+from .turns import Turns
+
+
+class Group:
+    """Everything that functions with shared code have in common. Most groups have one function.
+
+    Attributes:
+        numbers: Numbers their calls, from 1.
+        calls: Their current calls.
+        breaker: Decides when they may attempt.
+        ledger: Frames that are waiting or given up.
+        admission: Decides which frames may be compiled now.
+        journal: Counts and tells what happens to them.
+        outcomes: Records how attempts end.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        location: Location,
+        policy: RetryPolicy,
+        options: dict[str, Any],
+        entry_frames: Collection[CodeType],
+    ) -> None:
+        self.numbers, self.calls = Counter(), Calls(policy.clock)
+        self.breaker, self.ledger, turns = Breaker(policy), Ledger(), Turns()
+        self.admission = admission = Admission(self.breaker, self.ledger, turns)
+        self.journal = Journal(name, self.breaker, lambda: admission.state)
+        self.outcomes = Outcomes(
+            location,
+            breaker=self.breaker,
+            ledger=self.ledger,
+            turns=turns,
+            admission=admission,
+            journal=self.journal,
+        )
+        self._kept = policy, options  # their parts' identities are in the key
+        self._region = Region(options, self.calls, admission, self.outcomes, entry_frames)
+
+    def creation(self) -> Creation:
+        """Return what calls ``torch.compile`` for one of the functions."""
+        return Creation(self._region, self.calls, self.admission, self.outcomes)
+
+    def is_stale(self) -> bool:
+        """Return True after ``torch._dynamo.reset()``: new functions start anew."""
+        return self._region.was_reset()
+
+    def add(self, record: Record, fn: object, wrapper: object) -> None:
+        """Add a function.
+
+        Args:
+            record: Its record.
+            fn: The original function.
+            wrapper: When this is gone, the group may be too, unless others are in it.
+        """
+        self.journal.records.register(record)
+        owner = getattr(fn, "__self__", fn)
+        try:
+            reference = weakref.ref(owner)
+        except TypeError:  # not all callables can be referred to
+            return
+        weakref.finalize(wrapper, _rest, self, reference).atexit = False
+
+
+# Groups whose functions are gone, although what they wrapped is not: a wrapper may be made anew for each request, and
+# would compile each time otherwise. The least recently left ones go.
+_resting: deque[Group] = deque(maxlen=16)
+_groups: weakref.WeakValueDictionary[Hashable, Group] = weakref.WeakValueDictionary()
+_lock = Lock()
+
+
+def _rest(group: Group, owner: Callable[[], object]) -> None:
+    if owner() is not None and group not in _resting:
+        _resting.append(group)
+
+
+def group_of(
+    fn: Callable[..., Any],
+    *,
+    name: str | None,
+    label: str,
+    location: Location,
+    policy: RetryPolicy,
+    options: dict[str, Any],
+    entry_frames: Collection[CodeType],
+) -> Group:
+    """Return the group of a function: that of others with the same code, options and policy, or a new one."""
+    code = _code_key(fn)
+    if code is None:
+        return Group(label, location, policy, options, entry_frames)
+    key = (code, name, _key(options), _policy_key(policy))
+    with _lock:
+        group = _groups.get(key)
+        if group is None or group.is_stale():
+            group = _groups[key] = Group(label, location, policy, options, entry_frames)
+        return group
+
+
+def _code_key(fn: Callable[..., Any]) -> Hashable:
+    """Identify the code that Dynamo would compile; None if it is this function's alone."""
+    if isinstance(fn, FunctionType):
+        return fn.__code__
+    if not isinstance(fn, MethodType) or not isinstance(fn.__func__, FunctionType):
+        return None
+    owner = fn.__self__
+    if not isinstance(owner, torch.nn.Module):
+        return type(owner), fn.__func__.__code__
+    if "forward" in vars(owner):
+        return None
+    return fn.__func__.__code__, tuple(type(module) for module in torch.nn.Module.modules(owner))
+
+
+def _policy_key(policy: RetryPolicy) -> Hashable:
+    return tuple(_key(getattr(policy, field.name)) for field in fields(policy))
+
+
+def _key(value: object) -> Hashable:
+    """Return equal keys for values that mean the same, as far as that can be told.
+
+    Objects are told apart by their identity, which holds as long as the group that has them.
+    """
+    kind = type(value)
+    if isinstance(value, dict):
+        return kind, frozenset((_key(name), _key(item)) for name, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return kind, tuple(map(_key, value))
+    if kind in _PLAIN:
+        return kind, value
+    if kind.__module__.partition(".")[0] == "tenacity":
+        return kind, _key(vars(value))
+    return kind, id(value)
+
+
+_PLAIN = (bool, int, float, str, type(None))
