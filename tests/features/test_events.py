@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -194,6 +195,11 @@ def test_a_failure_of_torch_compile_itself(monkeypatch: pytest.MonkeyPatch) -> N
     assert [e.kind for e in events] == ["failed", "retry scheduled", "attempt started", "compiled", "recovered"]
 
 
+def threads() -> int:
+    """Counts the threads of this process."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
 def test_a_long_attempt_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """From another thread, at growing intervals, and no thread stays behind."""
     monkeypatch.setattr(heartbeat, "FIRST", 0.01)
@@ -210,6 +216,7 @@ def test_a_long_attempt_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch, ca
 
     fn = compile_with_fallback(sine, backend=compiler, name="train_step")
     fn.register_hook(hook)
+    before = threads()
     with record_events() as events, caplog.at_level(logging.WARNING, "compile_retry"):
         fn(X)
     beats = [event for event in events if isinstance(event, StillCompiling)]
@@ -217,41 +224,81 @@ def test_a_long_attempt_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch, ca
     assert beats[1].seconds >= 2 * beats[0].seconds
     assert "train_step: still compiling graph 1 of call 1, 0 s" in caplog.text
     gone = time.monotonic() + 60
-    while any("compile_retry" in thread.name for thread in threading.enumerate()):
+    while threads() > before:
         assert time.monotonic() < gone
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_one_thread_watches_all_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many attempts run at once."""
-    entered, go, names = threading.Barrier(5), threading.Event(), list[str]()
+    monkeypatch.setattr(heartbeat, "FIRST", 0.01)
+    entered, go, watching = threading.Barrier(5), threading.Event(), set[int]()
+    heard = threading.Semaphore(0)
+
+    def say(seconds: float) -> None:
+        watching.add(threading.get_ident())
+        heard.release()
 
     def attempt() -> None:
-        with heartbeat.heartbeat(lambda seconds: None):
+        with heartbeat.heartbeat(say):
             entered.wait(60)
             go.wait(60)
 
-    threads = [threading.Thread(target=attempt) for _ in range(4)]
-    for thread in threads:
+    attempts = [threading.Thread(target=attempt) for _ in range(4)]
+    for thread in attempts:
         thread.start()
     entered.wait(60)
-    names = [thread.name for thread in threading.enumerate() if "compile_retry" in thread.name]
+    for _ in range(12):
+        assert heard.acquire(timeout=60)
     go.set()
-    for thread in threads:
+    for thread in attempts:
         thread.join(60)
-    assert len(names) == 1
+    assert len(watching) == 1
 
 
 def test_no_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     """If no thread can be started, the attempt is made all the same, in silence."""
 
-    def start(self: threading.Thread) -> None:
+    def start(function: Any, args: Any) -> int:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr(_thread, "start_new_thread", start)
     fn = compile_with_fallback(sine, backend="eager")
     fn(X)
     assert fn.state is CompileState.COMPILED
+
+
+def test_a_thread_that_finds_no_memory_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attempt does not wait for it, and the next attempt is watched again."""
+    with monkeypatch.context() as patch:
+        patch.setattr(_thread, "start_new_thread", lambda function, args: 1)
+        with heartbeat.heartbeat(lambda seconds: None):
+            pass
+    monkeypatch.setattr(heartbeat, "FIRST", 0.01)
+    heard = threading.Event()
+    with heartbeat.heartbeat(lambda seconds: heard.set()):
+        assert heard.wait(60)
+
+
+def test_two_threads_begin_to_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one ends at once, and each attempt is reported once at a time."""
+    real, starts = _thread.start_new_thread, list[Any]()
+    monkeypatch.setattr(heartbeat, "FIRST", 0.01)
+    watching, heard = set[int](), threading.Semaphore(0)
+
+    def say(seconds: float) -> None:
+        watching.add(threading.get_ident())
+        heard.release()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_thread, "start_new_thread", lambda function, args: starts.append((function, args)))
+        with heartbeat.heartbeat(say), heartbeat.heartbeat(say):
+            before = threads()
+            for function, args in starts:
+                real(function, args)
+            for _ in range(6):
+                assert heard.acquire(timeout=60)
+            assert (len(starts), len(watching)) == (2, 1)
+            assert threads() <= before + 1
 
 
 @pytest.mark.parametrize("has_code", [False, True])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import _thread
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,16 +29,16 @@ class _Watch:
     def __init__(self) -> None:
         self._lock = Lock()
         self._running: list[_Running] = []
-        self._thread: threading.Thread | None = None
         self._wake = threading.Event()
+        self._process = 0  # in which a thread watches; 0 if none does
 
     def add(self, running: _Running) -> None:
         with self._lock:
-            if self._thread is None or not self._thread.is_alive():  # in a fork the parent's is not there
-                self._running, self._wake = [], threading.Event()
-                thread = threading.Thread(target=self._run, name="compile_retry heartbeat", daemon=True)
-                thread.start()  # waits for the lock
-                self._thread = thread
+            if self._process not in (0, os.getpid()):  # a forked child does not have the parent's thread
+                self._running, self._wake, self._process = [], threading.Event(), 0
+            if not self._process:
+                # Not `threading.Thread`, whose start() waits for ever for a thread that finds no memory to begin.
+                _thread.start_new_thread(self._run, ())
             self._running.append(running)
             self._wake.set()
 
@@ -46,10 +48,14 @@ class _Watch:
             self._wake.set()
 
     def _run(self) -> None:
+        with self._lock:
+            if self._process == os.getpid():  # two were started before the first one ran
+                return
+            self._process = os.getpid()
         while True:
             with self._lock:
                 if not self._running:
-                    self._thread = None
+                    self._process = 0
                     return
                 self._wake.clear()
                 now = time.monotonic()
