@@ -1,9 +1,9 @@
-"""The pytest plugin of compile-retry: fixtures round `compile_retry.testing`.
+"""The pytest plugin of compile-retry: fixtures for `compile_retry.testing`.
 
-pytest imports the plugins of all installed packages at start-up, in every project. A module of the package
-`compile_retry` would bring the package and torch with it, whether a test uses them or not, and before coverage is
-measured. Therefore this is a module of its own next to the package, and imports the package within the fixtures.
-`pytest -p no:compile_retry` goes without it.
+pytest imports the plugins of all installed packages at start-up, in every project. A module inside the package
+`compile_retry` would import the package and torch, even if no test uses them, and before coverage is measured. So this
+is a separate module next to the package, and only the fixtures import the package. Disable the plugin with
+`pytest -p no:compile_retry`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["compile_clock", "compile_events", "compile_faults", "compile_strict"
 
 @pytest.fixture
 def compile_faults() -> Iterator[Callable[..., Faults]]:
-    """Make compile attempts fail until the test ends: takes what `compile_retry.testing.fail_compiles` takes."""
+    """Make compile attempts fail until the test ends. Takes the arguments of `compile_retry.testing.fail_compiles`."""
     from compile_retry.testing import fail_compiles
 
     with ExitStack() as stack:
@@ -32,7 +32,7 @@ def compile_faults() -> Iterator[Callable[..., Faults]]:
 
 @pytest.fixture
 def compile_clock() -> FakeClock:
-    """A clock that only moves when it is told to, for `RetryPolicy(clock=...)`."""
+    """A clock for `RetryPolicy(clock=...)` that stands still until you advance it."""
     from compile_retry.testing import FakeClock
 
     return FakeClock()
@@ -40,7 +40,7 @@ def compile_clock() -> FakeClock:
 
 @pytest.fixture
 def compile_events() -> Iterator[list[Event]]:
-    """The events of all decorated functions since the test began, see `compile_retry.events`."""
+    """The events of all decorated functions since the test began: see `compile_retry.events`."""
     from compile_retry.testing import record_events
 
     with record_events() as events:
@@ -49,7 +49,7 @@ def compile_events() -> Iterator[list[Event]]:
 
 @pytest.fixture
 def compile_strict() -> Iterator[Callable[[bool], None]]:
-    """Switch strict mode on or off until the test ends."""
+    """Turn strict mode on or off until the test ends."""
     from compile_retry import set_strict
 
     with ExitStack() as stack:

@@ -1,6 +1,6 @@
-"""Assertions on decorated functions, for `compile_retry.testing`: most of it is what they say when they fail.
+"""Assertions on decorated functions, for `compile_retry.testing`. Most of this module is their messages.
 
-They need no pytest, but ``__tracebackhide__`` keeps their own frames out of its reports.
+They do not need pytest, but ``__tracebackhide__`` hides their own frames in its reports.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch.utils.hooks import RemovableHandle
 
-# So many events are put into a message, the latest.
+# Maximum number of events in a message.
 _EVENTS = 10
 
 _STATES = {
@@ -34,15 +34,15 @@ _STATES = {
 
 
 def assert_compiled(fn: CompiledFunction[..., Any] | torch.nn.Module | Callable[..., Any], /) -> None:
-    """Assert that what a function has been called with runs compiled code.
+    """Assert that everything called so far runs compiled code: the state is ``COMPILED``.
 
     Args:
         fn: A decorated function or method, or a module that was compiled in place.
 
     Raises:
-        AssertionError: Its state is not ``COMPILED``. The message says how it stands, what became of its calls, why
-            the last attempt failed and when the next one is due, and lists the latest events.
-        TypeError: `fn` is nothing that :func:`~compile_retry.compile_with_fallback` has made.
+        AssertionError: The state is another one. The message contains the state, the counters, the last failure, the
+            due moment of the next attempt and the latest events.
+        TypeError: `fn` was not decorated with :func:`~compile_retry.compile_with_fallback`.
 
     Example:
         >>> import torch
@@ -61,18 +61,18 @@ def assert_compiled(fn: CompiledFunction[..., Any] | torch.nn.Module | Callable[
 def assert_max_attempts(
     n: int, fn: CompiledFunction[..., Any] | torch.nn.Module | Callable[..., Any] | None = None, /
 ) -> AbstractContextManager[None]:
-    """Assert that the compiler is not run more often than expected while the block runs.
+    """Assert that at most `n` compile attempts are made while the block runs.
 
-    An attempt is one run of the compiler for one graph, or a failure before there was a graph: what
-    ``CompileStats.attempts`` counts. If the block raises, its exception is not replaced.
+    An attempt is one run of the compiler for one graph, or a failure before there is a graph, as in
+    ``CompileStats.attempts``. If the block raises, its exception is not replaced.
 
     Args:
-        n: How many attempts are allowed.
-        fn: Only those of this decorated function, method or module; by default those of all.
+        n: The number of attempts allowed.
+        fn: The decorated function, method or module whose attempts count; by default those of all functions.
 
     Raises:
-        AssertionError: More than `n` were made. The message lists them: function, call, graph and outcome.
-        TypeError: `fn` is nothing that :func:`~compile_retry.compile_with_fallback` has made, or `n` is no integer.
+        AssertionError: More than `n` attempts were made. The message lists them with function, call, graph and outcome.
+        TypeError: `fn` was not decorated with :func:`~compile_retry.compile_with_fallback`, or `n` is not an integer.
         ValueError: `n` is negative.
 
     Example:
@@ -90,11 +90,11 @@ def assert_max_attempts(
     return _MaxAttempts(n, register_hook if fn is None else function_of(fn).register_hook)
 
 
-# What assert_compiled() says
+# Message of assert_compiled()
 
 
 def _describe(function: CompiledFunction[..., Any], state: str) -> str:
-    lines = [f"{function.name} is not compiled. Its state is {state}.", _books(function)]
+    lines = [f"{function.name} is not compiled. Its state is {state}.", _counters(function)]
     if (failure := function.last_failure) is not None:
         lines.append(
             f"The last failure was attempt {failure.attempt}, in call {failure.call}, and is {failure.kind}:"
@@ -105,40 +105,39 @@ def _describe(function: CompiledFunction[..., Any], state: str) -> str:
     return "\n".join((*lines, *_past(function)))
 
 
-def _books(function: CompiledFunction[..., Any]) -> str:
+def _counters(function: CompiledFunction[..., Any]) -> str:
     stats = function.stats
     if not stats.calls:
         return "It has not been called, or its first call is not over."
-    calls = f"Of its {_count(stats.calls, 'call')}, {stats.compiled_calls} ran compiled code,"
-    calls += f" {stats.mixed_calls} in part, and {stats.eager_calls} ran eagerly."
+    paths = f"{stats.compiled_calls} compiled, {stats.mixed_calls} mixed, {stats.eager_calls} eager"
+    calls = f"Calls: {stats.calls} ({paths})."
     if not stats.attempts:
-        return f"{calls} No attempt was made: torch.compile may be disabled, by the environment, an option or a stance."
-    recovered = f"it recovered {_count(stats.recoveries, 'time')}"
-    return f"{calls} Of {_count(stats.attempts, 'attempt')}, {stats.failures} failed; {recovered}."
+        return f"{calls} Attempts: 0. torch.compile may be disabled by the environment, an option or a stance."
+    return f"{calls} Attempts: {stats.attempts} ({stats.failures} failed). Recoveries: {stats.recoveries}."
 
 
 def _past(function: CompiledFunction[..., Any]) -> list[str]:
-    # Left out is what the others say as well.
+    # These two are redundant: other events' messages contain the same facts.
     events = [
         event
         for event in tuple(function._journal.history.events)
         if not isinstance(event, AttemptStarted | RetryScheduled)
     ]
     latest = events[-_EVENTS:]
-    heading = "What happened" if len(events) == len(latest) else f"The last {_EVENTS} things that happened"
-    return [f"{heading}, in order:", *(f"  {event.message}" for event in latest)] if latest else []
+    heading = "Events" if len(events) == len(latest) else f"Last {_EVENTS} events"
+    return [f"{heading}:", *(f"  {event.message}" for event in latest)] if latest else []
 
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-# What assert_max_attempts() does
+# Implementation of assert_max_attempts()
 
 
 @dataclass
 class _Attempt:
-    """One attempt. `graph` is None if it failed before there was one; `outcome`, as long as it is not known."""
+    """One attempt. `graph` is None if it failed before there was one; `outcome` is None until it is known."""
 
     function: str
     call: int
@@ -146,12 +145,12 @@ class _Attempt:
     outcome: str | None = None
 
     def __str__(self) -> str:
-        graph = "before there was a graph" if self.graph is None else f"graph {self.graph}"
+        graph = "no graph yet" if self.graph is None else f"graph {self.graph}"
         return f"{self.function}, call {self.call}, {graph}: {self.outcome or 'has not ended'}"
 
 
 class _MaxAttempts(AbstractContextManager[None]):
-    """What `assert_max_attempts` returns."""
+    """The context manager that `assert_max_attempts` returns."""
 
     def __init__(self, n: int, register: Callable[[Hook], RemovableHandle]) -> None:
         self._n = n
@@ -171,15 +170,15 @@ class _MaxAttempts(AbstractContextManager[None]):
             allowed = f"at most {_count(self._n, 'attempt')}" if self._n else "no attempt"
             made = f"{len(attempts)} were made" if len(attempts) > 1 else "1 was made"
             listed = "".join(f"\n  {attempt}" for attempt in attempts)
-            raise AssertionError(f"The block may make {allowed}, but {made}:{listed}")
+            raise AssertionError(f"Expected {allowed}, but {made}:{listed}")
 
 
 def _attempts(events: list[Event]) -> list[_Attempt]:
-    """Put the events of each attempt together."""
+    """Combine the events of each attempt."""
     attempts: list[_Attempt] = []
     for event in events:
         if isinstance(event, AttemptStarted):
-            restarted = _open(attempts, event, event.graph)  # Dynamo began anew: that is the same attempt again
+            restarted = _open(attempts, event, event.graph)  # Dynamo restarted its analysis: still the same attempt
             if restarted is None:
                 attempts.append(_Attempt(event.function, event.call, event.graph))
         elif isinstance(event, Compiled):
@@ -191,7 +190,7 @@ def _attempts(events: list[Event]) -> list[_Attempt]:
 
 
 def _open(attempts: list[_Attempt], event: Event, graph: int | None) -> _Attempt | None:
-    """The attempt in the event's call that has not ended; of any graph, where the event does not say which."""
+    """Return the unfinished attempt in the event's call for this graph, or for any graph if it is None."""
     for attempt in reversed(attempts):
         same_call = (attempt.function, attempt.call) == (event.function, event.call)
         if same_call and attempt.outcome is None and graph in (None, attempt.graph):

@@ -1,4 +1,4 @@
-"""`compile_with_fallback`: what it accepts, and what it makes of functions, methods and modules."""
+"""The decorator `compile_with_fallback`, and the checks of its arguments."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 
 class Decorator(Protocol):
-    """What ``compile_with_fallback(...)`` without a function returns."""
+    """The type that ``compile_with_fallback(...)`` returns without a function."""
 
     @overload
     def __call__(self, fn: M, /) -> M: ...  # type: ignore[overload-overlap]  # a module is callable, too
@@ -80,28 +80,28 @@ def compile_with_fallback(
     name: str | None = None,
     **compile_options: Any,
 ) -> Any:
-    """Compile a function with ``torch.compile``, run it eagerly while that fails, and try again when it is due.
+    """Compile a function with ``torch.compile``, run it eagerly while that fails, and retry when an attempt is due.
 
     Use it bare (``@compile_with_fallback``), with arguments (``@compile_with_fallback(dynamic=True)``) or as a plain
     call. Nothing is compiled before the first call.
 
     Args:
-        fn: A function, a method in a class body (also a static or class method), any other callable that
-            ``torch.compile`` takes, or an ``nn.Module``. A module is compiled in place, as ``nn.Module.compile()``
-            does, and returned.
-        policy: When to try again after a failure: a :class:`RetryPolicy` or a ``tenacity.Retrying``, whose wait, stop
-            and retry are used. By default after 30 s, then 60 s, and so on up to an hour, for ever.
-        name: What to call it in log lines; by default the function's own name.
-        **compile_options: Passed to ``torch.compile``: ``backend``, ``mode``, ``options``, ``dynamic``, ``fullgraph``
-            and whatever else the installed torch takes. ``isolate_recompiles`` is on unless it is given.
+        fn: A function, a method in a class body (including static and class methods), any other callable that
+            ``torch.compile`` accepts, or an ``nn.Module``. A module is compiled in place, as by
+            ``nn.Module.compile()``, and returned.
+        policy: The retry policy: a :class:`RetryPolicy`, or a ``tenacity.Retrying``, whose wait, stop and retry are
+            used. By default, retries are due after 30 s, then 60 s, and so on up to an hour, forever.
+        name: The name in log lines; by default the function's own name.
+        **compile_options: Arguments for ``torch.compile``: ``backend``, ``mode``, ``options``, ``dynamic``,
+            ``fullgraph`` and any others that the installed version accepts. ``isolate_recompiles`` is on by default.
 
     Returns:
-        A :class:`CompiledFunction`; for a module, the module; for a static or class method, one of these round a
-        :class:`CompiledFunction`. Without `fn`, a decorator.
+        A :class:`CompiledFunction`. For a module, the module itself. For a static or class method, a static or class
+        method around a :class:`CompiledFunction`. Without `fn`, a decorator.
 
     Raises:
-        TypeError: `fn` cannot be compiled (a class, a generator or coroutine function, something not callable), or an
-            argument is of the wrong type, or ``torch.compile`` knows no such option.
+        TypeError: `fn` cannot be compiled (a class, a generator or coroutine function, or not callable), an argument
+            has the wrong type, or ``torch.compile`` has no such argument.
         ValueError: An argument has a value that is not allowed.
     """
     if fn is None:
@@ -126,7 +126,7 @@ def compile_with_fallback(
 
 
 def compiled_function(module: torch.nn.Module) -> CompiledFunction[..., Any]:
-    """The :class:`CompiledFunction` behind a module that :func:`compile_with_fallback` has compiled in place.
+    """Return the :class:`CompiledFunction` of a module that :func:`compile_with_fallback` has compiled in place.
 
     Args:
         module: The module.
@@ -141,7 +141,7 @@ def compiled_function(module: torch.nn.Module) -> CompiledFunction[..., Any]:
 
 
 def function_of(fn: object) -> CompiledFunction[..., Any]:
-    """The :class:`CompiledFunction` that somebody means who passes it, a bound method of it, or its module."""
+    """Return the :class:`CompiledFunction` for itself, for a bound method of it, or for its module."""
     if isinstance(fn, torch.nn.Module):
         return compiled_function(fn)
     function = fn.__func__ if isinstance(fn, MethodType) else fn
@@ -151,7 +151,7 @@ def function_of(fn: object) -> CompiledFunction[..., Any]:
 
 
 def _plain(fn: Any) -> Any:
-    """The function below what has been decorated or compiled already: compiling twice is compiling anew."""
+    """Unwrap a function that has been decorated or compiled before, so that it is not compiled twice."""
     function = fn.__func__ if isinstance(fn, MethodType) else fn
     if isinstance(function, CompiledFunction):
         plain = function.eager
@@ -168,7 +168,7 @@ def _check_module(module: torch.nn.Module) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise TypeError("a TorchScript module cannot be compiled; pass the module that it was made from")
     if is_from_torch_compile(module):
-        raise TypeError("this is what torch.compile() returned; pass the module that was given to it")
+        raise TypeError("this module was returned by torch.compile(); pass the original module")
 
 
 def _check_function(fn: Any) -> None:
@@ -209,26 +209,26 @@ def _check(policy: object, name: object, options: dict[str, Any]) -> None:
     if inductor is not None and not isinstance(inductor, dict):
         raise TypeError(f"options must be a dict or None, not {inductor!r}")
     if mode is not None and inductor is not None:
-        raise ValueError(f"mode={mode!r} and options={inductor!r} are both given; torch.compile takes one of them")
+        raise ValueError(f"mode={mode!r} and options={inductor!r} are both given; torch.compile takes only one of them")
     if mode is not None or inductor or (isinstance(backend, str) and backend != "inductor"):
         _check_with_torch(backend, mode, inductor, options.get("dynamic"))
 
 
 def _check_names(options: dict[str, Any]) -> None:
     parameters = inspect.signature(torch.compile).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):  # patched: whoever did it knows what it takes
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):  # patched: unknown which arguments it takes
         return
     allowed = [name for name in parameters if name not in ("model", "name")]
     for option in options:
         if option not in allowed:
-            raise TypeError(f"torch.compile takes no option {option!r}; it takes {', '.join(allowed)}")
+            raise TypeError(f"unknown torch.compile argument {option!r}; known arguments: {', '.join(allowed)}")
 
 
 def _check_with_torch(backend: Any, mode: str | None, options: dict[str, Any] | None, dynamic: bool | None) -> None:
-    """Have torch look at what only it can judge. Takes a second where it has to import Dynamo."""
+    """Check the arguments that only torch can check. Takes a second if this has to import Dynamo."""
     try:
         from ._torch import compilers
-    except OSError:  # no cache directory, for now; the first attempt meets it again, and that may be retried
+    except OSError:  # no cache directory for now; the first attempt will fail in the same way and be retried
         return
     if isinstance(backend, str) and backend not in (known := compilers.backends()):
         raise ValueError(_unknown("backend", backend, known))
@@ -242,10 +242,10 @@ def _check_with_torch(backend: Any, mode: str | None, options: dict[str, Any] | 
     try:
         compilers.make_compiler(backend, mode, options, dynamic)
     except RuntimeError as exc:
-        raise ValueError(f"torch.compile cannot take options={options!r}: {exc}") from exc
+        raise ValueError(f"torch.compile rejects options={options!r}: {exc}") from exc
 
 
 def _unknown(what: str, value: str, known: list[str]) -> str:
     close = difflib.get_close_matches(value, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"torch.compile knows no {what} {value!r}; {hint}known: {', '.join(sorted(known))}"
+    return f"unknown torch.compile {what} {value!r}; {hint}known {what}s: {', '.join(sorted(known))}"

@@ -1,7 +1,7 @@
-"""What went wrong: the root cause of a compile failure, its kind, and the record that is kept of it.
+"""Compile failures: the root cause, its classification, and the record that is kept.
 
-Knows exceptions by the names of their classes, so it imports neither torch nor Triton, and keeps text only: a kept
-exception would keep the call's tensors alive.
+Exceptions are classified by class name, so that this module imports neither torch nor Triton. Records hold text only,
+because an exception would keep the call's tensors alive.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ Location: TypeAlias = tuple[str, str, int]
 FailureKind = Literal["transient", "permanent"]
 FailureStage = Literal["torch.compile", "trace", "backend"]
 
-# Compiling the same graph again cannot end differently: the code cannot be traced, the backend lacks something, or the
-# machine does. By class name, anywhere in the method resolution order.
+# Compiling the same graph again would fail again: the code cannot be traced, or the backend or the machine lacks
+# something. By class name, anywhere in the method resolution order.
 _PERMANENT = frozenset(
     {
         "NotImplementedError",
@@ -50,7 +50,7 @@ _PERMANENT = frozenset(
     }
 )
 
-# After one of these the accelerator's context is gone and eager execution fails as well.
+# After one of these the accelerator's context is gone, and eager execution fails too.
 _FATAL_TYPES = frozenset({"AcceleratorError"})
 _FATAL_TEXT = (
     "CUDA error: an illegal memory access",
@@ -60,43 +60,44 @@ _FATAL_TEXT = (
     "HIP error: an illegal memory access",
 )
 
-# Names its own cause better than what it was raised from: inductor's has the compiler's output.
+# Taken as root causes although they have causes themselves: Inductor's error contains the compiler's output.
 _ROOTS = frozenset({"CppCompileError"})
 
-# What a file says that was cut short or overwritten, when Python, its import machinery or a linker reads it.
+# Errors raised when Python, its import system or a linker reads a truncated or overwritten file.
 _DAMAGED_TYPES = frozenset(
     {"ImportError", "SyntaxError", "UnicodeDecodeError", "EOFError", "UnpicklingError", "JSONDecodeError"}
 )
 _DAMAGED_TEXT = ("Failed to import", "has no attribute 'call'", "PCH file", "null bytes")
-# A cache directory that is none, or cannot be written to; and a lock in it that somebody holds for ever.
+# A cache path that is not a writable directory.
 _UNUSABLE_ERRNO = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP}
 )
+# The timeout of a lock file in the cache directory that another process holds forever.
 _LOCKED_TYPE = "Timeout"
-# Says of a C++ compiler that failed that it is not for what it was given to read.
+# Signs that a C++ compiler failed for lack of resources, not because of its input.
 _OUT_OF_RESOURCES = ("No space left", "Killed", "Cannot allocate memory", "out of memory", "Too many open files")
 
-# So much of a message is put into a log line.
+# Maximum length of a message in a log line.
 _LINE = 200
 
-# Wrappers that torch puts round a cause without naming it in `inner_exception` or `__cause__`: the exception that was
-# being handled is the cause. For any other class `__context__` is a coincidence.
+# Torch's wrapper exceptions that set neither `inner_exception` nor `__cause__`: their `__context__` is the cause. For
+# all other classes, `__context__` may be unrelated.
 _WRAPS_ITS_CONTEXT = frozenset({"InternalTorchDynamoError", "LoweringException"})
 
 
 @dataclass(frozen=True)
 class CompileFailure:
-    """What is known of one failed attempt: text and numbers only, so it can be pickled, logged and kept.
+    """Record of one failed attempt: text and numbers only, so it can be pickled, logged and kept.
 
     Attributes:
-        kind: ``"transient"`` if it is worth another attempt, ``"permanent"`` if not.
+        kind: ``"transient"`` if the policy allows a retry, ``"permanent"`` if not.
         error_type: Qualified name of the root cause's class, for example ``"builtins.OSError"``.
         message: The root cause's message.
-        stage: Where it failed: ``"torch.compile"`` (the call of that name), ``"trace"`` (inside Dynamo) or
-            ``"backend"`` (the compiler that was handed the captured graph; forward or backward).
+        stage: The failing stage: ``"torch.compile"`` (the call to it), ``"trace"`` (inside Dynamo) or ``"backend"``
+            (the compiler that received the captured graph; forward or backward).
         frame: The Python frame that was being compiled, as ``(function, file, line)``.
         attempt: The attempt's number within the episode, from 1.
-        call: The call of the decorated function in which it failed, from 1.
+        call: Number of the decorated function's call in which it failed, from 1.
         traceback: The formatted traceback of the exception and its causes.
     """
 
@@ -110,26 +111,26 @@ class CompileFailure:
     traceback: str
 
     def __str__(self) -> str:
-        _, _, output = self.message.rpartition("Output:\n")  # what a C++ compiler has said
+        _, _, output = self.message.rpartition("Output:\n")  # a C++ compiler's output
         text = output.strip()
         first_line = text.splitlines()[0][:_LINE] if text else ""
         return f"{self.error_type.removeprefix('builtins.')}: {first_line}".removesuffix(": ")
 
 
 def in_words(location: Location) -> str:
-    """Function, file and line, for people."""
+    """Format function, file and line for messages."""
     function, file, line = location
     return f"{function} ({file}:{line})"
 
 
 def summary(failure: CompileFailure) -> str:
-    """What failed, when and where: one line."""
+    """Describe a failed attempt in one line."""
     when = f"attempt {failure.attempt} failed in call {failure.call}"
     return f"{when}: {failure}, compiling {in_words(failure.frame)}"
 
 
 def causes(exc: BaseException) -> Iterator[BaseException]:
-    """The exception and, below it, each one that it wraps or was raised from, outermost first."""
+    """Yield the exception and all exceptions that it wraps or was raised from, outermost first."""
     seen: set[int] = set()
     current: BaseException | None = exc
     while current is not None and id(current) not in seen:
@@ -149,7 +150,7 @@ def causes(exc: BaseException) -> Iterator[BaseException]:
 
 
 def root_cause(exc: BaseException) -> BaseException:
-    """The innermost cause: what the compiler, the disk or the allocator raised."""
+    """Return the innermost cause: the exception raised by the compiler, the disk or the allocator."""
     *_, root = causes(exc)
     return root
 
@@ -159,7 +160,7 @@ def _names(exc: BaseException) -> Iterator[str]:
 
 
 def is_fatal(exc: BaseException) -> bool:
-    """Whether eager execution cannot go on either: the accelerator's context is gone."""
+    """Return True if the accelerator's context is gone, so that eager execution cannot continue either."""
     root = root_cause(exc)
     if not _FATAL_TYPES.isdisjoint(_names(root)):
         return True
@@ -167,29 +168,29 @@ def is_fatal(exc: BaseException) -> bool:
 
 
 def is_transient(exc: BaseException) -> bool:
-    """Whether a compile failure may pass: the default answer to "is this worth another attempt?".
+    """Return True if a compile failure may be transient. This is the default ``retry`` of a :class:`RetryPolicy`.
 
-    Looks at the root cause, below the wrappers that torch puts round it. A failure of unknown kind is transient: the
-    backoff bounds what it can cost.
+    It classifies the root cause, beneath PyTorch's wrapper exceptions. An unknown kind of failure counts as transient,
+    because the backoff bounds its cost.
 
     Args:
-        exc: The exception that an attempt raised.
+        exc: The exception raised by an attempt.
 
     Returns:
-        ``False`` for what cannot end differently (code that cannot be traced, a missing lowering, no Triton, a kernel
-        that does not fit the device) and after fatal accelerator errors; ``True`` for everything else.
+        ``False`` for failures that would occur again (code that cannot be traced, a missing lowering, no Triton, a
+        kernel that does not fit the device) and for fatal accelerator errors; ``True`` for all others.
     """
     root = root_cause(exc)
     return _PERMANENT.isdisjoint(_names(root)) and not is_fatal(root)
 
 
 def suggests_damaged_cache(exc: BaseException, attempt: int) -> bool:
-    """Whether another attempt should keep its files in another directory than this one did.
+    """Return True if the next attempt should use another cache directory.
 
     Args:
         exc: The root cause of the failure.
-        attempt: Number of the failed attempt within its episode. What a C++ compiler rejects may be a file that was cut
-            short or anything else: then every second attempt is made elsewhere.
+        attempt: Number of the failed attempt within its episode. If a C++ compiler rejects its input, the reason may be
+            a truncated file or something else, so only every second attempt uses another directory.
     """
     text = str(exc)
     if isinstance(exc, OSError) and exc.errno in _UNUSABLE_ERRNO:
@@ -203,14 +204,14 @@ def suggests_damaged_cache(exc: BaseException, attempt: int) -> bool:
 
 
 def qualified_name(exc: BaseException) -> str:
-    """The class of an exception as ``module.name``."""
+    """Return the class of an exception as ``module.name``."""
     return f"{type(exc).__module__}.{type(exc).__qualname__}"
 
 
 def release(exc: BaseException) -> None:
-    """Let go of the frames that an exception holds, and through them of a call's tensors.
+    """Release the Python frames that an exception holds, and with them the call's tensors.
 
-    torch's exceptions point at frames that point back at them; without this they live until garbage is collected.
+    PyTorch's exceptions and their frames form reference cycles, so they would live until a garbage collection.
     """
     for cause in causes(exc):
         cause.__traceback__ = None
@@ -219,5 +220,5 @@ def release(exc: BaseException) -> None:
 
 
 def format_traceback(exc: BaseException) -> str:
-    """The traceback with its causes as text, without the local variables' values."""
+    """Format the traceback, including causes, without the values of local variables."""
     return "".join(traceback.format_exception(exc))

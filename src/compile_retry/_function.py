@@ -1,4 +1,4 @@
-"""What a decorated function becomes: the call path, and what users ask of it."""
+"""`CompiledFunction`, the result of decorating a function: the call path and the public interface."""
 
 from __future__ import annotations
 
@@ -40,20 +40,19 @@ R = TypeVar("R")
 
 
 class CompiledFunction(Generic[P, R]):
-    """A function that runs compiled where it can, eagerly where it must, and tries again when its policy says so.
+    """A function that runs compiled code, continues eagerly while that fails, and retries when its policy allows it.
 
-    Made by :func:`compile_with_fallback`. Call it like the function it decorates; in a class body it binds like one.
+    :func:`compile_with_fallback` creates it. Call it like the original function. In a class body it binds like a
+    method. It has the attributes of the original function, as they were at decoration. If it uses an attribute's name
+    itself, only ``eager`` has the original's attribute.
 
     Attributes:
         eager: The original function.
-        policy: The policy that decides when to try again.
-        name: What it is called in log lines.
-
-    It has the original's attributes too, as they were when it was made, except those whose names it uses itself: of
-    these, ``eager`` still has the original's.
+        policy: The retry policy.
+        name: The name in log lines.
     """
 
-    # Slots, so that `__dict__` holds what a function's would: the attributes of the original, and those set later.
+    # Slots, so that `__dict__` holds the same as a function's: the original's attributes, and those set later.
     __slots__ = (
         "__dict__",
         "__weakref__",
@@ -102,32 +101,33 @@ class CompiledFunction(Generic[P, R]):
             journal=self._journal,
         )
         self._creation = Creation(options, self._calls, admission, self._outcomes, ENTRY_FRAMES)
-        # Close at hand, for each call.
+        # Short-cuts for the call path.
         self._history = self._journal.history
         self._compiled_calls, self._eager_calls = self._books.calls["compiled"], self._books.calls["eager"]
         self._compiled: Callable[..., R] = self._create_and_call
-        # Under the stance that skips guards, what runs eagerly would be taken for a recompile, or for other code.
+        # Needed under the stance that skips guards: otherwise a frame that should run eagerly would raise, or run code
+        # compiled for other arguments.
         self._with_guards: Callable[..., R] = self._create_and_call
         self._skips_guards: Callable[[], bool] = bool
         functools.update_wrapper(self, fn, updated=())
-        # Partials and callable objects lack these two: decorators want a name, and the class has its own annotations.
+        # Partials and callable objects lack these two. Decorators need a name, and the class has its own annotations.
         vars(self).setdefault("__name__", _name_of(fn).rpartition(".")[2])
         if "__annotate__" not in vars(self):  # pragma: no branch  # as of 3.14
             vars(self).setdefault("__annotations__", {})
         for attribute, value in getattr(fn, "__dict__", {}).items():
-            # Dynamo's marks are about the function that they are on.
+            # Dynamo's marks apply only to the function that has them.
             if not hasattr(type(self), attribute) and not attribute.startswith("_torchdynamo_"):
                 vars(self).setdefault(attribute, value)
         live_functions.register(self)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:  # each line of it costs every call
-        if is_dynamo_compiling():  # an outer compile traces through: be the plain function
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:  # every line costs each call
+        if is_dynamo_compiling():  # traced by an outer compile: act as the plain function
             return self.eager(*args, **kwargs)
         number, breaker = next(self._numbers), self._breaker
         if (
             number < breaker.held_off_before_call
             and self._clock() < breaker.held_off_before_time
-            and saved_tensors_hooks(True) is None  # otherwise it may run once more, in a backward pass
+            and saved_tensors_hooks(True) is None  # otherwise a backward pass may run it again
             and has_forward_gradients()
         ):
             next(self._eager_calls)
@@ -138,21 +138,21 @@ class CompiledFunction(Generic[P, R]):
         tally.compiled = tally.eager = 0
         try:
             tally.call = number
-            try:  # to pass on an empty dictionary takes a twentieth of a microsecond
+            try:  # passing an empty dictionary would take 0.05 us
                 result = self._compiled(*args, **kwargs) if kwargs else self._compiled(*args)
             except BaseException:
-                self._over(tally, probing=False, raised=True)
+                self._finish(tally, probing=False, raised=True)
                 raise
             if tally.compiled and not (tally.eager or tally.at_end):
                 next(self._compiled_calls)
             else:
-                self._over(tally, probing=False, raised=False)
+                self._finish(tally, probing=False, raised=False)
         finally:
             tally.call = 0
         return result
 
     def _watched(self, number: int, tally: Tally, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
-        """Make a call that may be an attempt, is timed, or is made within another one."""
+        """Make a call that may attempt, that is timed, or that runs within another call of the function."""
         probe: Probe | None = None
         began: tuple[float, int] | None = None
         outer = tally.call, tally.compiled, tally.eager, tally.given_up
@@ -168,40 +168,40 @@ class CompiledFunction(Generic[P, R]):
                 if number >= episode.due_call or self._clock() >= episode.due_time:
                     within = self._is_within_probe(tally)
                     probe = None if within else self._admission.let_through(tally, number)
-                straight = straight or (not (probe or within) and self._admission.goes_straight(episode, number))
+                straight = straight or (not (probe or within) and self._admission.bypasses_dynamo(episode, number))
             if is_timed:
                 began = self._clock(), tally.attempts
             try:
-                result = self._way(tally, straight=straight)(*args, **kwargs)
+                result = self._choose(tally, straight=straight)(*args, **kwargs)
             except BaseException:
-                self._over(tally, probing=probe is not None, raised=True)
+                self._finish(tally, probing=probe is not None, raised=True)
                 raise
-            self._over(tally, probing=probe is not None, raised=False, began=began)
+            self._finish(tally, probing=probe is not None, raised=False, began=began)
         finally:
             tally.call, compiled, eager, given_up = outer
             tally.doubt, tally.at_end = left_open
-            if tally.call:  # what it has run, the other has run too
+            if tally.call:  # the outer call has run these graphs too
                 tally.compiled, tally.eager = tally.compiled + compiled, tally.eager + eager
                 tally.given_up += given_up
         if episode is not None:
             self._admission.hold_off(episode, number, self._history.next_call)
         return result
 
-    def _way(self, tally: Tally, *, straight: bool) -> Callable[..., R]:
+    def _choose(self, tally: Tally, *, straight: bool) -> Callable[..., R]:
         """Choose between the eager function and the one that ``torch.compile`` returned."""
         if straight:
             tally.eager = 1
             return self.eager
         return self._with_guards if self._skips_guards() else self._compiled
 
-    def _over(self, tally: Tally, *, probing: bool, raised: bool, began: tuple[float, int] | None = None) -> None:
-        """Book a call, and settle what it has left open.
+    def _finish(self, tally: Tally, *, probing: bool, raised: bool, began: tuple[float, int] | None = None) -> None:
+        """Count a call that is over, and settle its failure.
 
         Args:
-            tally: Of its thread.
-            probing: It was let through during an episode.
-            raised: It raised.
-            began: If it is timed, the clock when it began and the attempts that its thread had made before.
+            tally: This thread's tally.
+            probing: Whether the call was the episode's probe.
+            raised: Whether the call raised.
+            began: For a timed call, the clock when it began and the number of attempts that its thread had made before.
         """
         clean = False
         path: CallPath = "eager" if not tally.compiled else "mixed" if tally.eager else "compiled"
@@ -219,15 +219,15 @@ class CompiledFunction(Generic[P, R]):
             self._journal.tell()
 
     def _is_within_probe(self, tally: Tally) -> bool:
-        """Check whether this call is made within one that has been let through."""
-        frame, calls = cast("FrameType | None", sys._getframe(1)), 0  # not this one: it would keep itself alive
+        """Return True if this call runs within the probe."""
+        frame, calls = cast("FrameType | None", sys._getframe(1)), 0  # not this frame, which would keep itself alive
         while frame is not None and calls < 2 and tally.probe is not None:
             calls += frame.f_code is CALL and frame.f_locals.get("self") is self
             frame = frame.f_back
-        return calls == 2  # otherwise an interrupt may have left it
+        return calls == 2  # a probe without an outer call was left by an interrupt
 
     def _create_and_call(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Stands in for the compiled function until ``torch.compile`` has returned one."""
+        """Create the compiled function and call it. If that fails, call the eager function."""
         created = self._creation.create(self.eager, owner=self)
         if created is None:
             return self.eager(*args, **kwargs)
@@ -237,12 +237,12 @@ class CompiledFunction(Generic[P, R]):
 
     @property
     def state(self) -> CompileState:
-        """How the function stands now."""
+        """The current state."""
         return self._admission.state
 
     @property
     def stats(self) -> CompileStats:
-        """A snapshot of its books."""
+        """A snapshot of its counters."""
         return self._books.snapshot()
 
     @property
@@ -252,32 +252,33 @@ class CompiledFunction(Generic[P, R]):
 
     @property
     def next_retry(self) -> NextRetry | None:
-        """How far away the next attempt is, or ``None`` if nothing is held off or no retry will come."""
+        """The due moment of the next attempt, or ``None`` if nothing is held off or no retry will come."""
         return self._breaker.next_retry(self.stats.calls)
 
     def register_hook(self, hook: Hook) -> RemovableHandle:
-        """Have a hook told of this function's events, see :mod:`compile_retry.events`. Copies do not inherit it.
+        """Register a hook for this function's events: see :mod:`compile_retry.events`. Copies do not inherit it.
 
         Args:
             hook: A callable that takes an :class:`~compile_retry.events.Event`.
 
         Returns:
-            A handle. Its ``remove()`` takes the hook away, and so does the end of a ``with`` block that it heads.
+            A handle. Its ``remove()`` removes the hook. As a context manager, it removes the hook at the end of the
+            block.
 
         Raises:
-            TypeError: `hook` cannot be called.
+            TypeError: `hook` is not callable.
         """
         return self._journal.hooks.register(hook)
 
     def retry_now(self) -> None:
-        """Make the next call an attempt for everything that runs eagerly, also after giving up."""
+        """Make an attempt due at the next call for everything that runs eagerly, even after giving up."""
         self._outcomes.retry_now()
 
     def reset(self) -> None:
-        """Forget all failures, also that it gave up: the next call attempts what is not compiled. The books stay."""
+        """Forget all failures, including permanent ones, so that the next call attempts again. Counters are kept."""
         self._outcomes.reset()
 
-    # As functions have them. Not kept in `__dict__`, which `functools.wraps` copies.
+    # As on functions. Not in `__dict__`, which `functools.wraps` copies.
     __code__ = property(attrgetter("eager.__code__"))
     __globals__ = property(attrgetter("eager.__globals__"))
     __closure__ = property(attrgetter("eager.__closure__"))
@@ -291,7 +292,7 @@ class CompiledFunction(Generic[P, R]):
     def __get__(self, instance: object, owner: type | None = None) -> Any:
         if instance is None:
             return self
-        if is_dynamo_compiling():  # Dynamo cannot make a method of an object
+        if is_dynamo_compiling():  # Dynamo cannot bind an object as a method
             plain: Callable[..., R] = self.eager
             return functools.partial(plain, instance)
         return MethodType(self, instance)
@@ -311,7 +312,7 @@ class CompiledFunction(Generic[P, R]):
     def __reduce__(self) -> str:
         name = getattr(self, "__qualname__", None)
         if not isinstance(name, str):
-            raise pickle.PicklingError(f"{self!r} has no name to be pickled by")
+            raise pickle.PicklingError(f"{self!r} has no qualified name, so it cannot be pickled")
         return name  # by reference, as functions are pickled
 
     def __repr__(self) -> str:
@@ -321,15 +322,15 @@ class CompiledFunction(Generic[P, R]):
 live_functions: WeakRegistry[CompiledFunction[..., Any]] = WeakRegistry()
 
 CALL = CompiledFunction.__call__.__code__
-# Frames on the way into a decorated function. Traced alone they would turn it into the plain one for the caller.
+# Frames on the way into a decorated function. If Dynamo compiled them, the caller would call the plain function.
 ENTRY_FRAMES = frozenset({CALL, CompiledFunction.__get__.__code__})
 
 
 class ModuleHandle:
-    """Keeps a compiled module's compiled call with it through a deep copy, and out of what is saved.
+    """Attribute of a compiled module that preserves its compiled call in deep copies, but not in saved modules.
 
-    ``nn.Module`` leaves its compiled call out of copies and pickles. This rides along in the module's attributes: a
-    deep copy gets a compiled call of its own; in a saved module nothing of it is left but ``None``.
+    ``nn.Module`` drops its compiled call from copies and pickles. With this handle among its attributes, a deep copy
+    gets its own compiled call. In a pickled module the handle becomes ``None``.
     """
 
     def __init__(self, module: torch.nn.Module, function: CompiledFunction[..., Any]) -> None:
@@ -341,7 +342,7 @@ class ModuleHandle:
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleHandle | None:
         module = memo.get(id(self._module))
         if module is None or compiled_call_of(self._module) is not self._function:
-            return None  # it came along with a shallow copy, or the module has been compiled anew since
+            return None  # the handle came from a shallow copy, or the module has been compiled again since
         return ModuleHandle(module, copy.deepcopy(self._function, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:

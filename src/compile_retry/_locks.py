@@ -1,4 +1,4 @@
-"""Locks that a forked child can use, whatever other threads of its parent were doing."""
+"""Locks that stay usable in a forked child, even if another thread of the parent held them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import TracebackType
 
 
 class Lock:
-    """A reentrant lock. In a forked child it is free, unless the thread that forked holds it."""
+    """A reentrant lock. In a forked child it is free, unless the forking thread held it."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -24,7 +24,7 @@ class Lock:
         self._lock.release()
 
     def after_fork(self) -> None:  # pragma: no cover  # in forked children only: tests/test_processes.py
-        """Forget threads that the child does not have."""
+        """Free the lock if a thread that the child does not have held it."""
         if self._lock.acquire(blocking=False):
             self._lock.release()
         else:

@@ -1,4 +1,4 @@
-"""How all decorated functions stand: for a terminal, a notebook or a machine."""
+"""The report on all decorated functions, for a terminal, a notebook or a program."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderableType
     from rich.table import Table
 
-_EMPTY = "compile_retry: no decorated function is alive"
+_EMPTY = "compile_retry: no decorated functions"
 _HEADINGS = (
     "function",
     "state",
@@ -30,7 +30,7 @@ _HEADINGS = (
     "next attempt",
 )
 _TEXT_COLUMNS = frozenset({"function", "state", "next attempt"})  # the others are numbers
-# Rich would squeeze all columns into a narrow terminal; these two go first.
+# Dropped in a narrow terminal, because rich would squeeze all columns.
 _WIDE_COLUMNS = frozenset({"recovered", "compiling"})
 _WIDE = 110
 
@@ -40,7 +40,7 @@ _RICH_STYLES = {
     CompileState.FALLBACK: "yellow",
     CompileState.GAVE_UP: "bold red",
 }
-# On light and on dark pages; the state is also there in words.
+# Readable on light and dark pages. The state is also written in words.
 _HTML_COLOURS = {
     CompileState.PENDING: "#888888",
     CompileState.COMPILED: "#009e73",
@@ -51,7 +51,7 @@ _HTML_COLOURS = {
 
 @dataclass(frozen=True)
 class FunctionReport:
-    """How one function stands."""
+    """The report on one function."""
 
     name: str
     state: CompileState
@@ -60,14 +60,14 @@ class FunctionReport:
     next_retry: NextRetry | None
 
     def cells(self) -> tuple[str, ...]:
-        """One for each heading."""
+        """Return the cells of the table row, one for each heading."""
         s = self.stats
         books = (s.calls, s.compiled_calls, s.mixed_calls, s.eager_calls, s.attempts, s.failures, s.recoveries)
         seconds = f"{s.compile_seconds:.1f} s"
         return self.name, self.state.value, *map(str, books), seconds, str(self.next_retry or "")
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the report as a dictionary of JSON-serializable values."""
         failure, next_retry = self.last_failure, self.next_retry
         return {
             "name": self.name,
@@ -80,7 +80,7 @@ class FunctionReport:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What :func:`report` returns: a snapshot. A table for `print`, for rich and in a notebook.
+    """The snapshot that :func:`report` returns: a table for `print`, rich and notebooks.
 
     Attributes:
         functions: One record per function, with `name`, `state`, `stats`, `last_failure` and `next_retry`.
@@ -89,22 +89,22 @@ class Report:
     functions: tuple[FunctionReport, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as ``{"functions": [...]}``: dictionaries, lists, strings and numbers, as JSON takes them."""
+        """Return everything as ``{"functions": [...]}``, with JSON-serializable values only."""
         return {"functions": [function.as_dict() for function in self.functions]}
 
     def show(self) -> None:
-        """Print it: in colours where rich is installed, otherwise as plain text."""
+        """Print the table, in colour if rich is installed, otherwise as plain text."""
         try:
             import rich
         except ImportError:
-            print(self)  # noqa: T201  # that is what it is for
+            print(self)  # noqa: T201  # printing is its purpose
         else:
             rich.print(self)
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
-    __repr__ = __str__  # what an interactive session shows
+    __repr__ = __str__  # for interactive sessions
 
     def _lines(self) -> Iterator[str]:
         if not self.functions:
@@ -123,7 +123,7 @@ class Report:
                 yield function.name, function.last_failure
 
     def __rich_console__(self, console: object, options: ConsoleOptions) -> Iterator[RenderableType]:
-        from rich.text import Text  # texts, not strings: a message may look like markup
+        from rich.text import Text  # not plain strings: a message may look like markup
 
         if not self.functions:
             yield Text(_EMPTY)
@@ -158,12 +158,13 @@ class Report:
 
 
 def report() -> Report:
-    """How every decorated function of this process stands that is alive: state, books, last failure, next attempt.
+    """Report on all decorated functions of this process: state, counters, last failure and next attempt.
 
-    Modules that were compiled in place are among them. In order of decoration.
+    The report includes modules compiled in place, and leaves out functions that have been garbage-collected. The order
+    is that of decoration.
 
     Returns:
-        A snapshot. Print it, call its ``show()``, let a notebook display it, or take its ``as_dict()``.
+        A snapshot. Print it, call its ``show()``, display it in a notebook, or use its ``as_dict()``.
 
     Example:
         >>> @compile_with_fallback
@@ -200,6 +201,6 @@ def _html_failure(name: str, failure: CompileFailure) -> str:
 
 
 def _escape(text: str) -> str:
-    from html import escape  # few need it, and it takes long to import
+    from html import escape  # slow to import, and rarely needed
 
     return escape(text)

@@ -1,4 +1,4 @@
-"""The books: what became of the calls, and how a function stands."""
+"""Statistics and state of a decorated function."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ._locks import Lock
 
 
 class CompileState(enum.Enum):
-    """How a decorated function stands."""
+    """The state of a decorated function."""
 
     PENDING = "pending"
-    """Nothing has been attempted yet."""
+    """No attempt has been made yet."""
 
     COMPILED = "compiled"
-    """What has been called runs compiled code, as far as torch compiles it."""
+    """Everything called so far runs compiled code, as far as PyTorch compiles it."""
 
     FALLBACK = "fallback"
     """Something runs eagerly, and a retry will come."""
@@ -27,17 +27,16 @@ class CompileState(enum.Enum):
 
 @dataclass(frozen=True)
 class CompileStats:
-    """A snapshot of a decorated function's books.
+    """A snapshot of a decorated function's counters.
 
     Attributes:
-        compiled_calls: Calls in which every captured graph was compiled code, and there was at least one.
-        mixed_calls: Calls in which some graphs were compiled code and others ran eagerly.
-        eager_calls: Calls in which no compiled code ran, for whatever reason.
-        attempts: Runs of the compiler, one per captured graph, and failures before there was a graph.
+        compiled_calls: Calls that ran at least one graph and ran all graphs as compiled code.
+        mixed_calls: Calls that ran some graphs as compiled code and others eagerly.
+        eager_calls: Calls that ran no compiled code, for any reason.
+        attempts: Runs of the compiler, one per captured graph, plus failures before there was a graph.
         failures: Attempts that did not produce code.
-        recoveries: How often everything that had fallen back was compiled again.
-        compile_seconds: Seconds in which Dynamo and the compiler compiled, failed attempts included, by the policy's
-            clock.
+        recoveries: Number of recoveries: moments when everything that had fallen back was compiled again.
+        compile_seconds: Seconds spent in Dynamo and the compiler, including failed attempts, by the policy's clock.
     """
 
     compiled_calls: int
@@ -50,32 +49,32 @@ class CompileStats:
 
     @property
     def calls(self) -> int:
-        """Calls of the function that are over. A call that Dynamo traces into is part of its caller's."""
+        """The number of finished calls, except nested calls that Dynamo traces as part of their caller."""
         return self.compiled_calls + self.mixed_calls + self.eager_calls
 
     @property
     def compiled_fraction(self) -> float:
-        """The share of calls that ran compiled code only, from 0 to 1; 0 before the first call."""
+        """The fraction of calls that ran only compiled code, from 0 to 1; 0 before the first call."""
         return self.compiled_calls / self.calls if self.calls else 0.0
 
     def as_dict(self) -> dict[str, int | float]:
-        """All figures by name, for a metrics logger."""
+        """Return all values by name, for example for a metrics logger."""
         return {"calls": self.calls, **asdict(self), "compiled_fraction": self.compiled_fraction}
 
 
 class Counter(itertools.count):  # type: ignore[type-arg]  # cannot be subscripted at run time
-    """Counts without a lock: `next` of it is one C call and therefore atomic."""
+    """A counter without a lock: `next` is a single C call and therefore atomic."""
 
     def __init__(self) -> None:
         next(self)  # count from 1
 
     @property
     def value(self) -> int:
-        return int(repr(self)[len("Counter(") : -1]) - 1  # the only way to look without counting
+        return int(repr(self)[len("Counter(") : -1]) - 1  # the only way to read without counting
 
 
 class Books:
-    """The running counts behind `CompileStats`."""
+    """The live counters behind `CompileStats`."""
 
     def __init__(self) -> None:
         self.calls = {"compiled": Counter(), "mixed": Counter(), "eager": Counter()}
@@ -87,7 +86,7 @@ class Books:
 
     @property
     def not_compiled(self) -> int:
-        """How many calls ran eagerly, at least in part."""
+        """The number of calls that ran eagerly, at least in part."""
         return self.calls["eager"].value + self.calls["mixed"].value
 
     def add_seconds(self, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Strict mode: a compile failure raises at once. Process-wide, because CI wants all of it or nothing."""
+"""Strict mode: compile failures raise. It is process-wide, because CI needs it for all functions or none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _strict = _Strict()
 
 
 class _Restore(AbstractContextManager[None]):
-    """What `set_strict` returns: as a context manager it puts the previous mode back at the end."""
+    """The context manager that `set_strict` returns. It restores the previous mode at the end of the block."""
 
     def __init__(self, previous: bool) -> None:
         self._previous = previous
@@ -28,18 +28,18 @@ class _Restore(AbstractContextManager[None]):
 
 
 def set_strict(enabled: bool) -> AbstractContextManager[None]:
-    """Switch strict mode on or off, for the whole process.
+    """Turn strict mode on or off for the whole process.
 
-    In strict mode a compile failure raises out of the call in which it happens, and nothing is held off. It is meant
-    for CI, where a broken compile must not hide behind a fallback. ``COMPILE_RETRY_STRICT=1`` in the environment
-    switches it on from the start.
+    In strict mode, the call in which a compile fails raises that failure, and nothing is held off. It is meant for CI,
+    where the fallback would hide a broken compile. ``COMPILE_RETRY_STRICT=1`` in the environment turns it on from the
+    start.
 
     Args:
         enabled: The new mode.
 
     Returns:
-        A context manager. Called for its effect alone, the mode stays; as ``with set_strict(True):`` it ends with the
-        block.
+        A context manager. ``with set_strict(True):`` restores the previous mode at the end of the block. Without
+        ``with``, the new mode stays.
 
     Raises:
         TypeError: `enabled` is not a bool.

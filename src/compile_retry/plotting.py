@@ -1,4 +1,4 @@
-"""Pictures of what happened to a decorated function. They need matplotlib: ``pip install 'compile-retry[plot]'``."""
+"""Plots of a decorated function's history. They need matplotlib: ``pip install 'compile-retry[plot]'``."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ if TYPE_CHECKING:
 __all__ = ["plot_timeline"]
 
 
-class _Look(NamedTuple):
+class _Style(NamedTuple):
     marker: str
     colour: str
 
 
-# Okabe and Ito's colours, which colour-blind people can tell apart, in an order that is also one of lightness in print.
-_PATHS: dict[CallPath, _Look] = {
-    "compiled": _Look("o", "#0072B2"),
-    "mixed": _Look("s", "#E69F00"),
-    "eager": _Look("^", "#D55E00"),
+# Okabe and Ito's colours, which colour-blind people can distinguish, ordered by lightness for printing.
+_PATHS: dict[CallPath, _Style] = {
+    "compiled": _Style("o", "#0072B2"),
+    "mixed": _Style("s", "#E69F00"),
+    "eager": _Style("^", "#D55E00"),
 }
-_MARKS: dict[type[Event], _Look] = {
-    AttemptFailed: _Look("x", "black"),
-    Recovered: _Look("*", "#009E73"),
-    GaveUp: _Look("X", "#CC79A7"),
+_MARKS: dict[type[Event], _Style] = {
+    AttemptFailed: _Style("x", "black"),
+    Recovered: _Style("*", "#009E73"),
+    GaveUp: _Style("X", "#CC79A7"),
 }
 _ATTEMPT_COLOUR = "#BBBBBB"
-# Where the slowest call takes so many times as long as the fastest, the scale is logarithmic.
+# The scale is logarithmic if the slowest call takes at least this many times as long as the fastest.
 _SPAN = 20
 
 
 def plot_timeline(fn: CompiledFunction[..., Any] | torch.nn.Module, ax: Axes | None = None) -> Axes:
-    """Draw how long a function's calls took, what ran in them, and when there were attempts, failures and recoveries.
+    """Plot the durations of a function's calls over time, with attempts, failures and recoveries.
 
-    Each call is a point: at the time when it was over, in seconds since the first call that is remembered, by the
-    policy's clock. Its colour and shape say whether it ran compiled code, eagerly, or both; it is hollow if something
-    was compiled in it, or failed to be. Attempts are grey bands; failures, recoveries and giving up are marks on the
-    upper edge. Not every call is there: of a long run some 500, from all of it.
+    Each point is a call, plotted at its end, in seconds since the first recorded call, by the policy's clock. Its
+    colour and shape show if the call ran compiled code, eagerly, or both. A call with an attempt is hollow. Grey bands
+    are attempts. Marks on the upper edge are failures, recoveries and giving up. Of a long run, about 500 calls are
+    shown, spread over all of it.
 
     Args:
         fn: A :class:`~compile_retry.CompiledFunction`, or a module that was compiled in place.
         ax: The axes to draw in; by default those of a new figure.
 
     Returns:
-        The axes; ``ax.figure.savefig("timeline.png")`` saves the picture.
+        The axes; ``ax.figure.savefig("timeline.png")`` saves the figure.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -63,7 +63,7 @@ def plot_timeline(fn: CompiledFunction[..., Any] | torch.nn.Module, ax: Axes | N
     history = function._journal.history
     samples, events = history.samples, tuple(history.events)
     if not samples:
-        raise ValueError(f"there is nothing to show yet: {function.name} has not been called, or no call has returned")
+        raise ValueError(f"nothing to plot yet: {function.name} has not been called, or no call has returned")
     start = min([sample.time - sample.seconds for sample in samples])
     if ax is None:
         ax = _new_axes()
@@ -103,7 +103,7 @@ def _draw_calls(ax: Axes, path: CallPath, samples: Sequence[Sample], start: floa
 
 
 def _draw_attempts(ax: Axes, events: Iterable[tuple[float, Event]]) -> None:
-    """Grey bands from the beginning of each attempt to its end."""
+    """Draw a grey band from the beginning to the end of each attempt."""
     ended = [(time, event.seconds) for time, event in events if isinstance(event, AttemptFailed | Compiled)]
     if ended:
         ax.broken_barh(
@@ -111,7 +111,7 @@ def _draw_attempts(ax: Axes, events: Iterable[tuple[float, Event]]) -> None:
             (0, 1),
             transform=ax.get_xaxis_transform(),
             facecolors=_ATTEMPT_COLOUR,
-            edgecolors=_ATTEMPT_COLOUR,  # so that a short one is still a line
+            edgecolors=_ATTEMPT_COLOUR,  # so that a short attempt is still visible
             linewidth=0.8,
             alpha=0.4,
             label="attempt",
@@ -120,7 +120,7 @@ def _draw_attempts(ax: Axes, events: Iterable[tuple[float, Event]]) -> None:
 
 
 def _draw_marks(ax: Axes, kind: type[Event], times: Sequence[float]) -> None:
-    """At the upper edge, where there are no calls."""
+    """Draw marks at the upper edge, above all calls."""
     if times:
         marker, colour = _MARKS[kind]
         ax.scatter(

@@ -1,7 +1,7 @@
-"""Make compiles fail on purpose, turn the clock by hand, record what happened, and assert on it.
+"""Test tools: make compiles fail on purpose, control the clock, record events, and assert on decorated functions.
 
-For the test suites of users: does our training survive a failed compile, and does it recover? Nothing here sleeps, and
-nothing here needs pytest. With pytest there are fixtures as well, see `pytest_compile_retry`.
+With them, you can test that your training survives a failed compile and recovers. Nothing here sleeps or needs pytest.
+For pytest there are fixtures as well: see `pytest_compile_retry`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ __all__ = [
 
 
 class FakeClock:
-    """A clock that only moves when it is told to, for ``RetryPolicy(clock=...)``.
+    """A clock for ``RetryPolicy(clock=...)`` that stands still until you advance it.
 
     Args:
-        start: What it shows at first, in seconds.
+        start: The initial time, in seconds.
 
     Example:
         >>> clock = FakeClock()
@@ -44,14 +44,17 @@ class FakeClock:
         self._now = float(start)
 
     def __call__(self) -> float:
-        """The time it shows, in seconds."""
+        """Return the current time, in seconds."""
         return self._now
 
     def advance(self, seconds: float) -> None:
-        """Let so many seconds pass.
+        """Advance the clock.
+
+        Args:
+            seconds: The number of seconds.
 
         Raises:
-            ValueError: `seconds` is negative: clocks do not run backwards.
+            ValueError: `seconds` is negative.
         """
         if seconds < 0:
             raise ValueError(f"seconds must not be negative, not {seconds!r}")
@@ -60,11 +63,11 @@ class FakeClock:
 
 @dataclass
 class Faults:
-    """What :func:`fail_compiles` has done so far.
+    """Counts of the attempts that :func:`fail_compiles` has seen so far.
 
     Attributes:
-        attempts: How many of the attempts that it looks at were made.
-        failed: How many of these it made fail.
+        attempts: Attempts that matched ``function`` and ``graph``.
+        failed: Attempts among them that it made fail.
     """
 
     attempts: int = 0
@@ -81,14 +84,15 @@ def fail_compiles(
 ) -> Iterator[Faults]:
     """Make compile attempts fail while the block runs.
 
-    The exception is raised where the compiler would have raised it, below the user's backend, so everything above it
-    is real: Dynamo, the fallback, the schedule, the recovery.
+    The exception is raised in place of the compiler, so everything above it is real: Dynamo, the fallback, the schedule
+    and the recovery.
 
     Args:
-        exception: What the compiler is to raise: an exception, or its class.
-        times: How many attempts fail; by default all that are made in the block.
-        function: Only attempts of the decorated function of this name.
-        graph: Only attempts of the k-th graph of a call, from 1: what comes after the first graph break is graph 2.
+        exception: The exception to raise, or its class.
+        times: The number of attempts that fail; by default all attempts in the block.
+        function: The name of the decorated function whose attempts fail; by default those of all functions.
+        graph: The number of the graph in a call whose attempts fail, from 1; by default all. The first graph break
+            separates graph 1 from graph 2.
 
     Yields:
         The counts of attempts so far.
@@ -132,10 +136,10 @@ def fail_compiles(
 
 @contextmanager
 def broken_compiler() -> Iterator[None]:
-    """Break the C++ compiler for real while the block runs: inductor calls one that only ever fails.
+    """Break the C++ compiler while the block runs: Inductor uses a compiler that always fails.
 
-    What inductor has compiled before, it may still find in its cache, as on a real machine. Use a new cache directory
-    (``TORCHINDUCTOR_CACHE_DIR``) where that matters.
+    As on a real machine, Inductor does not recompile what is in its cache. If that matters, use a new cache directory
+    (``TORCHINDUCTOR_CACHE_DIR``).
     """
     from ._compile.healing import heal
     from ._torch import inductor
@@ -144,21 +148,21 @@ def broken_compiler() -> Iterator[None]:
         compiler = Path(folder, "c++")
         compiler.write_text("#!/bin/sh\necho 'compile_retry: this compiler is broken' >&2\nexit 1\n")
         compiler.chmod(0o755)
-        heal()  # inductor remembers that the real one worked
+        heal()  # Inductor has cached that the real compiler works
         with inductor.cxx(str(compiler)):
             yield
 
 
 @contextmanager
 def record_events(function: str | None = None, *, kinds: Collection[str] | None = None) -> Iterator[list[Event]]:
-    """Collect the events that happen while the block runs, see `compile_retry.events`.
+    """Record the events that occur while the block runs: see `compile_retry.events`.
 
     Args:
-        function: Only those of the decorated function of this name.
-        kinds: Only those whose ``kind`` is among these.
+        function: The name of the decorated function whose events are recorded; by default those of all functions.
+        kinds: The values of ``kind`` to record; by default all.
 
     Yields:
-        The list that they are added to, in order.
+        The list of events, which grows as they occur.
     """
     events: list[Event] = []
 

@@ -72,7 +72,7 @@ def test_output_for_people(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines[1:4] == [
         "ok       versions             Python 3.14, torch 2.13, compile-retry 0.1",
         "warning  cache directory      /c, 0.5 GiB free",
-        "                              -> make room, or set TORCHINDUCTOR_CACHE_DIR to another directory",
+        "                              -> free some space, or set TORCHINDUCTOR_CACHE_DIR to another directory",
     ]
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "160")
@@ -88,7 +88,7 @@ def test_output_for_people(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("versions", {"error": "ImportError: x"}, "failed", "ImportError: x"),
         ("cache directory", {"error": "ImportError: x"}, "failed", "ImportError: x"),
-        ("cache directory", {"path": "/c", "error": "full"}, "failed", "/c cannot be written: full"),
+        ("cache directory", {"path": "/c", "error": "full"}, "failed", "/c is not writable: full"),
         ("cache directory", {"path": "/c", "free": 2**29}, "warning", "/c, 0.5 GiB free"),
         ("C++ compiler", {"error": "OSError: [Errno 28] No space left on device"}, "failed", "OSError: [Errno 28] No"),
         ("C++ compiler", {"path": "g++", "error": "no omp.h"}, "failed", "g++: no omp.h"),
@@ -96,7 +96,7 @@ def test_output_for_people(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
         ("vector instructions", {"processor": ["a"], "found": [], "found elsewhere": ["a"]}, "failed", "none, but a"),
         ("vector instructions", {"processor": ["a"], "found": []}, "failed", "none, but the processor has a"),
         ("vector instructions", {"processor": ["a", "b"], "found": ["a"]}, "ok", "a (not b)"),
-        ("compile", {"compiled": False}, "failed", "torch.compile ran eagerly"),
+        ("compile", {"compiled": False}, "failed", "torch.compile ran the function eagerly"),
         ("GPU", {"error": "RuntimeError: no driver"}, "failed", "RuntimeError: no driver"),
         ("GPU", {"device": None, "built for": "13.0"}, "skipped", "not present; torch is built for 13.0"),
         ("GPU", {"device": "cuda", "name": "A", "triton": None, "triton works": False}, "failed", "A: Triton is not"),
@@ -120,7 +120,7 @@ def test_findings(find: Find, name: str, facts: dict[str, Any], status: str, det
 @pytest.mark.parametrize(
     ("facts", "elsewhere", "detail", "remedy"),
     [
-        ({}, {"error": "OSError: lost"}, "; fails in a new cache directory, too", ""),
+        ({}, {"error": "OSError: lost"}, "; also fails in a new cache directory", ""),
         ({}, {"without headers": "/t/h"}, "; works without precompiled headers", "delete /t/h, or set TORCHIND"),
         ({}, {"compiled": True}, "; works in a new cache directory", "poisoned cache suspected: delete /c"),
         ({"compile": LOST}, {"compiled": True}, "; works in a new cache directory", "set TORCHINDUCTOR_CACHE_DIR to"),
@@ -144,7 +144,7 @@ def test_out_of_time(find: Find, until: str, remedy: str) -> None:
     checks = examine("--timeout", "50", status=1)
     assert (checks[until]["status"], checks[until]["detail"]) == ("failed", "it took too long (limit: 50 s)")
     assert checks[until]["remedy"].startswith(remedy)
-    assert checks["GPU"]["detail"] == f"not reached: see {until}"
+    assert checks["GPU"]["detail"] == f"skipped because of {until}"
 
 
 def test_compiling_is_disabled(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def test_variables_that_change_compiling(find: Find, monkeypatch: pytest.MonkeyP
 def test_a_torch_that_cannot_compile(find: Find) -> None:
     """Nothing else is checked, which would only say so again."""
     find({"versions": {"error": "ImportError: x"}}, until="cache directory")
-    assert examine(status=1)["C++ compiler"]["detail"] == "not reached: see versions"
+    assert examine(status=1)["C++ compiler"]["detail"] == "skipped because of versions"
 
 
 def test_a_compiler_that_the_environment_names(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,7 @@ def test_no_attempts() -> None:
 
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Say what is wrong and what would help."""
-    with pytest.raises(ValueError, match="nothing to show yet: f has not been called"):
+    with pytest.raises(ValueError, match="nothing to plot yet: f has not been called"):
         plot_timeline(compile_with_fallback(torch.sin, name="f"))
     with pytest.raises(TypeError, match="Linear has not been compiled by compile_with_fallback"):
         plot_timeline(torch.nn.Linear(1, 1))

@@ -167,13 +167,10 @@ def test_assert_compiled_says_why_not() -> None:
     error = "OSError: [Errno 28] No space left on device"
     assert why_not_compiled(fn) == [
         "step is not compiled. Its state is fallback: something runs eagerly, and a retry will come.",
-        (
-            "Of its 3 calls, 0 ran compiled code, 0 in part, and 3 ran eagerly."
-            " Of 2 attempts, 2 failed; it recovered 0 times."
-        ),
+        ("Calls: 3 (0 compiled, 0 mixed, 3 eager). Attempts: 2 (2 failed). Recoveries: 0."),
         f"The last failure was attempt 2, in call 3, and is transient: {error}, compiling {frame}.",
         "The next attempt is due in 2 calls.",
-        "What happened, in order:",
+        "Events:",
         f"  attempt 1 failed in call 1: {error}, compiling {frame}; running eagerly, next attempt in 2 calls",
         f"  attempt 2 failed in call 3: {error}, compiling {frame}; running eagerly, next attempt in 2 calls",
     ]
@@ -187,7 +184,7 @@ def test_assert_compiled_after_giving_up() -> None:
         fn(X)
     lines = why_not_compiled(fn)
     assert lines[0].endswith("gave up: something runs eagerly, and no retry will come.")
-    assert lines[3] == "The last 10 things that happened, in order:"
+    assert lines[3] == "Last 10 events:"
     assert len(lines) == 14
     assert lines[-1].endswith("giving up, running eagerly until reset() or retry_now()")
 
@@ -202,8 +199,8 @@ def test_assert_compiled_where_nothing_was_attempted() -> None:
     assert why_not_compiled(fn) == [
         state,
         (
-            "Of its 1 call, 0 ran compiled code, 0 in part, and 1 ran eagerly."
-            " No attempt was made: torch.compile may be disabled, by the environment, an option or a stance."
+            "Calls: 1 (0 compiled, 0 mixed, 1 eager)."
+            " Attempts: 0. torch.compile may be disabled by the environment, an option or a stance."
         ),
     ]
 
@@ -216,7 +213,7 @@ def test_assert_max_attempts_lists_them() -> None:
     with pytest.raises(AssertionError) as raised, full_disk, assert_max_attempts(3):
         [a(X) for _ in range(3)] + [b(X)]
     heading, *attempts = str(raised.value).splitlines()
-    assert heading == "The block may make at most 3 attempts, but 4 were made:"
+    assert heading == "Expected at most 3 attempts, but 4 were made:"
     assert [line.partition(":")[0] for line in attempts] == [
         "  a, call 1, graph 1",
         "  a, call 1, graph 2",
@@ -245,7 +242,7 @@ def test_assert_max_attempts_before_there_is_a_graph(monkeypatch: pytest.MonkeyP
 
     fn = compile_with_fallback(sine, backend="eager", name="fn")
     monkeypatch.setattr(torch, "compile", broken)
-    said = r"no attempt, .* 1 was made:\n  fn, call 1, before there was a graph: failed, MemoryError"
+    said = r"no attempt, .* 1 was made:\n  fn, call 1, no graph yet: failed, MemoryError"
     with pytest.raises(AssertionError, match=said), assert_max_attempts(0, fn):
         fn(X)
     assert fn.stats.attempts == 1

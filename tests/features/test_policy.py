@@ -41,7 +41,7 @@ X = torch.ones(3)
         ({"retry": OSError}, TypeError, "retry must be a tenacity retry predicate"),
         ({"retry": False}, TypeError, "retry must be"),
         ({"clock": 3.0}, TypeError, "clock must be a callable"),
-        ({"max_overhead": 0}, ValueError, "max_overhead must be positive, not 0; math.inf does not limit it"),
+        ({"max_overhead": 0}, ValueError, "max_overhead must be positive, not 0; use math.inf for no limit"),
         ({"max_overhead": math.nan}, ValueError, "max_overhead must be positive, not nan"),
         ({"max_overhead": "5 %"}, TypeError, "max_overhead must be a number such as 0.05, math.inf or None, not '5 %'"),
         ({"max_overhead": True}, TypeError, "not True"),

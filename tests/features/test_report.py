@@ -108,7 +108,7 @@ def test_nothing_to_report() -> None:
     """The report says so, everywhere."""
     report, out = dataclasses.replace(compile_retry.report(), functions=()), io.StringIO()
     Console(file=out).print(report)
-    assert str(report) == out.getvalue().strip() == "compile_retry: no decorated function is alive"
+    assert str(report) == out.getvalue().strip() == "compile_retry: no decorated functions"
     assert str(report) in report._repr_html_()
     assert report.as_dict() == {"functions": []}
 

@@ -1,1 +1,1 @@
-"""The call path's other half: may a frame be compiled now, how is that attempted, and what follows from the outcome."""
+"""Compiling one decorated function: admission of attempts, the attempts themselves, and their outcomes."""

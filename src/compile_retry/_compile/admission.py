@@ -1,4 +1,4 @@
-"""Admission: which calls and frames of one function may be compiled now."""
+"""Admission: decide which calls and frames of one function may be compiled now."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .turns import Turns
 
 
 class Admission:
-    """Decides for one function. Asked by the call path, the frame callback and the backend alike.
+    """Admission for one function. The call path, the frame callback and the backend all consult it.
 
     Attributes:
-        has_code: Some graph has been compiled.
-        eager_together: All ranks have agreed to run the function eagerly for good.
+        has_code: Whether any graph has been compiled.
+        eager_together: Whether all ranks have agreed to run the function eagerly for good.
     """
 
     def __init__(self, breaker: Breaker, ledger: Ledger, turns: Turns) -> None:
@@ -32,7 +32,7 @@ class Admission:
 
     @property
     def state(self) -> CompileState:
-        """How the function stands."""
+        """The function's state."""
         episode = self._breaker.episode
         if episode is not None:
             return CompileState.GAVE_UP if episode.stopped else CompileState.FALLBACK
@@ -43,11 +43,11 @@ class Admission:
     # Frames
 
     def admits(self, tally: Tally, key: FrameKey) -> bool:
-        """Allow an attempt for this frame, unless it may not be made or a backward pass needs the frame eager."""
+        """Return True if this frame may be attempted and no backward pass needs it to stay eager."""
         return self.may_attempt(tally, key) and not self._step.must_stay_eager(key.code)
 
     def may_attempt(self, tally: Tally, key: FrameKey) -> bool:
-        """Allow this thread's call to run the compiler now for this frame."""
+        """Return True if this thread's call may run the compiler for this frame now."""
         if self._breaker.is_in_doubt or self._ledger.is_given_up(key):
             return False
         episode = self._breaker.episode
@@ -59,31 +59,35 @@ class Admission:
         return (probe.episode is episode and not probe.exclusive) or key.steady in probe.claims
 
     def is_open(self, tally: Tally) -> bool:
-        """Allow this thread's call to run the compiler now for some frame at least."""
+        """Return True if this thread's call may run the compiler for at least some frame now."""
         if self._breaker.is_in_doubt:
             return False
         episode, probe = self._breaker.episode, tally.probe
         return episode is None or (probe is not None and (probe.episode is episode or bool(probe.claims)))
 
+    def is_given_up(self, key: FrameKey) -> bool:
+        """Return True if this frame, or a graph without one, is never attempted again."""
+        return self._ledger.is_given_up(key)
+
     def refused(self, tally: Tally, key: FrameKey) -> None:
-        """Note that this frame would have been attempted in this call."""
+        """Record that this frame would have been attempted in this call."""
         if self._ledger.is_given_up(key):
             tally.given_up += 1
         else:
-            self._turns.ask(key.steady, tally.call)
+            self._turns.request(key.steady, tally.call)
 
     def ran_eagerly(self, *codes: Hashable) -> None:
-        """Keep these eager until no backward pass can run them again."""
+        """Keep this code eager until no backward pass can run it again."""
         self._step.ran_eagerly(*codes)
 
-    def strike_out(self, code: CodeType) -> None:
-        """Forget this code, which will never run again as a frame that Dynamo asks about."""
-        self._ledger.strike_out(code)
+    def forget_code(self, code: CodeType) -> None:
+        """Forget this code, because Dynamo will never pass a frame of it to the callback again."""
+        self._ledger.forget_code(code)
 
     # Calls
 
     def let_through(self, tally: Tally, call: int) -> Probe | None:
-        """Make a call the probe of the episode; None if it may not be."""
+        """Make a call the episode's probe. Return None if it may not be."""
         probe = self._breaker.let_through(call)
         if probe is not None:
             probe.claims = frozenset() if self._breaker.is_long_overdue(call) else self._turns.claimants
@@ -91,20 +95,20 @@ class Admission:
         tally.probe = probe
         return probe
 
-    def goes_straight(self, episode: Episode, call: int) -> bool:
-        """True if a call that may not attempt has nothing to do with Dynamo, and is the eager function's alone."""
+    def bypasses_dynamo(self, episode: Episode, call: int) -> bool:
+        """Return True if a call that may not attempt can bypass Dynamo and run the eager function."""
         return not self.has_code and call > episode.watched_until and not may_run_again()
 
     def hold_off(self, episode: Episode, call: int, before_call: float) -> None:
-        """Let calls after this one go straight without asking, if it did and nothing is due.
+        """Hold off later calls without further checks, if this call bypassed Dynamo and nothing is due.
 
         Args:
             episode: The episode in which the call began.
-            call: Its number.
-            before_call: Calls from this one on ask in any case.
+            call: The call's number.
+            before_call: The first call that must check again in any case.
         """
-        if self.goes_straight(episode, call):
+        if self.bypasses_dynamo(episode, call):
             due_call, due_time = episode.nothing_due_before(call)
             self._breaker.hold_off(min(due_call, before_call), due_time)
-            if self._breaker.episode is not episode:  # another thread has replaced it, and had calls ask, meanwhile
-                self._breaker.have_calls_ask()
+            if self._breaker.episode is not episode:  # another thread has replaced it meanwhile
+                self._breaker.resume_checks()

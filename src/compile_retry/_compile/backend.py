@@ -1,4 +1,4 @@
-"""One captured graph: an attempt to compile it, and what counts how often its code runs."""
+"""The backend: compile one captured graph, and count each run of its code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from compile_retry._torch import compilers
 from compile_retry._torch import frames as torch_frames
 from compile_retry._torch.distributed import collectives_in
-from compile_retry._torch.inductor import spare_other_threads
+from compile_retry._torch.inductor import isolate_first_trace
 
 from .admission import Admission
 from .call import Attempt, Calls, Conversion, Tally
@@ -21,53 +21,55 @@ from .outcomes import Outcomes
 
 Code: TypeAlias = Callable[..., Any]
 
-# Called before each run of a compiler; may raise what the compiler would have raised. For `compile_retry.testing`.
+# Called before each run of a compiler; may raise in the compiler's place. For `compile_retry.testing`.
 faults: list[Callable[[Attempt], None]] = []
 
 
 class HeldOffError(Exception):
-    """No attempt may be made now; the frame is to be run eagerly."""
+    """Raised by the backend if no attempt may be made now, so the frame must run eagerly."""
 
 
 class GraphBackend:
-    """The backend that ``torch.compile`` is given: wraps the user's own for one decorated function."""
+    """The backend passed to ``torch.compile`` for one decorated function. Wraps the user's backend."""
 
     def __init__(self, compiler: compilers.Compiler, calls: Calls, admission: Admission, outcomes: Outcomes) -> None:
         self._compiler = compiler
         self._calls, self._admission, self._outcomes = calls, admission, outcomes
+        self._interrupted = False
         self.__name__ = getattr(compiler, "compiler_name", "compile_retry")
-        for attribute in ("get_compiler_config", "reset"):  # torch calls them where a backend has them
+        for attribute in ("get_compiler_config", "reset"):  # torch calls them if a backend has them
             if hasattr(compiler, attribute):
                 setattr(self, attribute, getattr(compiler, attribute))
 
     def __call__(self, graph_module: GraphModule, example_inputs: list[Any], **from_torch: Any) -> Code:
-        # `mode` and `options`, which torch hands back to a callable backend, are in the compiler already.
+        # torch passes `mode` and `options` to a callable backend; the compiler already has them.
         tally = self._calls.tally
         conversion = tally.conversion
         if conversion is None:
-            return self._for_nobodys_frame(graph_module, example_inputs)
+            return self._for_graph_without_frame(graph_module, example_inputs)
         if not self._admission.may_attempt(tally, conversion.key):
-            conversion.gave_way = True  # an attempt has failed since, in a call that was made while Dynamo traced
+            conversion.gave_way = True  # an attempt has failed since, in a call made while Dynamo traced
             raise HeldOffError(self._outcomes.name)
         conversion.runner = self._compile(graph_module, example_inputs, conversion, tally)
         return conversion.runner
 
-    def _for_nobodys_frame(self, graph_module: GraphModule, example_inputs: list[Any]) -> Code:
+    def _for_graph_without_frame(self, graph_module: GraphModule, example_inputs: list[Any]) -> Code:
         graph = FramelessGraph(graph_module, self._compile, self._calls, self._admission, self._outcomes)
         return graph.first_attempt(graph_module, example_inputs) or graph.__call__
 
     def _compile(
         self, graph_module: GraphModule, example_inputs: list[Any], conversion: Conversion, tally: Tally
     ) -> Code:
-        """Run the compiler, with what it takes to succeed after a failure. What it raises leaves as it is.
+        """Run the compiler, after clearing what PyTorch remembers of an earlier failure.
 
-        Dynamo makes graph breaks of some exceptions; the frame callback answers the others.
+        Exceptions are not changed: Dynamo turns some into graph breaks, and the frame callback handles the others.
         """
         outcomes = self._outcomes
-        if outcomes.takes_healing():
+        if outcomes.is_held_off or self._interrupted:
             heal()
+            self._interrupted = False
         conversion.is_dynamic |= compilers.has_dynamic_shapes(graph_module)
-        outcomes.has_seen(collectives_in(graph_module))
+        outcomes.saw_collectives(collectives_in(graph_module))
         compiler_runs = outcomes.compiler_runs(tally, conversion)
         which = Attempt(self._outcomes.name, conversion.graph)
         try:
@@ -78,33 +80,33 @@ class GraphBackend:
         except Exception:
             raise
         except BaseException:
-            outcomes.interrupted()
+            self._interrupted = True  # what the attempt has left may need healing too
             raise
         outcomes.succeeded(conversion, tally, left=usual)
         return _counted(code, self._calls)
 
     def abandon(self) -> None:
-        """Keep little: the function is gone, but Dynamo keeps its backends and their code."""
+        """Release most references: the function is gone, but Dynamo keeps its backends and their code."""
         del self._admission, self._outcomes
 
     def _is_for_this_processor(self, example_inputs: list[Any]) -> bool:
-        """Whether inductor needs to know the processor's vector instructions."""
+        """Return True if Inductor needs the CPU's vector instructions for these inputs."""
         on_cpu = (isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in example_inputs)
         return self.__name__ == "inductor" and any(on_cpu)
 
 
 def attempt(compiler: compilers.Compiler, graph_module: GraphModule, example_inputs: list[Any], which: Attempt) -> Code:
-    """One run of the compiler: forward and backward of one graph.
+    """Run the compiler once, for the forward and backward of one graph.
 
-    Everything that decides how an attempt is carried out belongs here: where it runs, and who takes part in it.
+    Everything that determines how an attempt is carried out belongs here: where it runs, and who takes part in it.
     """
     for fault in tuple(faults):
         fault(which)
-    spare_other_threads()
+    isolate_first_trace()
     with compilers.compiling_backward_too():
         code = compilers.innermost(compiler(graph_module, example_inputs))
-    # Generates the graph's own code, for a backend that runs the graph as it is. Otherwise it would be generated when
-    # it is first run, maybe by two threads at once; and a `forward` taken before that takes a detour for good.
+    # Generate the graph module's code now, for a backend that returns the graph unchanged. Otherwise the first run
+    # would generate it, possibly in two threads at once, and a `forward` read before that would stay slower for good.
     graph_module.code  # noqa: B018
     return graph_module.forward if getattr(code, "__self__", None) is graph_module else code
 

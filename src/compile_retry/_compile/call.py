@@ -1,4 +1,4 @@
-"""Records of the calls that are under way: what each has run so far, and which frame it compiles."""
+"""Records of the calls in progress: what each has run so far, and which frame it is compiling."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Conversion:
 
     Attributes:
         location: The frame's function, file and line.
-        key: What it is known by.
+        key: The frame's key.
         began: The policy's clock when the compile began.
-        graph: Which graph of the call it is, from 1, counting all that have run before it.
-        stage: How far it got.
-        is_dynamic: Its graph was captured with dynamic shapes.
-        runner: What runs the compiled graph.
-        is_covered: Another thread has compiled such a frame while this one waited for its turn.
-        gave_way: The backend raised to have the frame run eagerly, because no attempt may be made now.
+        graph: Number of the graph in this call, from 1, counting all graphs that ran before it.
+        stage: The stage that it has reached.
+        is_dynamic: Whether its graph was captured with dynamic shapes.
+        runner: The function that runs the compiled graph.
+        is_covered: Whether another thread compiled such a frame while this one waited for its turn.
+        gave_way: Whether the backend raised `HeldOffError` to make the frame run eagerly.
     """
 
     location: Location
@@ -46,7 +46,7 @@ class Attempt(NamedTuple):
 
     Attributes:
         function: Name of the decorated function.
-        graph: Which graph of the call it is, from 1, counting all that have run before it.
+        graph: Number of the graph in its call, from 1, counting all graphs that ran before it.
     """
 
     function: str
@@ -54,14 +54,14 @@ class Attempt(NamedTuple):
 
 
 class Doubt(Unsettled):
-    """A failure that may yet turn out to be the program's own error: the rest of the call will tell.
+    """A failure that may still turn out to be the program's own error. The end of the call decides.
 
     Attributes:
         root: The root cause, without its traceback.
         conversion: The frame that was being compiled.
-        seconds: How long it took, by the policy's clock.
-        can_be_retried: Whether another attempt could be made at all.
-        traceback: As text.
+        seconds: The attempt's duration, by the policy's clock.
+        can_be_retried: Whether another attempt is possible at all.
+        traceback: The traceback as text.
         exc: The exception to raise in strict mode; None otherwise, because it would keep the call's tensors alive.
     """
 
@@ -81,7 +81,7 @@ class Doubt(Unsettled):
 
 
 class Tally:
-    """What one thread's current call of the function has run, and what it may do."""
+    """Counts of what one thread's current call has run, and its permission to attempt."""
 
     __slots__ = (
         "__weakref__",
@@ -101,19 +101,19 @@ class Tally:
         self.call = 0  # its number; 0 if there is none
         self.compiled = 0  # graphs that ran compiled
         self.eager = 0  # graphs and frames that ran eagerly
-        self.given_up = 0  # of these, the frames that are given up, where the call is watched
+        self.given_up = 0  # given-up frames among them; only counted in `CompiledFunction._watched`
         self.attempts = 0  # of all this thread's calls
         self._probe: weakref.ref[Probe] | None = None
         self.conversion: Conversion | None = None
-        # Modules among the variables of frames that ran eagerly, outermost first: parts of theirs have a name.
+        # Modules among the variables of frames that ran eagerly, outermost first. They give names to their submodules.
         self.models: list[weakref.ref[Any]] = []
-        # Left to settle when the call is over: a failure, and what else to do if the program does not raise.
+        # To settle when the call is over: a failure, and callbacks to run if the program does not raise.
         self.doubt: Doubt | None = None
         self.at_end: list[Callable[[], object]] = []
 
     @property
     def probe(self) -> Probe | None:
-        """This thread's leave to attempt during an episode. Only the call that was let through keeps it alive."""
+        """This thread's permission to attempt during an episode. Only the probing call keeps it alive."""
         return self._probe() if self._probe is not None else None
 
     @probe.setter
@@ -122,15 +122,15 @@ class Tally:
 
     @property
     def graphs_before(self) -> int:
-        """How many graphs this call has run so far."""
+        """The number of graphs and eager frames that this call has run so far."""
         return self.compiled + self.eager
 
 
 class Calls(threading.local):
-    """The calls that are under way.
+    """The calls in progress, per thread.
 
     Attributes:
-        tally: Of this thread.
+        tally: This thread's tally.
     """
 
     def __init__(self) -> None:

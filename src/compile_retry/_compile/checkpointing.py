@@ -1,8 +1,8 @@
-"""What ran eagerly where a backward pass may run it again, and so has to stay eager until the training step is over.
+"""Activation checkpointing: keep code eager until the training step is over if a backward pass may run it again.
 
-Activation checkpointing runs a part of the forward pass once more during the backward pass. If that part runs eagerly
-the one time and compiled the other, the backward pass finds other tensors saved than it needs, or other random numbers
-drawn. The step is over when an optimizer has stepped, or when the training loop says so.
+Checkpointing runs part of the forward pass a second time during the backward pass. If that part runs eagerly one time
+and compiled the other, the saved tensors or the random numbers differ. The step is over when an optimizer has stepped,
+or when the training loop calls `mark_step_end`.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from torch.utils.hooks import RemovableHandle
 from compile_retry._locks import Lock
 from compile_retry._torch.eager import in_backward, may_run_again, on_optimizer_step, repeater
 
-# Stands for frames that ran below an eager frame, unseen.
+# Represents the frames below an eager frame, which the frame callback does not see.
 UNSEEN = "frames below an eager frame"
 
-# What live as long as a backward pass may run a frame again; None stands for the step's end.
+# Objects that live as long as a backward pass may run a frame again; None stands for the end of the step.
 _Until: TypeAlias = frozenset["weakref.ref[Any] | None"]
 
 
 class Step:
-    """What one decorated function has run eagerly in the training step that each thread is in.
+    """Code that one decorated function has run eagerly in each thread's current training step.
 
-    Known by its code: compiled code for one look of a frame may fit another look of it as well. A thread's step is its
-    own: another one's optimizer does not end it.
+    Frames are identified by code object only, because compiled code for one frame key may fit another one as well.
+    Each thread has its own step: an optimizer in another thread does not end it.
     """
 
     def __init__(self) -> None:
-        # Empty if nothing has run that may run again. Replaced as a whole, never changed: it is read without a lock.
+        # Empty if nothing that ran may run again. Replaced, never mutated, because it is read without a lock.
         self._ran: dict[threading.Thread, dict[Hashable, _Until]] = {}
 
     def ran_eagerly(self, *codes: Hashable) -> None:
-        """Note that these run eagerly now, if a backward pass may run them again."""
+        """Record that this code runs eagerly now, if a backward pass may run it again."""
         if may_run_again() and not in_backward():
             until = repeater()
             with _lock:
@@ -50,14 +50,14 @@ class Step:
                 _watch_optimizers()
 
     def must_stay_eager(self, code: Hashable) -> bool:
-        """Whether compiling this now could make a backward pass run it, or another frame, differently."""
+        """Return True if compiling this code now could make a backward pass run it, or another frame, differently."""
         if not self._ran:
             return False
         ran = self._living().values()
         return in_backward() or any(_still(mine.get(known, frozenset())) for mine in ran for known in (code, UNSEEN))
 
     def end(self) -> bool:
-        """End this thread's step. Returns whether no other thread is in one."""
+        """End this thread's step. Return True if no other thread is in a step."""
         this = threading.current_thread()
         self._ran = {thread: ran for thread, ran in self._living().items() if thread is not this}
         return not self._ran
@@ -76,12 +76,12 @@ _watching: list[RemovableHandle] = []
 
 
 def mark_step_end() -> None:
-    """Say that a training step is over: forward pass, backward pass, and the update of the weights.
+    """Mark the end of a training step: forward pass, backward pass and weight update.
 
-    Only functions that are called under activation checkpointing need to know. What has run eagerly in a checkpointed
-    forward pass is not compiled before the backward pass has run it again, and a step of any ``torch.optim`` optimizer
-    shows that this is over. Call this once per step, in the thread that trains, if your loop updates its weights in
-    another way: by hand, inside the backward pass, or in compiled code.
+    This only matters for functions called under activation checkpointing. A frame that ran eagerly in a checkpointed
+    forward pass is not compiled until the backward pass has run it again. The library recognizes the end of the step by
+    the step of any ``torch.optim`` optimizer. If your loop updates its weights in another way (by hand, inside the
+    backward pass, or in compiled code), call this once per step, in the training thread.
     """
     with _lock:
         for step in tuple(_unfinished):
@@ -98,7 +98,7 @@ def _watch_optimizers() -> None:
 
 
 def _optimizer_stepped(*args: Any) -> None:
-    # Traced as part of somebody's compiled code this does nothing. During a backward pass some optimizers update the
-    # weights that are done; the step goes on.
+    # Do nothing if Dynamo traces this as part of compiled code. Optimizers that step during the backward pass update
+    # only the weights whose gradients are ready; the step is not over.
     if not is_dynamo_compiling() and not in_backward():
         mark_step_end()

@@ -1,4 +1,4 @@
-"""The call of ``torch.compile`` itself, which may fail like any other attempt."""
+"""The call to ``torch.compile`` itself, which may fail like any other attempt."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Created(NamedTuple):
 
     Attributes:
         compiled: The function.
-        with_guards: The same, with guards that are evaluated also under the stance that skips them.
-        skips_guards: Returns whether that stance is on.
+        with_guards: The same function, but it evaluates guards even under the stance that skips them.
+        skips_guards: Returns True if that stance is on.
     """
 
     compiled: Callable[..., Any]
@@ -36,7 +36,7 @@ class Created(NamedTuple):
 
 
 class Creation:
-    """Calls ``torch.compile`` for one function: once, and if that fails again when an attempt is due."""
+    """Calls ``torch.compile`` for one function: once, and after a failure again when an attempt is due."""
 
     def __init__(
         self,
@@ -52,11 +52,14 @@ class Creation:
         self._created: Created | None = None
 
     def create(self, fn: Callable[..., Any], owner: object) -> Created | None:
-        """Compile a function, unless another thread has. None if it is to run eagerly in this call.
+        """Call ``torch.compile``, unless another thread has done so.
 
         Args:
             fn: The function.
-            owner: When this is gone, so is the compiled code.
+            owner: The object whose lifetime bounds that of the compiled code.
+
+        Returns:
+            The compiled function; None if `fn` must run eagerly in this call.
         """
         with self._lock:
             if self._created is None:
@@ -66,7 +69,7 @@ class Creation:
 
     def _attempt(self, fn: Callable[..., Any], owner: object) -> Created | None:
         admission, outcomes, tally = self._admission, self._outcomes, self._calls.tally
-        # Inside torch.export, torch.compile would give the plain function back, for good.
+        # Inside torch.export, torch.compile would return the plain function, and we would keep it for good.
         if not admission.admits(tally, CREATION) or is_exporting():
             admission.ran_eagerly(UNSEEN)
             return None
@@ -84,7 +87,7 @@ class Creation:
         return created
 
     def _torch_compile(self, fn: Callable[..., Any], owner: object) -> tuple[Created, str | None]:
-        # Imports torch._dynamo, which takes a second and may itself fail, for want of a cache directory for example.
+        # Imports torch._dynamo, which takes a second and may itself fail, for example without a cache directory.
         from compile_retry._torch import compilers, functions
         from compile_retry._torch import frames as torch_frames
 
@@ -94,7 +97,7 @@ class Creation:
 
         shared, options = (self._calls, self._admission, self._outcomes), dict(self._options)
         if options.get("options") is not None:
-            options["options"] = dict(options["options"])  # torch.compile takes things out of it
+            options["options"] = dict(options["options"])  # torch.compile removes entries from it
         if functions.isolates_recompiles() and _accepts(torch.compile, "isolate_recompiles"):
             options.setdefault("isolate_recompiles", True)
         with working_cache(damaged=self._outcomes.suspects_cache) as usual:

@@ -1,8 +1,8 @@
-"""Keys that tell one compile of a frame from another, made without running anybody's code or keeping anything alive.
+"""Keys that distinguish compiles of a frame, made without running user code or keeping objects alive.
 
-A frame's variables are read below Python: exact classes only, containers by their contents in C, tensors with
-``__torch_function__`` and modes switched off. Coarser than Dynamo's guards: a key decides what is worth waiting for and
-what is given up, never which code may run.
+Variables are inspected without calling overridable methods: exact classes only, containers through the methods of the
+built-in classes, tensors with ``__torch_function__`` and modes disabled. Keys are coarser than Dynamo's guards: a key
+decides which frames wait and which are given up, never which code may run.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ import torch
 
 from compile_retry._torch.eager import without_torch_function
 
-# Of one value: one of the records below, or its class.
-Look: TypeAlias = object
-Looks: TypeAlias = tuple[Look, ...]
+# The summary of one value: one of the records below, or the value's class.
+Summary: TypeAlias = object
+Summaries: TypeAlias = tuple[Summary, ...]
 
-# Containers are looked into so deep and so far: they may be long, or contain themselves. Strings may be long, too.
+# Limits on the depth and length of inspected containers, which may be long or contain themselves. _LENGTH limits
+# strings too.
 _DEPTH, _LENGTH = 2, 32
 
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _NUMBERS = frozenset({int, float})
 _PLAIN = frozenset({bool, type(None), str, *_NUMBERS})
-_TABLES = frozenset({dict, OrderedDict})  # of a module: parameters, hooks and the like
+_TABLES = frozenset({dict, OrderedDict})  # a module's parameters, hooks and the like
 
 
 class _Plain(NamedTuple):
@@ -37,7 +38,7 @@ class _Plain(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    shape: str  # as text, because a size may be symbolic where another compile is under way
+    shape: str  # as text, because a size may be symbolic while another compile is in progress
     dimensions: int
     dtype: torch.dtype
     device: torch.device
@@ -47,7 +48,7 @@ class _Tensor(NamedTuple):
 class _Items(NamedTuple):
     kind: type
     length: int
-    looks: Looks
+    summaries: Summaries
 
 
 class _Member(NamedTuple):
@@ -57,56 +58,56 @@ class _Member(NamedTuple):
 
 class _Instance(NamedTuple):
     kind: type | int
-    training: object  # of a module
-    attributes: Looks  # flags, numbers, short strings, functions; of a module also the classes of what it is made of
+    training: object  # for modules
+    attributes: Summaries  # flags, numbers, short strings, functions; for modules also the classes of the submodules
 
 
 class FrameKey(NamedTuple):
     """Identifies one compile of a frame.
 
     Attributes:
-        code: The frame's code, or that of a graph without a frame; None where ``torch.compile`` itself is called.
-        exact: The looks of its variables as far as they may decide what is compiled. By this it is given up.
+        code: The code of the frame, or of a graph without a frame; None for the call to ``torch.compile`` itself.
+        exact: Summaries of the variables, as far as they may affect the compile. Frames are given up by this.
     """
 
     code: CodeType | None
-    exact: Looks = ()
+    exact: Summaries = ()
 
     @property
     def steady(self) -> FrameKey:
-        """Without numbers and attributes, which may differ in each call. By this a frame waits and takes its turn."""
-        return self._replace(exact=tuple(_reduced(look, sizes=True) for look in self.exact))
+        """The key without numbers and attributes, which may differ in each call. Frames wait and take turns by this."""
+        return self._replace(exact=tuple(_reduced(summary, sizes=True) for summary in self.exact))
 
     @property
     def without_sizes(self) -> FrameKey:
-        """Without the sizes of tensors as well: code with dynamic shapes covers what differs in those."""
-        return self._replace(exact=tuple(_reduced(look, sizes=False) for look in self.exact))
+        """The steady key without tensor sizes as well: code with dynamic shapes covers other sizes."""
+        return self._replace(exact=tuple(_reduced(summary, sizes=False) for summary in self.exact))
 
 
-# The call of torch.compile() itself, where that fails.
+# The key of the call to torch.compile() itself.
 CREATION = FrameKey(None)
 
 
 def key_of(code: CodeType, variables: Mapping[str, object]) -> FrameKey:
-    """The key of a frame that is about to run this code with these variables.
+    """Return the key of a frame that is about to run this code with these variables.
 
-    Numbers in enclosing functions are left out: that is where calls are counted.
+    Numbers in closure variables are left out, because they are often call counters.
     """
     outer = code.co_freevars
     with without_torch_function():
-        looks = (
-            type(value) if name in outer and type(value) in _NUMBERS else _look(value, _DEPTH)
+        summaries = (
+            type(value) if name in outer and type(value) in _NUMBERS else _summary(value, _DEPTH)
             for name, value in variables.items()
         )
-        return FrameKey(code, (torch.is_grad_enabled(), *looks))
+        return FrameKey(code, (torch.is_grad_enabled(), *summaries))
 
 
 def may_hold_tensors(variables: Mapping[str, object]) -> bool:
-    """Look for anything of torch's or NumPy's, without which Dynamo does not compile a frame."""
+    """Return True if any variable may hold a torch or NumPy object. Without one, Dynamo does not compile a frame."""
     return any(_may_hold_tensors(value, 2 * _DEPTH) for value in variables.values())
 
 
-def _look(value: Any, depth: int) -> Look:
+def _summary(value: Any, depth: int) -> Summary:
     kind = type(value)
     try:
         if kind in _TENSORS:
@@ -114,32 +115,32 @@ def _look(value: Any, depth: int) -> Look:
         if _is_plain(value):
             return _Plain(kind, value)
         if depth and (items := _items(value)) is not None:
-            looks = tuple(_look(item, depth - 1) for item in islice(items, _LENGTH))
-            return _Items(kind, kind.__len__(value), looks)
+            summaries = tuple(_summary(item, depth - 1) for item in islice(items, _LENGTH))
+            return _Items(kind, kind.__len__(value), summaries)
         if issubclass(kind, enum.Enum):
             return _Member(kind, id(value))
-        return _class(kind) if issubclass(kind, torch.Tensor) else _look_of_instance(value)
-    except Exception:  # an object with ideas of its own
+        return _class(kind) if issubclass(kind, torch.Tensor) else _summary_of_instance(value)
+    except Exception:  # the object overrides something that this relies on
         return _class(kind)
 
 
-def _look_of_instance(value: object) -> Look:
+def _summary_of_instance(value: object) -> Summary:
     kind, attributes = type(value), _attributes(value)
     items = [(name, item) for name, item in islice(attributes.items(), _LENGTH) if type(item) not in _TABLES]
-    looks = tuple([(name, _look_of_attribute(item)) for name, item in items])
+    summaries = tuple([(name, _summary_of_attribute(item)) for name, item in items])
     if not issubclass(kind, torch.nn.Module):
-        return _Instance(_class(kind), None, looks)
+        return _Instance(_class(kind), None, summaries)
     parts = attributes.get("_modules")
     classes = tuple(_class(type(part)) for part in islice(dict.values(parts), _LENGTH)) if type(parts) is dict else ()
-    return _Instance(_class(kind), attributes.get("training"), (*looks, classes))
+    return _Instance(_class(kind), attributes.get("training"), (*summaries, classes))
 
 
 def _class(kind: type) -> type | int:
-    """A class as part of a key. One whose own class compares or hashes it in another way is known by its identity."""
+    """Return the class itself, or its ID if its metaclass overrides comparison or hashing."""
     return kind if type(kind).__hash__ is type.__hash__ else id(kind)
 
 
-def _look_of_attribute(value: Any) -> Look:
+def _summary_of_attribute(value: Any) -> Summary:
     if _is_plain(value):
         return _Plain(type(value), value)
     return value.__code__ if type(value) is FunctionType else _class(type(value))
@@ -151,7 +152,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _items(value: Any) -> Iterator[Any] | None:
-    """Iterate over a container of an exact class; None for anything else."""
+    """Return an iterator over an exact dict, list or tuple; None for anything else."""
     kind = type(value)
     if kind is dict:
         return iter(dict.values(value))
@@ -159,7 +160,7 @@ def _items(value: Any) -> Iterator[Any] | None:
 
 
 def _attributes(value: object) -> Mapping[str, object]:
-    """An object's own attributes, where they are kept in the usual place."""
+    """Return the object's ``__dict__`` if it is an ordinary one; otherwise an empty dict."""
     for cls in type(value).__mro__:
         descriptor = cls.__dict__.get("__dict__")
         if type(descriptor) is GetSetDescriptorType:
@@ -168,16 +169,16 @@ def _attributes(value: object) -> Mapping[str, object]:
     return {}
 
 
-def _reduced(look: Look, *, sizes: bool) -> Look:
-    if isinstance(look, _Plain):
-        return look._replace(value=None) if look.kind in _NUMBERS else look
-    if isinstance(look, _Tensor):
-        return look if sizes else look._replace(shape="")
-    if isinstance(look, _Items):
-        return look._replace(looks=tuple(_reduced(item, sizes=sizes) for item in look.looks))
-    if isinstance(look, _Instance):
-        return look._replace(attributes=())
-    return look
+def _reduced(summary: Summary, *, sizes: bool) -> Summary:
+    if isinstance(summary, _Plain):
+        return summary._replace(value=None) if summary.kind in _NUMBERS else summary
+    if isinstance(summary, _Tensor):
+        return summary if sizes else summary._replace(shape="")
+    if isinstance(summary, _Items):
+        return summary._replace(summaries=tuple(_reduced(item, sizes=sizes) for item in summary.summaries))
+    if isinstance(summary, _Instance):
+        return summary._replace(attributes=())
+    return summary
 
 
 def _may_hold_tensors(value: Any, depth: int) -> bool:
@@ -192,5 +193,5 @@ def _may_hold_tensors(value: Any, depth: int) -> bool:
         if issubclass(kind, tuple):  # a named tuple
             return any(_may_hold_tensors(item, depth - 1) for item in islice(tuple.__iter__(value), _LENGTH))
         return issubclass(kind, (torch.Tensor, torch.nn.Module)) or kind.__module__ == "numpy"
-    except Exception:  # a class with ideas of its own
+    except Exception:  # the class overrides something that this relies on
         return True

@@ -1,8 +1,8 @@
-"""Graphs that torch has compiled behind the frame callback's back, so that there is no frame to run in their place.
+"""Graphs that Dynamo compiles without the frame callback, so that there is no frame to run instead.
 
-Under the stances that compile later, and for compiled autograd, Dynamo asks the backend itself. A failure must not
-reach the loop there, so the graph is run eagerly: the one place where that is done. It stays in Dynamo's cache, and
-tries again by itself when the policy says so.
+Under the stances that compile later, and with compiled autograd, Dynamo calls the backend directly. A failure there
+must not reach the training loop, so the graph itself runs eagerly. This is the only place where that happens. Dynamo
+keeps the graph in its cache, and the graph retries when an attempt is due.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from .frame_key import FrameKey
 from .outcomes import Outcomes
 
 Code: TypeAlias = Callable[..., Any]
-# Runs the compiler, and returns what runs its code.
+# Runs the compiler and returns the function that runs its code.
 Compile: TypeAlias = Callable[[GraphModule, list[Any], Conversion, Tally], Code]
 
 
 class FramelessGraph:
-    """A graph that is run eagerly until an attempt for it succeeds.
+    """A graph that runs eagerly until an attempt for it succeeds.
 
-    Code from a retry is made for arguments that are there, not for all that Dynamo's guards let through. So it is used
-    for those that look the same, and never made where a size or another number is an argument.
+    A retry compiles for the arguments at hand, not for all arguments that Dynamo's guards accept. So its code is used
+    only for arguments with equal metadata, and a graph that takes a size or another number as an argument is never
+    retried.
     """
 
     def __init__(
@@ -54,30 +55,32 @@ class FramelessGraph:
         )
         self._compile = compile_graph
         self._calls, self._admission, self._outcomes = calls, admission, outcomes
-        code: CodeType = type(self._module).forward.__code__  # its own: it was generated for this graph
+        code: CodeType = type(self._module).forward.__code__  # unique: generated for this graph
         self._key = FrameKey(code)
         self._codes: dict[Hashable, Code] = {}
-        weakref.finalize(self, admission.strike_out, code).atexit = False
+        weakref.finalize(self, admission.forget_code, code).atexit = False
 
     def first_attempt(self, graph_module: GraphModule, example_inputs: list[Any]) -> Code | None:
-        """Compile it; None if that fails or may not be done now. Raises what Dynamo makes a graph break of."""
+        """Compile the graph. Return None if that fails or is held off; raise what Dynamo turns into a graph break."""
         return self._attempt(graph_module, example_inputs)
 
     def __call__(self, *args: Any) -> Any:
-        """Run the graph, compiled if a retry has succeeded, and retry if that is due."""
+        """Run the graph, compiled if a retry has succeeded. Retry first if an attempt is due."""
         tally = self._calls.tally
-        looks = torch.is_grad_enabled(), _looks(args)
-        if looks not in self._codes and self._is_due(tally):
+        metadata = torch.is_grad_enabled(), _metadata(args)
+        if metadata not in self._codes and self._is_due(tally):
             with torch_frames.compile_lock():
                 if self._is_due(tally) and (code := self._attempt(self._kept.module(), _unboxed(args))) is not None:
-                    self._codes[looks] = code
+                    self._codes[metadata] = code
             self._outcomes.tell()
-        code = self._codes.get(looks)
+        code = self._codes.get(metadata)
         if code is not None:
             return code(*args)
         self._admission.ran_eagerly(self._key.code)
         tally.eager += 1
-        if self._has_numbers:
+        if self._admission.is_given_up(self._key):
+            tally.given_up += 1
+        elif self._has_numbers:
             tally.at_end.append(partial(self._outcomes.no_retry_will_come, self._key, tally))
         return self._module.forward(*args)
 
@@ -96,48 +99,49 @@ class FramelessGraph:
             if is_fatal(exc) or compilers.is_for_dynamo(exc):
                 raise
             outcomes.doubt(exc, conversion, tally, can_be_retried=not self._has_numbers)
-            if not tally.call:  # pragma: no cover  # torch asks within calls only, today; nothing else would settle it
+            # Outside a call nothing else would settle it. Today torch calls the backend within calls only.
+            if not tally.call:  # pragma: no cover
                 outcomes.settle(tally, program_raised=False)
             return None
         outcomes.compiled(conversion)
         return code
 
 
-def _looks(value: Any) -> Hashable:
+def _metadata(value: Any) -> Hashable:
     if isinstance(value, torch.Tensor):
         return type(value), value.shape, value.stride(), value.dtype, value.device, value.requires_grad
-    if isinstance(value, (tuple, list)):  # compiled autograd passes its inputs on in a list
-        return type(value), *map(_looks, value)
+    if isinstance(value, (tuple, list)):  # compiled autograd passes its inputs in a list
+        return type(value), *map(_metadata, value)
     return type(value), value
 
 
 def _unboxed(args: tuple[Any, ...]) -> list[Any]:
-    """The arguments for a compiler, which may empty a list of them."""
+    """Copy the lists among the arguments, because the compiler may empty them."""
     return [list(value) if isinstance(value, list) else value for value in args]
 
 
-# Of what Dynamo notes beside a node: whether this argument is a list that is to be emptied (compiled autograd; 2.3).
+# Node metadata to keep: whether this argument is a list to be emptied (compiled autograd; since 2.3).
 _KEPT_META = ("steal_arg",)
 
 
 class KeptGraph:
-    """A graph as Dynamo captured it. A compiler may change the one it is given before it fails.
+    """A copy of a graph as Dynamo captured it, because a compiler may modify its input before it fails.
 
-    Copies nodes and shares what they refer to: no tensor is copied.
+    Nodes are copied, but the attributes and tensors that they refer to are shared.
     """
 
     def __init__(self, graph_module: GraphModule) -> None:
         self._graph: Graph = copy.deepcopy(graph_module.graph)
         self._referred: dict[str, Any] = {}
         for node in self._graph.nodes:
-            # Not the fake tensors, and through them the whole of Dynamo's shape reasoning.
+            # Drop the fake tensors, which would keep Dynamo's whole shape environment alive.
             node.meta = {key: value for key, value in node.meta.items() if key in _KEPT_META}
             if node.op in ("get_attr", "call_module"):
                 value = _resolve(graph_module, str(node.target))
                 self._referred[str(node.target)] = KeptGraph(value) if isinstance(value, GraphModule) else value
 
     def module(self) -> GraphModule:
-        """A graph module of its own, to be run or to be given to a compiler."""
+        """Return a new graph module, to run or to pass to a compiler."""
         referred = {
             name: value.module() if isinstance(value, KeptGraph) else value for name, value in self._referred.items()
         }

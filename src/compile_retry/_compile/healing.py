@@ -1,8 +1,8 @@
-"""What torch remembers of a failure, dropped before the next attempt, so that a recovery leaves no trace.
+"""Healing: clear what torch remembers of a failure before the next attempt, so that a recovery leaves no trace.
 
-In the process: inductor probes the compiler once and keeps the answer, and a probe that failed means code without
-vector instructions, several times slower than it should be. On disk: a file that was cut short fails every later
-compile, in every process; then an attempt is made in another directory.
+In the process, Inductor probes the compiler once and caches the result. A failed probe means code without vector
+instructions, several times slower than normal. On disk, a truncated file fails every later compile, in every process.
+Then the attempt uses another directory.
 """
 
 from __future__ import annotations
@@ -18,46 +18,46 @@ from compile_retry._locks import Lock
 from compile_retry._torch import inductor
 from compile_retry.events import log
 
-# For each of inductor's directories that did not work, the one that did, for the rest of the process.
-_instead: dict[str, str] = {}
+# Maps each cache directory that did not work to the one that did, for the rest of the process.
+_replacements: dict[str, str] = {}
 
 
-class _Asked:
-    """Whether the compiler has been asked for vector instructions as often as makes sense since the last failure."""
+class _Probing:
+    """Holds the flag that no further probe for vector instructions makes sense since the last failure."""
 
-    enough = False
+    is_done = False
 
 
-_asked = _Asked()
-# The directory is a matter of the environment, so one thread at a time changes it.
+_probing = _Probing()
+# An environment variable holds the directory, so only one thread at a time may change it.
 _moving = Lock()
 
 
 def heal() -> None:
-    """Make torch ask again what it asked while something was broken."""
+    """Make torch repeat the probes that it made while something was broken."""
     inductor.forget_failures()
     inductor.replace_dead_workers(all_graph_compilers=True)
-    _asked.enough = False
+    _probing.is_done = False
 
 
 @contextmanager
 def working_cache(*, damaged: bool) -> Iterator[str | None]:
-    """Where an attempt keeps its files: in the usual place, unless that is damaged or was found to be.
+    """Run an attempt in the usual cache directory, or in another one if the usual one is damaged.
 
     Args:
-        damaged: Whether the last failure suggests it.
+        damaged: Whether the last failure suggests that it is.
 
     Yields:
-        The usual directory where another one is tried for the first time, otherwise None.
+        The usual directory if another one is used for the first time, otherwise None.
     """
     inductor.replace_dead_workers()
     usual = inductor.cache_directory()
-    known = _instead.get(usual)
+    known = _replacements.get(usual)
     if damaged:
         with _moving, _another_directory() as another:
             with inductor.caching_in(another):
                 yield usual
-            _instead[usual] = another
+            _replacements[usual] = another
     elif known is not None:
         with _moving, inductor.caching_in(known):
             yield None
@@ -66,23 +66,23 @@ def working_cache(*, damaged: bool) -> Iterator[str | None]:
 
 
 def find_vector_instructions() -> None:
-    """Where the compiler seems to lack vector instructions that the processor has, ask it again.
+    """Probe again if the compiler seems to lack vector instructions that the processor has.
 
-    What it has is found on disk, so only the rest costs a compile. If it seems to have none at all, a damaged file may
-    have answered: then it is asked once more where there is none.
+    Results of successful probes are cached on disk, so only the missing ones cost a compile. If no instruction set is
+    found at all, a damaged file may be the reason, so the probes run once more in an empty directory.
     """
-    if _asked.enough or not _lacks_some():
+    if _probing.is_done or not _lacks_some():
         return
     inductor.forget_failures()
-    _asked.enough = _lacks_some()
-    if not _asked.enough or _instruction_sets().usable:
+    _probing.is_done = _lacks_some()
+    if not _probing.is_done or _instruction_sets().usable:
         return
     with _moving, tempfile.TemporaryDirectory(prefix="compile_retry_") as directory, inductor.caching_in(directory):
         inductor.forget_failures()
-        _asked.enough = _lacks_some()
+        _probing.is_done = _lacks_some()
     if _instruction_sets().usable:
         log.warning(
-            "damaged files in %s keep inductor from finding vector instructions; delete it once no process uses it",
+            "damaged files in %s keep Inductor from finding vector instructions; delete it once no process uses it",
             inductor.cache_directory(),
         )
 
@@ -95,13 +95,13 @@ def _lacks_some() -> bool:
 def _instruction_sets() -> inductor.InstructionSets:
     try:
         return inductor.instruction_sets()
-    except Exception:  # the compile that follows meets it again, and it is that one's failure
+    except Exception:  # the compile that follows will fail in the same way and report it
         return inductor.InstructionSets([], [], [])
 
 
 @contextmanager
 def _another_directory() -> Iterator[str]:
-    """A new directory, for as long as this process lives if something comes of it."""
+    """Create a directory. Keep it until the process exits if the block succeeds, otherwise delete it."""
     directory = tempfile.mkdtemp(prefix="compile_retry_")
     try:
         yield directory

@@ -1,4 +1,4 @@
-"""Outcomes: what follows from attempts, for the schedule, the ledger and the record."""
+"""Outcomes: update the schedule, the ledger and the record after each attempt."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from .turns import Turns
 
 
 class Outcomes:
-    """Books what the attempts of one function end in.
+    """Records the outcomes of one function's attempts.
 
-    Holds no reference to the function: Dynamo keeps every backend for the life of the process, and the backend holds
-    this.
+    It holds no reference to the function, because the backend holds this object and Dynamo keeps every backend for the
+    life of the process.
 
     Attributes:
-        name: Of the function.
-        last_failure: The last failed attempt, until a reset.
-        suspects_cache: The last failure suggests that the compiler's files on disk are damaged.
-        collectives: Operations in any graph so far that move data between ranks.
+        name: The function's name.
+        last_failure: The last failed attempt since the start or the last reset.
+        suspects_cache: Whether the last failure suggests that the compiler's files on disk are damaged.
+        collectives: The collectives in all graphs captured so far.
     """
 
     def __init__(
@@ -56,9 +56,8 @@ class Outcomes:
         self.last_failure: CompileFailure | None = None
         self.suspects_cache = False
         self.collectives: tuple[str, ...] = ()
-        self._interrupted = False  # what an interrupted attempt has left may have to be healed too
-        # Since the last failure: whether something was compiled, and for how many calls everything that ran was, or is
-        # given up.
+        # Since the last failure: whether anything was compiled, and the number of calls that ran nothing eagerly except
+        # given-up frames.
         self._progress = False
         self._clean_calls = 0
 
@@ -69,29 +68,25 @@ class Outcomes:
         return Conversion(location or self._location, key, self._policy.clock(), is_covered=is_covered)
 
     def compiler_runs(self, tally: Tally, conversion: Conversion) -> AbstractContextManager[None]:
-        """Note that the compiler is about to run; in the returned context it does."""
+        """Record that the compiler is about to run. Run it inside the returned context."""
         tally.attempts += 1
         conversion.graph, conversion.stage = tally.graphs_before + 1, "backend"
         return self._journal.attempt_started(tally.call, conversion.graph)
 
-    def interrupted(self) -> None:
-        """Note that an attempt was left by something that is no failure, such as a ``KeyboardInterrupt``."""
-        self._interrupted = True
-
-    def takes_healing(self) -> bool:
-        """True once after an interrupt, and as long as something is held off."""
-        interrupted, self._interrupted = self._interrupted, False
-        return interrupted or self._breaker.episode is not None
+    @property
+    def is_held_off(self) -> bool:
+        """True from a first failure to the recovery."""
+        return self._breaker.episode is not None
 
     def succeeded(self, conversion: Conversion, tally: Tally, *, left: str | None) -> None:
-        """Book that the compiler produced code.
+        """Record that the compiler produced code.
 
         Args:
             conversion: The frame that is being compiled.
-            tally: Of this thread.
+            tally: This thread's tally.
             left: The usual cache directory, if this is the first success with another one.
         """
-        conversion.stage = "trace"  # if anything fails now, it is Dynamo
+        conversion.stage = "trace"  # a later failure is in Dynamo
         self.suspects_cache = False
         self._made_progress()
         first, self._admission.has_code = not self._admission.has_code, True
@@ -103,47 +98,47 @@ class Outcomes:
             self._journal.moved(tally.call, left)
 
     def _made_progress(self) -> None:
-        """Note that something works that had failed, or works for the first time."""
+        """Record that something compiled that had failed or had not been compiled before."""
         self._progress = True
         self._breaker.refusals.end()
 
     def compiled(self, conversion: Conversion) -> None:
-        """Book that a frame is compiled, graphs and all."""
+        """Record that a whole frame is compiled."""
         self._journal.took_to_compile(self.seconds_since(conversion))
         self._turns.served(conversion.key.steady)
         self._ledger.compiled(conversion.key, is_dynamic=conversion.is_dynamic)
 
     def created(self, tally: Tally, *, left: str | None) -> None:
-        """Note that ``torch.compile`` has returned, as in `succeeded`. If it had failed before, that is progress."""
+        """Record that ``torch.compile`` has returned, which is progress if it had failed before. See `succeeded`."""
         if self._ledger.waits(CREATION):
             self._ledger.compiled(CREATION)
             self._made_progress()
         self._moved(tally, left)
 
     def over_limit(self, conversion: Conversion, tally: Tally) -> None:
-        """Note that torch does not compile a frame any more, because it has been compiled too often."""
+        """Record that a frame has reached torch's recompile limit."""
         self._journal.over_limit(tally.call, conversion.location)
 
     def tell(self) -> None:
-        """Tell hooks and the log of what has been noted in this thread. To be called where no lock is held."""
+        """Publish this thread's recorded events to hooks and the log. Call it only while holding no lock."""
         self._journal.tell()
 
     def seconds_since(self, conversion: Conversion) -> float:
-        """Seconds since an attempt began, by the policy's clock."""
+        """Return the seconds since an attempt began, by the policy's clock."""
         return self._policy.clock() - conversion.began
 
     # Failures
 
     def doubt(self, exc: BaseException, conversion: Conversion, tally: Tally, *, can_be_retried: bool = True) -> None:
-        """Note a failure. Nothing more is attempted in this call; once the call is over, the failure is settled.
+        """Record a failure. No other attempt is made until `settle` settles it at the end of the call.
 
         Args:
-            exc: Raised by the attempt. Unless strict mode is going to raise it, no more than its root cause is kept.
+            exc: The exception raised by the attempt. Outside strict mode only its root cause is kept.
             conversion: The frame that was being compiled.
-            tally: Of this thread.
-            can_be_retried: Whether another attempt could be made at all.
+            tally: This thread's tally.
+            can_be_retried: Whether another attempt is possible at all.
         """
-        if conversion.stage == "trace":  # the compiler was not even run
+        if conversion.stage == "trace":  # the compiler did not run
             tally.attempts += 1
         tally.doubt = self._doubt(exc, conversion, can_be_retried=can_be_retried)
         self._breaker.doubt(tally.doubt)
@@ -157,14 +152,14 @@ class Outcomes:
         return Doubt(root, conversion, seconds, traceback, None, can_be_retried=can_be_retried)
 
     def settle(self, tally: Tally, *, program_raised: bool) -> None:
-        """Book what a call has left open, now that it is over.
+        """Settle a call's failure and run its callbacks, now that the call is over.
 
         Args:
-            tally: Of this thread.
-            program_raised: The call raised. Then what failed was no compile failure but the program's own error.
+            tally: This thread's tally.
+            program_raised: Whether the call raised. If so, the failure was the program's own error.
 
         Raises:
-            BaseException: What the attempt raised, in strict mode.
+            BaseException: In strict mode, the exception raised by the attempt.
         """
         doubt, tally.doubt = tally.doubt, None
         at_end, tally.at_end = tally.at_end, []
@@ -180,9 +175,9 @@ class Outcomes:
             raise doubt.exc
 
     def _failed(self, doubt: Doubt, tally: Tally) -> None:
-        """Hold off as the policy says, and book it."""
+        """Record the failure, and hold off as the policy decides."""
         key, last = doubt.conversion.key, self._breaker.episode
-        # Before the episode begins: another thread's call must not take it for one that has no cause, or is over.
+        # Must precede the start of the episode, or another thread's call could find nothing waiting and end it.
         if not (doubt.conversion.is_covered or is_strict()):
             self._ledger.wait(key)
         if last is None:
@@ -201,33 +196,33 @@ class Outcomes:
         self._journal.failed(failure, began=began, seconds=doubt.seconds, how_long=how_long)
 
     def _schedule(self, doubt: Doubt, tally: Tally) -> tuple[int, bool]:
-        """Ask the policy. Returns the attempt's number within the episode, and whether there may be another one."""
+        """Evaluate the policy. Return the attempt's number within the episode, and True if it allows another one."""
         if not doubt.can_be_retried or is_strict():
             return 1, doubt.can_be_retried
         try:
             return self._breaker.failed(doubt.root, tally.call, doubt.conversion.began, doubt.seconds)
         except Exception:
-            log.exception("%s: the retry policy raised; no attempt will be made any more", self._journal.name)
+            log.exception("%s: the retry policy raised; giving up", self._journal.name)
             return 1, True
 
     def _give_up(self, doubt: Doubt, tally: Tally) -> str:
-        """Never try this frame again. Returns when it runs eagerly, in words."""
+        """Give up this frame. Return, in words, for which calls it runs eagerly."""
         key, episode = doubt.conversion.key, self._breaker.episode
         self._turns.served(key.steady)
         for_good = self._ledger.give_up(key)
         self._breaker.refused(doubt.conversion.began + doubt.seconds, doubt.seconds)
         probe = tally.probe
         if probe is not None and probe.episode is episode:
-            probe.episode = self._breaker.episode  # the same, but that the time counts
+            probe.episode = self._breaker.episode  # replaced, because the time counts
         if not doubt.can_be_retried:
             return "until torch.compiler.reset()"
-        return "however it is called" if for_good else "when it is called like this"
+        return "for all arguments" if for_good else "for these arguments"
 
     def no_retry_will_come(self, key: FrameKey, tally: Tally) -> None:
-        """Give up a graph that was held off and that torch will not ask about again."""
+        """Give up a graph that was held off and that torch will not pass to the backend again."""
         if not self._ledger.is_given_up(key):
             self._ledger.give_up(key)
-            if self.last_failure is not None:  # otherwise that has been told before a reset()
+            if self.last_failure is not None:  # otherwise it was logged before a reset()
                 self._journal.missed(self.last_failure, tally.call)
 
     def _note(self, doubt: Doubt, kind: FailureKind, attempt: int, tally: Tally) -> CompileFailure:
@@ -243,22 +238,22 @@ class Outcomes:
         )
         return failure
 
-    # Failures where ranks move data between them
+    # Failures in functions with collectives
 
-    def has_seen(self, collectives: tuple[str, ...]) -> None:
-        """Note collectives of a graph. A function that has some runs eagerly on all ranks or on none."""
+    def saw_collectives(self, collectives: tuple[str, ...]) -> None:
+        """Record a graph's collectives. A function that has any runs eagerly on all ranks or on none."""
         if collectives:
             self.collectives = tuple(dict.fromkeys((*self.collectives, *collectives)))
 
     def failed_in_place(self, exc: BaseException, conversion: Conversion, tally: Tally) -> None:
-        """Book a failed attempt that is repeated at once, in the same call, while other ranks wait."""
+        """Record a failed attempt that is repeated at once, in the same call, while other ranks wait."""
         doubt = self._doubt(exc, conversion, can_be_retried=True)
         self.suspects_cache = suggests_damaged_cache(doubt.root, attempt=1)
         failure = self._note(doubt, "transient", 1, tally)
         self._journal.failed_in_place(failure, began=conversion.began, seconds=doubt.seconds)
 
     def give_up_together(self, conversion: Conversion) -> None:
-        """Run the function eagerly from this call on, as all ranks do."""
+        """Run the function eagerly from this call on, like all other ranks."""
         self._admission.eager_together = True
         self._ledger.give_up(conversion.key)
         if self.last_failure is not None:  # pragma: no branch  # another thread's reset()
@@ -267,11 +262,11 @@ class Outcomes:
     # Recovery
 
     def probe_ended(self, tally: Tally, *, clean: bool) -> None:
-        """End a call that was let through during an episode; it may have been the recovery.
+        """End a call that was the episode's probe. It may have been the recovery.
 
         Args:
-            tally: Of this thread.
-            clean: It ran nothing eagerly except what is given up.
+            tally: This thread's tally.
+            clean: Whether it ran nothing eagerly except given-up frames.
         """
         probe, tally.probe = tally.probe, None
         self._breaker.probe_ended()
@@ -294,13 +289,13 @@ class Outcomes:
     # Users' requests
 
     def retry_now(self) -> None:
-        """Make everything that runs eagerly due."""
+        """Make everything that runs eagerly due now."""
         self._admission.eager_together = False
         self._ledger.forget(given_up=True)
         self._breaker.retry_now()
 
     def reset(self) -> None:
-        """Forget that anything has failed."""
+        """Forget all failures."""
         self._admission.eager_together = False
         self._ledger.forget(waiting=True, given_up=True)
         self._turns.forget()

@@ -1,4 +1,4 @@
-"""Agreement between ranks on a frame that moves data between them and that some rank cannot compile.
+"""Agreement between ranks on a frame with collectives that some rank cannot compile.
 
 Eager and compiled code may issue different collectives, so a rank must not run such a frame eagerly while others run it
 compiled. `settle_together` tries again in place until the frame compiles, all ranks have agreed to run it eagerly, or
@@ -6,18 +6,18 @@ time is up.
 
 The agreement is a two-phase commit in the key-value store of the default group:
 
-1. A rank that has failed often enough says *hello* with a nonce, and keeps trying.
-2. When all ranks are here, rank 0 *invites* them to a round, naming the nonces. A rank that finds its own nonce
-   *accepts*: it stops trying, and waits.
-3. The last to accept writes the round's outcome: eager. Until then, any rank may write the other one: off. The first to
-   write wins, and everybody obeys what is written.
+1. A rank that has failed several times writes a *hello* with a nonce, and keeps trying.
+2. When all ranks have written one, rank 0 writes an *invitation* to a round, with all nonces. A rank that finds its own
+   nonce in it *accepts*: it stops trying, and waits.
+3. The last rank to accept writes the round's outcome: eager. Until then, any rank may write the other outcome: off. The
+   first write wins, and all ranks follow it.
 
 So a rank runs eagerly only after every rank has stopped trying, and tries again only if that round can no longer end in
-eager. Keys that a former life of the job has left behind do no harm: a nonce and the name of a round are never reused.
+eager. Keys left in the store by an earlier run of the job do no harm, because nonces and round names are never reused.
 
-The whole default group must take part even if the collectives are those of a subgroup: only ranks that issue the same
-collectives everywhere stay in step, and a graph does not tell which groups the code around it uses. A subgroup with a
-shorter time-out ends the wait sooner, with an error of its own.
+All ranks of the default group must take part, even if the collectives belong to a subgroup. Only ranks that issue the
+same collectives everywhere stay in step, and a graph does not show which groups the code around it uses. A subgroup
+with a shorter timeout ends the wait sooner, with its own error.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from compile_retry.events import log
 
 T = TypeVar("T")
 
-# A failure that passes should be ridden out, so this many tries fail before a rank is ready to give up.
+# Failed tries before a rank is ready to give up, so that a short failure passes first.
 _TRIES = 3
-# Seconds between tries, and between looks at the store.
+# Seconds between tries (first and longest), and between polls of the store.
 _FIRST_PAUSE, _LONGEST_PAUSE, _POLL = 0.1, 5.0, 0.05
 
 _EAGER, _OFF = "eager", "off"
 _AWAY = "null"
 _INVITATION = "invitation"
-# So much of a message is put into an error.
+# Maximum length of a cause's message in an error message.
 _LINE = 200
 
 
 class RanksDisagreeError(RuntimeError):
-    """A frame that moves data between ranks could not be compiled on this rank, and not all ranks can run it eagerly.
+    """Raised if this rank cannot compile a frame with collectives and not all ranks agree to run it eagerly.
 
-    Running it eagerly here alone could hang the job or make its results wrong without an error.
+    Running the frame eagerly on this rank alone could hang the job, or give wrong results without an error.
     """
 
 
@@ -69,30 +69,30 @@ def settle_together(
 ) -> T | None:
     """Try again in place until a frame compiles or all ranks have agreed to run it eagerly.
 
-    Call it after a failure, before anything of the frame has run. It begins no try after half the group's time-out.
+    Call it after a failure, before any of the frame has run. It starts no try after half the group's timeout.
 
     Args:
         frame: The frame's function, file and line.
-        call: Number of the decorated function's call. Only ranks that are in the same call can agree.
-        collectives: What moves data between ranks in this frame, for people.
+        call: Number of the decorated function's call. Only ranks in the same call can agree.
+        collectives: Names of the collectives in this frame, for messages.
         try_again: Compiles the frame and returns the result, which is not None, or raises.
         heal: Called before each try.
-        spent: Seconds that the failed first attempt took.
-        world: The process group; the default group unless a test brings its own.
-        clock: Monotonic, in seconds.
-        sleep: Waits for so many seconds.
+        spent: Duration of the failed first attempt, in seconds.
+        world: The process group; by default the default group. Tests pass their own.
+        clock: A monotonic clock in seconds.
+        sleep: Waits for the given number of seconds.
 
     Returns:
-        What `try_again` returned; None if all ranks run the frame eagerly from now on.
+        The result of `try_again`; None if all ranks run the frame eagerly from now on.
 
     Raises:
-        RanksDisagreeError: Neither has happened in time.
+        RanksDisagreeError: Neither happened in time.
     """
     world = distributed.world() if world is None else world
     patience = world.timeout / 2
     where, what = in_words(frame), ", ".join(collectives)
     log.warning(
-        "%s moves data between ranks (%s) and could not be compiled on rank %d; trying again for up to %.4g s",
+        "%s contains collectives (%s) and could not be compiled on rank %d; trying again for up to %.4g s",
         *(where, what, world.rank, patience),
     )
     meeting = _Meeting(world, frame, call)
@@ -110,7 +110,7 @@ def settle_together(
         return compiled
     raise RanksDisagreeError(
         f"{where} could not be compiled on rank {world.rank} within {patience:.4g} s, half of the process group's "
-        f"time-out. It moves data between ranks ({what}), and not all {world.size} ranks have given up compiling it. "
+        f"timeout. It contains collectives ({what}), and not all {world.size} ranks have given up compiling it. "
         "So it must not run eagerly here: eager and compiled code may issue different collectives. The last try failed "
         f"with {tries.failure}.{meeting.trouble} Repair the compiler on this rank and restart from a checkpoint. "
         "A larger `timeout` of `init_process_group` leaves more time for tries. To run without a compiler, set "
@@ -119,7 +119,7 @@ def settle_together(
 
 
 class _Tries(Generic[T]):
-    """One rank's tries, and the pauses between them, in which it may be called to a meeting."""
+    """One rank's tries, and the pauses between them, in which it takes part in the meeting."""
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class _Tries(Generic[T]):
             return None
 
     def _wait(self, pause_ends: float, deadline: float) -> None:
-        """Pause, or as long as this rank is bound to a round of the meeting, wait for its outcome."""
+        """Pause. While this rank is bound to a round of the meeting, wait for the outcome instead."""
         while True:
             self._meeting.look()
             end = max(pause_ends, deadline) if self._meeting.bound else pause_ends
@@ -181,17 +181,18 @@ class _Tries(Generic[T]):
 
 
 class _Meeting:
-    """The ranks that cannot compile one frame, as they see each other in the group's store.
+    """This rank's part in the agreement on one frame, through the group's store.
 
     Attributes:
-        bound: The round that this rank has accepted: until its outcome is known, the frame must not be compiled here.
-        agreed: The outcome is that all ranks run the frame eagerly.
-        trouble: A sentence about the store, if that has failed.
+        bound: The round that this rank has accepted; empty if none. Until its outcome is known, this rank must not try
+            to compile the frame.
+        agreed: Whether all ranks run the frame eagerly from now on.
+        trouble: A sentence that explains why ranks cannot agree, for the error message; empty if they can.
     """
 
     def __init__(self, world: distributed.World, frame: Location, call: int) -> None:
         function, file, line = frame
-        # Directories may differ between hosts.
+        # File name only, because directories may differ between hosts.
         self._store = world.substore(f"compile_retry/{function}:{Path(file).name}:{line}/{call}")
         self._world = world
         self._nonce = uuid.uuid4().hex
@@ -202,16 +203,16 @@ class _Meeting:
         self.trouble = ""
 
     def open(self) -> None:
-        """Remove the hellos of a former life of the job. Ranks that are here say hello again."""
+        """Remove hellos left by an earlier run of the job. Ranks that take part now write theirs again."""
         if self._world.rank == 0:
             with self._surviving_the_store():
                 for rank in range(self._world.size):
                     self._store.set(_hello(rank), _AWAY)
 
     def attend(self) -> None:
-        """Say hello, again after each failed try: the counts of collectives may have changed."""
+        """Write a hello. Repeated after each failed try, because the counts of collectives may have changed."""
         issued = self._world.issued()
-        if issued is None:  # nobody could tell whether ranks are at the same point of the program
+        if issued is None:  # then ranks cannot check that they are at the same point of the program
             self.trouble = " The group's backend does not count collectives, so ranks cannot agree."
             return
         with self._surviving_the_store():
@@ -219,7 +220,7 @@ class _Meeting:
             self._store.set(_hello(self._world.rank), json.dumps([self._nonce, issued]))
 
     def look(self) -> None:
-        """Take part in what goes on in the store."""
+        """Read the store and react to it."""
         if not self._present:
             return
         with self._surviving_the_store():
@@ -229,18 +230,18 @@ class _Meeting:
             if not self.bound:
                 self._accept()
             if leads and self.bound and self._nonces() != self._invited:
-                self.call_off()  # somebody has left, or has left and come back
+                self.call_off()  # a rank has left, or has left and come back
             if self.bound and self._store.check([_outcome(self.bound)]):
                 self._obey(self._store.get(_outcome(self.bound)))
 
     def call_off(self) -> None:
-        """Leave the round that this rank is bound to, unless its outcome is there already: then obey that."""
+        """Call off the round that this rank is bound to. If an outcome is already written, follow it instead."""
         if self.bound:
             with self._surviving_the_store():
                 self._obey(self._store.compare_set(_outcome(self.bound), "", _OFF))
 
     def leave(self) -> None:
-        """Be here no more; to be called whatever has happened."""
+        """End this rank's part. Always called."""
         if self._present:
             self.call_off()
             with self._surviving_the_store():
@@ -248,7 +249,7 @@ class _Meeting:
 
     @contextmanager
     def _surviving_the_store(self) -> Iterator[None]:
-        # Without a store there is no agreement, but a try may still succeed. Whoever is bound stays bound.
+        # Without the store there is no agreement, but a try may still succeed. A bound rank stays bound.
         try:
             yield
         except RuntimeError as exc:
@@ -268,12 +269,12 @@ class _Meeting:
             return
         invitation, nonces = json.loads(self._store.get(_INVITATION))
         if nonces[self._world.rank] == self._nonce:
-            self.bound = invitation  # first: if the store fails now, the acceptance may have been counted all the same
+            self.bound = invitation  # before the store call: if that fails, the acceptance may still have been counted
             if self._store.add(f"{invitation}/accepted", 1) == self._world.size:
                 self._store.compare_set(_outcome(invitation), "", _EAGER)
 
     def _nonces(self) -> list[str] | None:
-        """Nonces of all ranks, if all are here and at the same point of the program."""
+        """Return the nonces of all ranks; None unless all are present and at the same point of the program."""
         keys = [_hello(rank) for rank in range(self._world.size)]
         if not self._store.check(keys):
             return None
@@ -284,10 +285,10 @@ class _Meeting:
 
 
 def _are_in_step(issued: list[dict[str, int]]) -> bool:
-    """Tell whether the members of each group have issued equally many collectives in it.
+    """Return True if the members of each group have issued the same number of collectives in it.
 
-    Where collectives do not block the host, a rank may be calls ahead of the others, and have run compiled code in
-    those. Then the same frame of the same function is not the same moment.
+    If collectives do not block the host, a rank may be some calls ahead of the others and have run compiled code in
+    them. Then the ranks are not at the same point of the program, although the frame is the same.
     """
     first: dict[str, int] = {}
     return all(first.setdefault(group, count) == count for counts in issued for group, count in counts.items())

@@ -1,6 +1,6 @@
-"""Would ``torch.compile`` work here? The checks, each a function of what the child process has found.
+"""Checks of ``torch.compile`` on this machine, each based on the findings of the child process.
 
-Nothing here asks torch itself: see `child`, and `process` for how it is run and ended.
+Nothing here uses torch itself: `child` does, and `process` runs and ends the child.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from .process import Findings, ask
 Status = Literal["ok", "warning", "failed", "skipped"]
 Facts = Mapping[str, Any]
 
-# With less left, a disk is about to be full: precompiled headers alone take 150 MB.
-_LITTLE_ROOM = 2**30
-# An attempt in another directory is not worth beginning with less time than importing torch may take.
+# A disk with less free space is about to be full: precompiled headers alone take 150 MB.
+_MIN_FREE_BYTES = 2**30
+# Minimum time left for a compile in another directory: importing torch alone may take as long.
 _SECONDS_TO_BEGIN = 3.0
 
 _DISABLING = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
-# The value that has an effect, None if any has, and which it is.
+# For each variable, the value that has an effect (None for any value), and the effect.
 _CHANGING: dict[str, tuple[str | None, str]] = {
     "COMPILE_RETRY_STRICT": ("1", "failed compiles raise"),
-    "TORCHDYNAMO_SUPPRESS_ERRORS": (None, "what fails to compile runs eagerly for good, without an exception"),
-    "TORCH_COMPILE_OVERRIDE_BACKENDS": (None, "some graphs get another backend"),
-    "TORCHINDUCTOR_FORCE_DISABLE_CACHES": ("1", "nothing is taken from the cache"),
-    "TORCH_COMPILE_FORCE_DISABLE_CACHES": ("1", "nothing is taken from the cache"),
-    "TORCHINDUCTOR_VEC_ISA_OK": ("0", "code without vector instructions"),
-    "ATEN_CPU_CAPABILITY": (None, "other vector instructions than the best"),
-    "TORCH_COMPILE_DEBUG": ("1", "files for debugging are written at each compile"),
+    "TORCHDYNAMO_SUPPRESS_ERRORS": (None, "frames that fail to compile run eagerly for good, without an error"),
+    "TORCH_COMPILE_OVERRIDE_BACKENDS": (None, "some graphs use another backend"),
+    "TORCHINDUCTOR_FORCE_DISABLE_CACHES": ("1", "compile caches are disabled"),
+    "TORCH_COMPILE_FORCE_DISABLE_CACHES": ("1", "compile caches are disabled"),
+    "TORCHINDUCTOR_VEC_ISA_OK": ("0", "compiled code uses no vector instructions"),
+    "ATEN_CPU_CAPABILITY": (None, "code may not use the best vector instructions"),
+    "TORCH_COMPILE_DEBUG": ("1", "each compile writes debug files"),
 }
 
 
 @dataclass(frozen=True)
 class Check:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
-        name: What was checked.
-        status: ``"ok"``, ``"warning"`` (compiling works, but not as it should), ``"failed"`` or ``"skipped"`` (there is
-            nothing to check, or it could not be).
-        detail: What was found, in a line.
-        remedy: What to do about it; empty where nothing is to be done.
+        name: The name of the check.
+        status: ``"ok"``, ``"warning"`` (compilation works, but not as it should), ``"failed"`` or ``"skipped"`` (there
+            is nothing to check, or it could not be checked).
+        detail: The finding, in one line.
+        remedy: The advice; empty if there is nothing to do.
     """
 
     name: str
@@ -54,35 +54,35 @@ class Check:
 
 
 def examine(timeout: float) -> list[Check]:
-    """Run every check.
+    """Run all checks.
 
     Args:
         timeout: Seconds after which the child is ended, whatever it is doing.
 
     Returns:
-        The checks, always the same ones in the same order.
+        The results, always for the same checks in the same order.
     """
     due = time.monotonic() + timeout
     findings = ask("look" if _disabled_by() else "compile", timeout)
     elsewhere = _try_elsewhere(findings, due - time.monotonic())
     checks = [_environment()]
     for name, judge in _CHECKS.items():
-        checks.append(_not_known(name, findings, timeout) or judge(name, findings.facts[name]))
+        checks.append(_without_facts(name, findings, timeout) or judge(name, findings.facts[name]))
     return [_with_cause(check, findings.facts, elsewhere) for check in checks]
 
 
-def _not_known(name: str, findings: Findings, timeout: float) -> Check | None:
-    """For a step that was not finished: it is to blame, or another one is."""
+def _without_facts(name: str, findings: Findings, timeout: float) -> Check | None:
+    """Return the result for a step without facts: it failed, or was skipped because of another one."""
     if name in findings.facts:
         return None
     if _disabled_by() and name in _COMPILING:
         return Check(name, "skipped", f"{_disabled_by()} is set")
     if findings.during not in (None, name):
-        return Check(name, "skipped", f"not reached: see {findings.during}")
+        return Check(name, "skipped", f"skipped because of {findings.during}")
     if findings.stopped:
         limit = f" (limit: {timeout:g} s)" if findings.during and "too long" in findings.stopped else ""
         return Check(name, "failed", findings.stopped + limit, _REMEDIES_WHEN_STOPPED.get(name, ""))
-    return Check(name, "skipped", "not reached: see versions")
+    return Check(name, "skipped", "skipped because of versions")
 
 
 def _disabled_by() -> str:
@@ -99,27 +99,27 @@ def _environment() -> Check:
         if os.environ.get(variable) and value in (None, os.environ[variable])
     ]
     if changes:
-        return Check(name, "warning", "; ".join(changes), "unset what is not meant")
-    return Check(name, "ok", "no variable that disables or changes compiling")
+        return Check(name, "warning", "; ".join(changes), "unset any that is not intended")
+    return Check(name, "ok", "no variables that affect compilation")
 
 
 def _versions(name: str, facts: Facts) -> Check:
     if "error" in facts:
-        return Check(name, "failed", facts["error"], "install a Python and a PyTorch that support each other")
+        return Check(name, "failed", facts["error"], "install compatible versions of Python and PyTorch")
     return Check(name, "ok", "Python {python}, torch {torch}, compile-retry {compile_retry}".format(**facts))
 
 
 def _directory(variable: str) -> Callable[[str, Facts], Check]:
     def check(name: str, facts: Facts) -> Check:
         if "path" not in facts:
-            return Check(name, "failed", facts["error"], f"set {variable} to a directory that can be written")
+            return Check(name, "failed", facts["error"], f"set {variable} to a writable directory")
         if "error" in facts:
-            text = f"{facts['path']} cannot be written: {facts['error']}"
+            text = f"{facts['path']} is not writable: {facts['error']}"
             return Check(name, "failed", text, f"repair it, or set {variable} to another directory")
-        room = f"{facts['path']}, {facts['free'] / 2**30:.1f} GiB free"
-        if facts["free"] < _LITTLE_ROOM:
-            return Check(name, "warning", room, f"make room, or set {variable} to another directory")
-        return Check(name, "ok", room)
+        space = f"{facts['path']}, {facts['free'] / 2**30:.1f} GiB free"
+        if facts["free"] < _MIN_FREE_BYTES:
+            return Check(name, "warning", space, f"free some space, or set {variable} to another directory")
+        return Check(name, "ok", space)
 
     return check
 
@@ -132,7 +132,7 @@ def _compiler(name: str, facts: Facts) -> Check:
             return Check(name, "failed", text, "see temporary directory")
         remedy = "install g++ with OpenMP and Python's headers (Debian: g++ and python3-dev)"
         if "CXX" in os.environ:
-            remedy += f", or correct CXX={os.environ['CXX']}: inductor takes the name of one program"
+            remedy += f", or correct CXX={os.environ['CXX']}: Inductor expects the name of a single program"
         return Check(name, "failed", text, remedy)
     return Check(name, "ok", found)
 
@@ -152,13 +152,13 @@ def _vector_instructions(name: str, facts: Facts) -> Check:
 
 
 def _compile(name: str, facts: Facts) -> Check:
-    """A forward and a backward graph that were compiled for the first time, or the same ones as ever."""
+    """Judge a compile of a forward and a backward graph, either new ones or always the same ones."""
     if "error" in facts:
         return Check(name, "failed", facts["error"])
     if not facts["compiled"]:
-        return Check(name, "failed", "torch.compile ran eagerly", _SEE_ENVIRONMENT)
+        return Check(name, "failed", "torch.compile ran the function eagerly", _SEE_ENVIRONMENT)
     how = "from the cache" if facts["from cache"] else "compiled"
-    return Check(name, "ok", f"forward and backward {how} in {facts['seconds']:.2g} s, results as in eager")
+    return Check(name, "ok", f"forward and backward {how} in {facts['seconds']:.2g} s, results match eager")
 
 
 def _gpu(name: str, facts: Facts) -> Check:
@@ -171,13 +171,13 @@ def _gpu(name: str, facts: Facts) -> Check:
     if not facts.get("triton works", True):
         version = facts["triton"]
         text = f"Triton {version} does not support it" if version else "Triton is not installed"
-        return Check(name, "failed", f"{device}: {text}", "install the Triton that this torch needs")
+        return Check(name, "failed", f"{device}: {text}", "install the Triton version that this torch requires")
     compiled = _compile(name, facts)
     return Check(name, compiled.status, f"{device}: {compiled.detail}", compiled.remedy)
 
 
 _SEE_ENVIRONMENT = "see environment"
-# Inductor runs it to find out whether a precompiled header is still right.
+# Inductor runs openssl to check that a precompiled header is up to date.
 _NO_OPENSSL = "No such file or directory: 'openssl'"
 _DELETE = "files in the cache directory are damaged: delete it once no process uses it"
 _COMPILING = ("compile", "cached compile", "GPU")
@@ -192,13 +192,13 @@ _CHECKS: dict[str, Callable[[str, Facts], Check]] = {
     "GPU": _gpu,
 }
 _REMEDIES_WHEN_STOPPED = {
-    "C++ compiler": "run it by hand; give --timeout more seconds if it is only slow",
-    "cached compile": "a damaged file or a lock that somebody holds in the cache directory; try an empty one",
+    "C++ compiler": "run it by hand; increase --timeout if it is only slow",
+    "cached compile": "the cache directory may contain a damaged file or a held lock; try an empty directory",
 }
 
 
 def _try_elsewhere(findings: Findings, seconds: float) -> Facts:
-    """Where a compile failed though the compiler works, what comes of it in a new directory."""
+    """Compile in a new directory if a compile failed although the compiler works. Return the facts."""
     failed = any(_failed(name, findings) for name in ("compile", "cached compile"))
     if not failed or _failed("C++ compiler", findings) or seconds < _SECONDS_TO_BEGIN:
         return {}
@@ -210,7 +210,7 @@ def _failed(name: str, findings: Findings) -> bool:
 
 
 def _with_cause(check: Check, facts: Mapping[str, Facts], elsewhere: Facts) -> Check:
-    """Say of a failed compile what an attempt in a new directory makes of it."""
+    """Add the result of the compile in a new directory to a failed check."""
     if check.name not in ("compile", "cached compile") or check.status != "failed" or check.remedy == _SEE_ENVIRONMENT:
         return check
     detail, remedy = _cause(check, facts, elsewhere)
@@ -218,19 +218,19 @@ def _with_cause(check: Check, facts: Mapping[str, Facts], elsewhere: Facts) -> C
 
 
 def _cause(check: Check, facts: Mapping[str, Facts], elsewhere: Facts) -> tuple[str, str]:
-    """What to add to the failed compile's detail, and its remedy."""
+    """Return an addition to the failed compile's detail, and its remedy."""
     if "error" in facts.get("C++ compiler", {}):
         return "", "see C++ compiler"
     if "error" in elsewhere:
-        return "; fails in a new cache directory, too", ""
+        return "; also fails in a new cache directory", ""
     if "without headers" in elsewhere:
         repair = "install openssl" if _NO_OPENSSL in check.detail else f"delete {elsewhere['without headers']}"
         remedy = f"{repair}, or set TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS=0"
         return "; works without precompiled headers", remedy
-    if not elsewhere.get("compiled"):  # it was not tried, or did not end
+    if not elsewhere.get("compiled"):  # not tried, or not finished
         return "", ""
     directory = facts.get("cache directory", {}).get("path", "the cache directory")
     works = "; works in a new cache directory"
-    if "error" in facts.get("compile", {}):  # which was made in an empty directory below the usual one
-        return works, f"set TORCHINDUCTOR_CACHE_DIR to another directory than {directory}"
+    if "error" in facts.get("compile", {}):  # which used an empty directory below the usual one
+        return works, f"set TORCHINDUCTOR_CACHE_DIR to a directory other than {directory}"
     return works, f"poisoned cache suspected: delete {directory} once no process uses it"

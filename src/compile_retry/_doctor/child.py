@@ -1,7 +1,7 @@
-"""What `compile_retry doctor` runs in a process of its own, where it may hang or crash: all that asks torch.
+"""The child process of `compile_retry doctor`, which runs everything that uses torch and so may hang or crash.
 
-Reports on standard output, one line of JSON when a step begins and one with what it found. Ends when standard input
-does, so that no compiler outlives a doctor that was killed; on the way out it removes the directories that it made.
+It writes one line of JSON to standard output when a step begins, and one with the facts found. It ends when standard
+input is closed, so that no compiler outlives a doctor that was killed, and removes its temporary directories.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from compile_retry._failures import qualified_name, root_cause
 
 Facts = dict[str, Any]
 
-# Includes what inductor's kernels include: slim images have a compiler, but neither Python's headers nor libgomp.
+# Includes the headers that Inductor's kernels include: slim images have a compiler, but no Python headers or libgomp.
 _PROGRAM = """
 #include <Python.h>
 #include <omp.h>
@@ -45,7 +45,7 @@ _MEGABYTE = 2**20
 
 def _versions() -> Facts:
     from compile_retry._torch import (
-        first_import,  # noqa: F401  # survives a cache directory that cannot be made
+        first_import,  # noqa: F401  # works even if the cache directory cannot be created
         inductor,
     )
 
@@ -67,7 +67,7 @@ def _temporary_directory() -> Facts:
 
 
 def _writable(directory: str) -> Facts:
-    """Whether a megabyte can be written there, and how much more there is."""
+    """Write a megabyte there. Return the free space, or the error."""
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(directory).free
@@ -79,14 +79,14 @@ def _writable(directory: str) -> Facts:
 
 
 def _compiler() -> Facts:
-    """Compile, link, load and run a few lines: a compiler that knows its version may lack all the rest."""
+    """Compile, link, load and run a small program: a compiler that prints its version may lack everything else."""
     from compile_retry._torch.inductor import cxx_compiler
 
     command = cxx_compiler()
     said = _run(command, "--version")
     facts = {"path": shutil.which(command) or command, "version": (said.stdout or said.stderr).partition("\n")[0]}
-    # There are other flags there, and OpenMP is in places of inductor's choice: the compile tells.
-    if sys.platform in ("win32", "darwin"):  # pragma: no cover  # of other systems
+    # These systems need other flags, and Inductor chooses where to find OpenMP. The later compile checks both.
+    if sys.platform in ("win32", "darwin"):  # pragma: no cover  # other systems
         return facts
     with _workspace(tempfile.gettempdir()) as directory:
         source, library = Path(directory, "doctor.cpp"), Path(directory, "doctor.so")
@@ -96,17 +96,17 @@ def _compiler() -> Facts:
         if done.returncode:
             return {**facts, "error": _complaint(done.stderr) or f"exit status {done.returncode}"}
         if ctypes.CDLL(str(library)).compile_retry_doctor(3) != 42:
-            return {**facts, "error": "what it compiles gives wrong results"}
+            return {**facts, "error": "compiled code gives wrong results"}
     return facts
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    # It is the compiler that inductor would run.
+    # This is the compiler that Inductor would run.
     return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)  # noqa: S603
 
 
 def _vector_instructions() -> Facts:
-    """Where inductor finds fewer than there are, ask once more where no damaged file can answer."""
+    """Probe for instruction sets. If Inductor misses some, probe again in an empty directory without damaged files."""
     from compile_retry._torch import inductor
 
     sets = inductor.instruction_sets()
@@ -121,12 +121,12 @@ def _vector_instructions() -> Facts:
 
 
 def _compile() -> Facts:
-    """With a constant that was never seen before, in an empty directory: nothing can answer but the compiler."""
+    """Compile a graph with a random constant in an empty directory, so that no cache can replace the compiler."""
     return _compile_afresh("cpu")
 
 
 def _cached_compile() -> Facts:
-    """Always the same graph, in the usual directory."""
+    """Compile a graph that is always the same, in the usual directory."""
     return _compile_and_compare(0.5, "cpu")
 
 
@@ -147,10 +147,10 @@ def _compile_and_compare(scale: float, device: str) -> Facts:
     forget_failures()
     captured, hits = count_compiles()
     begin = time.monotonic()
-    # With `fullgraph` a failure raises even under `suppress_errors`.
+    # With `fullgraph`, a failure raises even if `suppress_errors` is set.
     result = _loss_and_gradient(torch.compile(step, fullgraph=True), device)
     seconds = time.monotonic() - begin
-    torch.testing.assert_close(result, _loss_and_gradient(step, device), rtol=1e-3, atol=1e-3)  # sums, in other orders
+    torch.testing.assert_close(result, _loss_and_gradient(step, device), rtol=1e-3, atol=1e-3)  # sums in other orders
     now_captured, now_hits = count_compiles()
     return {"seconds": seconds, "compiled": now_captured > captured, "from cache": now_hits > hits}
 
@@ -163,14 +163,14 @@ def _loss_and_gradient(step: Callable[[torch.Tensor], torch.Tensor], device: str
 
 
 def _gpu() -> Facts:
-    """What torch finds, and a compile for it."""
+    """Look for a GPU, and compile for it."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return {"device": None, "built for": torch.version.cuda or torch.version.hip}
-    return _of_gpu(accelerator)  # pragma: no cover  # not run on a GPU yet
+    return _of_gpu(accelerator)  # pragma: no cover  # not tested on GPUs
 
 
-def _of_gpu(accelerator: torch.device) -> Facts:  # pragma: no cover  # not run on a GPU yet
+def _of_gpu(accelerator: torch.device) -> Facts:  # pragma: no cover  # not tested on GPUs
     facts: Facts = {"device": accelerator.type}
     if accelerator.type in ("cuda", "xpu"):
         facts |= {"name": torch.get_device_module(accelerator).get_device_name(), **_triton()}
@@ -182,7 +182,7 @@ def _of_gpu(accelerator: torch.device) -> Facts:  # pragma: no cover  # not run 
         return {**facts, "error": _describe(exc)}
 
 
-def _triton() -> Facts:  # pragma: no cover  # not run on a GPU yet
+def _triton() -> Facts:  # pragma: no cover  # not tested on GPUs
     from compile_retry._torch.inductor import triton_works
 
     try:
@@ -193,7 +193,7 @@ def _triton() -> Facts:  # pragma: no cover  # not run on a GPU yet
 
 
 def _elsewhere() -> Facts:
-    """The graph that is always the same, in a new directory; if need be without precompiled headers."""
+    """Compile the graph that is always the same, in a new directory; if that fails, without precompiled headers."""
     with _workspace(tempfile.gettempdir()) as directory:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory
         if "TRITON_CACHE_DIR" in os.environ:
@@ -210,7 +210,7 @@ def _elsewhere() -> Facts:
                 return {**_compile_and_compare(0.5, "cpu"), "without headers": headers}
 
 
-# By name of the check that they are for.
+# By the name of the check.
 _LOOK = {
     "versions": _versions,
     "cache directory": _cache_directory,
@@ -232,30 +232,30 @@ def _describe(exc: BaseException) -> str:
 
 
 def _complaint(text: str) -> str:
-    """The line that says most: a compiler's first error, or else the first line."""
+    """Return the most useful line: a compiler's first error, or else the first line."""
     lines = [line.strip() for line in text.rpartition("Output:\n")[2].splitlines() if line.strip()]
     return next((line for line in lines if "error:" in line), lines[0] if lines else "")[:300]
 
 
 @contextmanager
 def _workspace(parent: str) -> Iterator[str]:
-    """A directory that goes at the end, of whatever kind that is: the process's SIGTERM is an exception, too."""
+    """Create a directory and remove it in the end, even after SIGTERM, which this process turns into an exception."""
     with tempfile.TemporaryDirectory(prefix="compile_retry_doctor_", dir=parent, ignore_cleanup_errors=True) as name:
         yield name
 
 
 def _leave_with_the_parent(parent: int) -> None:
-    """Wait for the other end of the pipe to be closed, by whatever way the parent has gone."""
+    """Wait until the parent's end of the pipe is closed, however the parent ends. Then end the process group."""
     os.read(parent, 1)
     if sys.platform == "win32":
         os._exit(1)
-    os.killpg(0, signal.SIGTERM)  # compilers remove their temporary files, and the main thread leaves its blocks
-    time.sleep(2)  # gives them the time to do so
-    os.killpg(0, signal.SIGKILL)  # pragma: no cover  # nothing is left to tell of it
+    os.killpg(0, signal.SIGTERM)  # compilers remove their temporary files, and the main thread its directories
+    time.sleep(2)  # time to do so
+    os.killpg(0, signal.SIGKILL)  # pragma: no cover  # kills the process that measures coverage
 
 
 def _own_streams() -> tuple[int, int]:
-    """Keep standard input and output for ourselves: what is printed goes to standard error."""
+    """Reserve standard input and output for the protocol. Redirect printed output to standard error."""
     own = os.dup(0), os.dup(1)
     with Path(os.devnull).open() as nothing:
         os.dup2(nothing.fileno(), 0)
@@ -264,7 +264,7 @@ def _own_streams() -> tuple[int, int]:
 
 
 def main(mode: str) -> None:
-    """Take the steps of this mode, and tell what they found."""
+    """Run the steps of this mode, and report their facts."""
     parent, output = _own_streams()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=_leave_with_the_parent, args=[parent], daemon=True).start()
@@ -279,7 +279,7 @@ def main(mode: str) -> None:
         except Exception as exc:
             facts = {"error": _describe(exc)}
         report(step=name, facts=facts)
-        if name == "versions" and "error" in facts:  # torch was not imported, or only by halves
+        if name == "versions" and "error" in facts:  # torch was not imported, or only in part
             return
 
 

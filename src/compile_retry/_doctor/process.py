@@ -1,4 +1,4 @@
-"""Runs the doctor's child process, and ends it with all that it has started: in time, or when the time is up."""
+"""The doctor's child process: run it with a time limit, and end it with all processes that it has started."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# What has been told to end has so long to remove its temporary files.
+# Seconds that terminated processes get to remove their temporary files.
 _GRACE = 3.0
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a child has told.
+    """The output of a child.
 
     Attributes:
-        facts: For each step that was finished what it found, by its name.
-        during: The step in which the child came to its end, None if it finished.
-        stopped: Why it did so before it had finished, in words.
+        facts: The facts found by each finished step, by its name.
+        during: The step in which the child ended; None if it finished.
+        stopped: The reason why it ended early, in words.
     """
 
     facts: dict[str, dict[str, Any]]
@@ -32,10 +32,10 @@ class Findings:
 
 
 def ask(mode: Literal["look", "compile", "elsewhere"], seconds: float) -> Findings:
-    """Run the child in this mode, for so many seconds at most."""
+    """Run the child in this mode, for at most this many seconds."""
     parent, alive = os.pipe()  # closed when this process is gone, even if it is killed
     try:
-        process = subprocess.Popen(  # noqa: S603  # it is this package's own module
+        process = subprocess.Popen(  # noqa: S603  # this package's own module
             [sys.executable, "-m", "compile_retry._doctor.child", mode],
             stdin=parent,
             stdout=subprocess.PIPE,
@@ -59,12 +59,12 @@ def _outcome(process: subprocess.Popen[bytes], seconds: float) -> tuple[bytes, s
         raise
     if process.returncode:
         _signal(process, signal.SIGTERM)
-        return output, _how_it_died(process.returncode, errors)
+        return output, _describe_exit(process.returncode, errors)
     return output, ""
 
 
 def _end(process: subprocess.Popen[bytes]) -> bytes:
-    """End the child and its whole group, and return what it had said. What cannot be killed is not waited for."""
+    """End the child's process group and return its output. Do not wait for a process that cannot be killed."""
     output = b""
     for number in (signal.SIGTERM, _KILL):
         _signal(process, number)
@@ -86,14 +86,14 @@ else:
     _KILL = signal.SIGKILL
 
     def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-        with suppress(ProcessLookupError, PermissionError):  # macOS says the latter of processes that have ended
+        with suppress(ProcessLookupError, PermissionError):  # macOS raises the latter for processes that have ended
             os.killpg(process.pid, number)
 
 
-def _how_it_died(status: int, errors: bytes) -> str:
+def _describe_exit(status: int, errors: bytes) -> str:
     lines = errors.decode(errors="replace").strip().splitlines()
     if status < 0:
-        return f"the process died of signal {-status} ({signal.strsignal(-status)})"
+        return f"the process was killed by signal {-status} ({signal.strsignal(-status)})"
     return f"the process ended with status {status}" + (f": {lines[-1][:300]}" if lines else "")
 
 

@@ -1,1 +1,1 @@
-"""When to try again. Knows the policy and the clock, and neither torch nor functions."""
+"""The retry schedule: the policy and the breaker. Independent of torch and of decorated functions."""

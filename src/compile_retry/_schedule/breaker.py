@@ -1,8 +1,8 @@
-"""May an attempt be made now? Knows the policy and the clock; knows nothing of torch, graphs or functions.
+"""The breaker: decide which calls may attempt. Depends on the policy and the clock only, not on torch.
 
-While nothing has failed there is no episode and every call may attempt. From a first failure on there is an episode:
-calls are held off until the next attempt is due; then one call at a time is let through as the *probe*. The probe may
-attempt until an attempt of its own fails, which holds everybody off again.
+While nothing has failed there is no episode, and every call may attempt. The first failure starts an episode: calls are
+held off until the next attempt is due. Then one call at a time becomes the *probe*. The probe may attempt until one of
+its own attempts fails, which holds off all calls again.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from compile_retry._locks import Lock
 
 from .policy import RetryPolicy, decide, pause
 
-# For so many calls after a failure the function goes on through Dynamo even if nothing is compiled, so that it is seen
-# whether other graphs are waiting too. After that, calls go straight to the eager function.
+# Number of calls after a failure that still go through Dynamo even if nothing is compiled, to find out which other
+# graphs are waiting. Later calls go straight to the eager function.
 WATCHED_CALLS = 64
 
-# So many failures in a row that are not worth another attempt are free.
+# Number of permanent failures in a row that `max_overhead` does not limit.
 _FREE_REFUSALS = 8
 
 
 @dataclass(frozen=True)
 class NextRetry:
-    """When the next attempt is due; whichever comes first, where both are given.
+    """The due moment of the next attempt. If both limits are given, whichever comes first applies.
 
     Attributes:
-        calls: Calls of the function left until and including the next attempt, or ``None`` if calls do not count.
-        seconds: Seconds left, or ``None`` if seconds do not count.
-        at_least: Seconds left that have to pass even if the calls are over, because of the policy's ``max_overhead``.
+        calls: Calls left, including the one that attempts; ``None`` if the policy does not count calls.
+        seconds: Seconds left; ``None`` if the policy does not count seconds.
+        at_least: Minimum number of seconds left, whatever ``calls`` says, because of the policy's ``max_overhead``.
     """
 
     calls: int | None
@@ -57,19 +57,19 @@ def _in_seconds(seconds: float) -> str:
 
 
 class Episode(NamedTuple):
-    """From a first failure to the recovery. Replaced as a whole, never changed, so it can be read without a lock."""
+    """State from a first failure to the recovery. Replaced, never mutated, so it can be read without a lock."""
 
     failures: int
     started: float
     failed_at: float
     waited: float
     failed_in_call: int
-    watched_until: int  # `failed_in_call + WATCHED_CALLS`; not computed where it is asked, in each call held off
+    watched_until: int  # `failed_in_call + WATCHED_CALLS`; stored, because each held-off call reads it
     due_call: float
     due_time: float
     stopped: bool
     spent: float  # seconds, in failed attempts
-    not_before: float = -math.inf  # even if the calls are over
+    not_before: float = -math.inf  # even if the due call has come
 
     def is_due(self, call: int, clock: Callable[[], float]) -> bool:
         if call >= self.due_call and (self.not_before == -math.inf or clock() >= self.not_before):
@@ -77,21 +77,21 @@ class Episode(NamedTuple):
         return self.due_time < math.inf and clock() >= self.due_time
 
     def nothing_due_before(self, call: int) -> tuple[float, float]:
-        """Before which call nothing becomes due, and before which time, for this call and those after it."""
+        """Return a call and a time before which nothing is due, for this call and later ones."""
         if call < self.due_call:
             return self.due_call, self.due_time
         return math.inf, min(self.due_time, self.not_before)
 
     def is_long_overdue(self, call: int, now: float) -> bool:
-        """Whether as long a wait again has passed since the attempt was due."""
+        """Return True if twice the wait has passed since the failure."""
         return call >= 2 * self.due_call - self.failed_in_call or now >= 2 * self.due_time - self.failed_at
 
 
 class Refusals:
-    """The account of failures that are not worth another attempt. They hold nothing off as long as they are few.
+    """Limits permanent failures. The first few in a row are free.
 
-    Where a frame is given up, what it calls is compiled on its own: a compiler that refuses everything would otherwise
-    be asked for one function after another, without an end.
+    After a frame is given up, the functions that it calls are compiled on their own. Without a limit, a compiler that
+    rejects everything would be run for one function after another, endlessly.
     """
 
     def __init__(self) -> None:
@@ -100,34 +100,34 @@ class Refusals:
         self._spent = self._last = 0.0
 
     def add(self, now: float, seconds: float) -> None:
-        """Note one that took so long."""
+        """Record a permanent failure and its duration in seconds."""
         if self._since is None:
             self._since = now
         self._in_a_row += 1
         self._spent, self._last = self._spent + seconds, seconds
 
     def end(self) -> None:
-        """An attempt has succeeded."""
+        """End the row of failures, because an attempt has succeeded."""
         self._in_a_row = 0
 
     def affords_another(self, policy: RetryPolicy) -> bool:
-        """Allow the first few in a row, and later ones as long as all of them keep to their share of the time."""
+        """Return True for the first few in a row, and later if another one stays within ``max_overhead``."""
         if self._since is None or self._in_a_row < _FREE_REFUSALS:
             return True
         return pause(policy, policy.clock() - self._since, self._spent, self._last) <= 0
 
 
 class Probe:
-    """One call's leave to attempt during an episode.
+    """One call's permission to attempt during an episode.
 
-    The call holds it, and nobody else, so that it is gone with the call's frame, even where an interrupt has kept the
-    call from saying that it is over, or its thread has died. In a forked child the frames of threads that are not there
-    stay, so it knows its process too.
+    Only the call holds a reference to it. So it disappears with the call's Python frame, even if an interrupt skipped
+    the call's clean-up or the thread died. A forked child keeps the Python frames of threads that it does not have, so
+    the probe records its process too.
 
     Attributes:
-        episode: The episode in which it may attempt; None once an attempt of its own has failed.
-        claims: Keys whose turn it is; empty if anybody may attempt.
-        exclusive: Nobody else may attempt.
+        episode: The episode in which it may attempt; None once one of its own attempts has failed.
+        claims: The keys whose turn it is; empty if any key may be attempted.
+        exclusive: Whether only these keys may be attempted.
     """
 
     def __init__(self, episode: Episode) -> None:
@@ -138,24 +138,24 @@ class Probe:
 
 
 class Unsettled:
-    """A failure in a call that is not over yet. Nothing is attempted in the meantime."""
+    """A failure in a call that is not over yet. No other attempt is made in the meantime."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
 
     @property
     def is_open(self) -> bool:
-        """False in a forked child: it does not have the thread whose call this is."""
+        """False in a forked child, which does not have the thread of this call."""
         return self._process == os.getpid()
 
 
 class Breaker:
-    """Decides which calls may attempt. One per decorated function, shared by its threads.
+    """Decides which calls may attempt. One per decorated function, shared by all threads.
 
     Attributes:
-        episode: The one that has begun and not ended.
-        held_off_before_call: Calls before this one need not ask, they may not attempt, as long as the clock is
-        held_off_before_time: earlier than this.
+        episode: The current episode; None if there is none.
+        held_off_before_call: Earlier calls are held off without further checks, before `held_off_before_time`.
+        held_off_before_time: The time until which `held_off_before_call` applies.
     """
 
     def __init__(self, policy: RetryPolicy) -> None:
@@ -165,28 +165,31 @@ class Breaker:
         self._unsettled: weakref.ref[Unsettled] | None = None
         self.refusals = Refusals()
         self.episode: Episode | None = None
-        self.have_calls_ask()
+        self.resume_checks()
 
     def _begin(self, episode: Episode | None) -> None:
         self.episode = episode
-        self.have_calls_ask()
+        self.resume_checks()
 
     def hold_off(self, before_call: float, before_time: float) -> None:
-        """Let no call attempt before this one, nor any before this time, and none ask whether it may."""
+        """Hold off calls before this call and this time, without further checks."""
         self.held_off_before_call, self.held_off_before_time = before_call, before_time
 
-    def have_calls_ask(self) -> None:
-        """Let each call ask."""
+    def resume_checks(self) -> None:
+        """Make each call check again if it may attempt."""
         self.held_off_before_call, self.held_off_before_time = 0.0, -math.inf
 
     def let_through(self, call: int) -> Probe | None:
-        """What makes this call, made during an episode, the probe; None if it may not be. `probe_ended` must follow.
+        """Make a call during an episode the probe, if an attempt is due and no other probe is running.
 
-        A call within a probe of the same thread must not ask. So if the thread that asks has a probe, an interrupt has
-        kept that from ending; and if another process has it, this one was forked from that.
+        Do not use it for a call within a probe of the same thread. So if this thread still has a probe, an interrupt
+        has prevented its end, and if the probe belongs to another process, this process was forked from that one.
 
         Args:
             call: The call's number.
+
+        Returns:
+            The probe, to be followed by `probe_ended`; None if the call may not attempt.
         """
         episode, last = self.episode, self.probe
         if episode is None or not episode.is_due(call, self.policy.clock):
@@ -201,51 +204,51 @@ class Breaker:
             return probe
 
     def probe_ended(self) -> None:
-        """Let others through."""
+        """Let another call become the probe."""
         self.probe = None
 
     def is_long_overdue(self, call: int) -> bool:
-        """Whether whoever had a claim to the due moment has let it pass."""
+        """Return True if the keys whose turn it was have let it pass."""
         episode = self.episode
         return episode is None or episode.is_long_overdue(call, self.policy.clock())
 
     @property
     def is_in_doubt(self) -> bool:
-        """True while a call is under way in which an attempt has failed."""
+        """True while a call in which an attempt failed is still running."""
         failure = self._unsettled() if self._unsettled is not None else None
         return failure is not None and failure.is_open
 
     def doubt(self, failure: Unsettled) -> None:
-        """Let nothing be attempted until this is settled, or nobody holds it any more."""
+        """Block all attempts until this failure is settled or garbage-collected."""
         self._unsettled = weakref.ref(failure)
 
     def settle(self, failure: Unsettled) -> None:
-        """End that, unless another one has begun."""
+        """Unblock attempts, unless another failure is unsettled."""
         if self._unsettled is not None and self._unsettled() is failure:  # pragma: no branch  # after another's fork
             self._unsettled = None
 
     def refused(self, now: float, seconds: float) -> None:
-        """An attempt failed that is not worth another one: the time counts, but nothing is held off."""
+        """Record a permanent failure: its time counts, but nothing is held off."""
         self.refusals.add(now, seconds)
         with self._lock:
             if self.episode is not None:
                 self._begin(self.episode._replace(spent=self.episode.spent + seconds))
 
     def affords_another_refusal(self) -> bool:
-        """Allow an attempt that may be refused like those before it."""
+        """Return True if another permanent failure would stay within the limit."""
         return self.refusals.affords_another(self.policy)
 
     def failed(self, exc: BaseException, call: int, began: float, cost: float) -> tuple[int, bool]:
-        """An attempt failed: hold off as the policy says, or not at all if this failure is not worth a retry.
+        """Record a failed attempt. Hold off as the policy decides, or not at all if it rejects a retry.
 
         Args:
             exc: The root cause.
-            call: The call in which it failed.
-            began: The clock when it began.
-            cost: Seconds it took.
+            call: The call in which the attempt failed.
+            began: The clock when the attempt began.
+            cost: Duration of the attempt in seconds.
 
         Returns:
-            The attempt's number within the episode, and whether this failure is worth another attempt.
+            The attempt's number within the episode, and whether the policy allows a retry after this failure.
 
         Raises:
             Exception: Whatever the policy's strategies raise. The episode is then stopped.
@@ -260,7 +263,7 @@ class Breaker:
             episode = Episode(
                 attempt, started, now, waited, call, watched_until, math.inf, math.inf, stopped=True, spent=spent
             )
-            try:  # without the lock: these are the user's strategies
+            try:  # without the lock, because the strategies are user code
                 decision = decide(
                     self.policy, exc, attempt=attempt, started=started, now=now, waited=waited, spent=spent, cost=cost
                 )
@@ -272,13 +275,13 @@ class Breaker:
                 not_before = now + decision.at_least if decision.at_least and decision.calls < math.inf else -math.inf
                 episode = episode._replace(due_call=due_call, due_time=due_time, not_before=not_before, stopped=False)
             with self._lock:
-                if self.episode is last:  # otherwise something else has happened meanwhile
+                if self.episode is last:  # otherwise another thread has replaced it: evaluate again
                     if decision.retry:
                         self._begin(episode)
                     return attempt, decision.retry
 
     def end(self, only: Episode | None = None) -> Episode | None:
-        """End the episode; returns the one that ended. With `only`, not another one that has begun since."""
+        """End the episode and return it. With `only`, do nothing if another episode has begun since."""
         with self._lock:
             if only is not None and self.episode is not only:
                 return None
@@ -292,7 +295,7 @@ class Breaker:
         self.end()
 
     def retry_now(self) -> None:
-        """Make an attempt due at once, also after giving up."""
+        """Make an attempt due now, even after giving up."""
         self.refusals.end()
         with self._lock:
             if self.episode is not None:
@@ -304,7 +307,7 @@ class Breaker:
                 self._begin(episode)
 
     def next_retry(self, calls: int) -> NextRetry | None:
-        """How far away the next attempt is after `calls` calls; None if nothing is held off or no retry will come."""
+        """Return the next due moment, after `calls` calls; None if nothing is held off or no retry will come."""
         episode = self.episode
         if episode is None or episode.stopped:
             return None

@@ -1,4 +1,4 @@
-"""When to try again, in tenacity's terms. Nothing here sleeps or loops, and nothing here knows torch."""
+"""The retry policy, in tenacity's terms. Nothing here sleeps or loops, and nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -25,31 +25,32 @@ WaitStrategy: TypeAlias = Callable[[RetryCallState], float]
 StopStrategy: TypeAlias = Callable[[RetryCallState], bool]
 RetryPredicate: TypeAlias = Callable[[RetryCallState], bool]
 
-# tenacity's strategies are handed the object that drives them. Nothing drives them here.
-_NOBODY = Retrying()
+# tenacity passes its retry object to strategies. Here no retry object runs, so they all get this one.
+_UNUSED_RETRYING = Retrying()
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long to stay eager after a failed attempt, and when to give up.
+    """A policy for how long to hold off after a failed attempt, which failures to retry, and when to give up.
 
     Attributes:
         wait: Seconds until the next attempt: a tenacity wait strategy, a number, or ``None``.
-        wait_calls: The same in calls of the decorated function: after a failure in call *c*, a wait of *w* calls makes
-            call *c + w* an attempt. Fractions are rounded up, and less than one call counts as one. If both are
-            given, whichever comes first counts.
-        stop: A tenacity stop strategy over the episode's failed attempts and the seconds since its first failure.
-        retry: A tenacity retry predicate: which failures are worth another attempt. By default
-            :func:`is_transient` decides.
-        clock: Any callable that returns seconds and never runs backwards. Tests put a fake one here.
+        wait_calls: The wait in calls of the decorated function: after a failure in call *c*, a wait of *w* calls makes
+            call *c + w* an attempt. A fraction is rounded up, to at least one call. If both waits are given, the
+            attempt is due at whichever comes first.
+        stop: A tenacity stop strategy, applied to the episode's failed attempts and the seconds since its first
+            failure.
+        retry: A tenacity retry predicate that selects the failures to retry. By default :func:`is_transient` decides.
+        clock: A callable that returns seconds and never runs backwards. Tests pass a fake clock.
         max_overhead: The share of the time since the episode began that failed attempts may take, for example 0.05. The
-            next attempt is pushed out until one as long as the last would stay within it. ``math.inf`` pushes nothing
-            out. By default 0.05 where only ``wait`` is given, and ``math.inf`` where ``wait_calls`` is: attempts then
-            come at the calls it says.
+            next attempt is delayed until one as long as the last would stay within this share. ``math.inf`` removes the
+            limit. The default is 0.05 if only ``wait`` is given. It is ``math.inf`` if ``wait_calls`` is given, so that
+            attempts come at exactly those calls.
 
     Raises:
-        TypeError: A value of the wrong kind, for example a number where a strategy belongs.
-        ValueError: A negative or NaN wait, less than one call, neither wait given, or a share that is not positive.
+        TypeError: A value has the wrong type, for example a number instead of a strategy.
+        ValueError: A wait is negative or NaN, a wait in calls is less than one, both waits are ``None``, or the share
+            is not positive.
     """
 
     wait: WaitStrategy | float | None = wait_exponential(multiplier=30, min=30, max=3600)
@@ -76,7 +77,7 @@ class RetryPolicy:
 
     @classmethod
     def of(cls, policy: object) -> RetryPolicy:
-        """The policy that an argument means: a policy, a ``tenacity.Retrying``, or ``None`` for the default."""
+        """Convert an argument to a policy: a policy, a ``tenacity.Retrying``, or ``None`` for the default."""
         if policy is None:
             return cls()
         if isinstance(policy, cls):
@@ -100,7 +101,7 @@ def _check_share(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number such as 0.05, math.inf or None, not {value!r}")
     if not float(value) > 0:
-        raise ValueError(f"{name} must be positive, not {value!r}; math.inf does not limit it")
+        raise ValueError(f"{name} must be positive, not {value!r}; use math.inf for no limit")
 
 
 def _check_strategy(name: str, value: object, what: str) -> None:
@@ -109,9 +110,14 @@ def _check_strategy(name: str, value: object, what: str) -> None:
 
 
 class Decision(NamedTuple):
-    """What a policy says of one failed attempt: how long to hold off, or that nothing more will be tried.
+    """A policy's decision after a failed attempt.
 
-    ``seconds`` and ``calls`` are infinite where that wait does not apply. ``at_least`` seconds are to pass in any case.
+    Attributes:
+        retry: Whether the failure is worth a retry.
+        stop: Whether to give up.
+        seconds: Seconds to hold off; infinite if that wait does not apply.
+        calls: Calls to hold off; infinite if that wait does not apply.
+        at_least: Minimum number of seconds to hold off in any case.
     """
 
     retry: bool
@@ -132,22 +138,22 @@ def decide(
     spent: float,
     cost: float,
 ) -> Decision:
-    """Ask the policy's strategies about a failed attempt.
+    """Evaluate the policy's strategies after a failed attempt.
 
-    The strategies are called the way tenacity's own loop calls them (``wait`` before ``stop``, so that
-    ``stop_before_delay`` sees the coming wait), on a state that is dropped afterwards: it holds the exception.
+    They are called as in tenacity's own loop: ``wait`` before ``stop``, so that ``stop_before_delay`` sees the coming
+    wait. The state that they receive is dropped afterwards, because it holds the exception.
 
     Args:
-        policy: Whose strategies are asked.
+        policy: The policy.
         exc: The root cause of the failure.
         attempt: Number of the failed attempt within its episode, from 1.
         started: The clock at the episode's first failure.
         now: The clock now.
         waited: Seconds of hold-off so far in this episode.
-        spent: Seconds that its failed attempts have taken, this one included.
-        cost: Seconds that this one has taken.
+        spent: Seconds that the episode's failed attempts have taken, including this one.
+        cost: Seconds that this attempt has taken.
     """
-    state = RetryCallState(_NOBODY, None, (), {})
+    state = RetryCallState(_UNUSED_RETRYING, None, (), {})
     state.attempt_number = attempt
     state.start_time = started
     state.idle_for = waited
@@ -168,7 +174,7 @@ def decide(
 
 
 def pause(policy: RetryPolicy, elapsed: float, spent: float, cost: float) -> float:
-    """Seconds until another attempt of this cost can fail and the episode's stay within their share of the time."""
+    """Return the seconds until another failed attempt of this cost would stay within ``max_overhead``."""
     share = policy.max_overhead
     if share is None or math.isinf(share):
         return 0.0
@@ -180,5 +186,5 @@ def _evaluate(name: str, wait: WaitStrategy | float | None, state: RetryCallStat
         return math.inf
     value = wait(state) if callable(wait) else wait
     if math.isnan(value) or value < 0:
-        raise ValueError(f"{name} strategy {wait!r} returned {value!r}; it must return a number that is not negative")
+        raise ValueError(f"{name} strategy {wait!r} returned {value!r}; it must return a non-negative number")
     return float(value)

@@ -1,4 +1,4 @@
-"""Entries of Dynamo's cache, dropped when the function is gone that they were compiled for.
+"""Dynamo cache entries, dropped once their decorated function is gone.
 
 Importing this module imports ``torch._dynamo``.
 """
@@ -13,18 +13,18 @@ from typing import Any
 from . import first_import  # noqa: F401  # before anything else imports Dynamo
 
 # isort: split
-# What replaces the guards of a dropped cache entry; since 2.6. Essential: Dynamo has no public way to drop one entry.
+# Replaces the guards of a dropped cache entry. Since 2.6. Essential: Dynamo has no public way to drop a single entry.
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 
-# Guards that were dropped last. Dynamo lets go of the interpreter lock while it evaluates guards, and holds no
-# reference to them: another thread may still be in the middle of these, and would crash if they were freed.
+# The last dropped guards. Dynamo releases the GIL while it evaluates guards and holds no reference to them. So another
+# thread may still be evaluating these, and would crash if they were freed.
 _dropped: deque[object] = deque(maxlen=256)
 
 
 class CachedFrame:
-    """A cache entry of Dynamo's that is dropped when the function is gone. Holds it weakly: Dynamo owns it.
+    """A Dynamo cache entry, to be dropped when its function is gone. The reference is weak, because Dynamo owns it.
 
-    `CacheEntry` itself is a C object that dangles after a reset; the guard manager knows whether it is still in use.
+    `CacheEntry` itself is a C object that dangles after a reset. The guard manager shows if the entry is still in use.
     Since 2.6. Essential.
     """
 
@@ -33,45 +33,45 @@ class CachedFrame:
 
     @property
     def alive(self) -> bool:
-        """Whether Dynamo may still use it: not after ``torch._dynamo.reset()``, nor once a guarded object has died."""
+        """False after ``torch._dynamo.reset()``, or once a guarded object has died: then Dynamo no longer uses it."""
         manager = self._manager()
         return manager is not None and manager.extra_state is not None
 
     def drop(self) -> None:
-        """Make Dynamo forget this entry, and this entry only."""
+        """Drop this entry, and only this one, from Dynamo's cache."""
         manager = self._manager()
-        if manager is not None and manager.extra_state is not None:  # pragma: no branch  # a reset may be faster
+        if manager is not None and manager.extra_state is not None:  # pragma: no branch  # False after a reset
             dead = DeletedGuardManagerWrapper("compile_retry: its function is gone")
             dead.id_matched_objs = _UNCOUNTED
             _dropped.append(manager)
             manager.extra_state.invalidate(manager.cache_entry, dead)
 
 
-# Entries that are dropped before the next compile. Functions are collected in the middle of whatever a thread does.
+# Entries to drop before the next compile, because functions may be garbage-collected at any point of any thread.
 _abandoned: deque[CachedFrame] = deque()
 
 
 def abandon(entries: Iterable[CachedFrame]) -> None:
-    """Have Dynamo forget these soon: the function is gone that they were compiled for, and nothing else runs them.
+    """Schedule these entries to be dropped, because their function is gone and nothing else runs them.
 
-    Otherwise they and the graphs behind them would stay for as long as the code object that they belong to.
+    Otherwise they and their graphs would live as long as their code object.
     """
     _abandoned.extend(entries)
 
 
 def drop_abandoned() -> None:
-    """Make Dynamo forget what was left to it. Called where Dynamo does not go through its entries."""
+    """Drop all scheduled entries. Call it only while Dynamo is not iterating over its entries."""
     while _abandoned:
         _abandoned.popleft().drop()
 
 
-class _Nobody:
+class _Unrelated:
     pass
 
 
-# Entries are counted towards `recompile_limit` only if the objects that they were specialised to are the frame's own.
-# An eager fallback should not use the limit up, so it names an object that no frame has.
-_NOBODY = _Nobody()
+# An entry counts towards `recompile_limit` only if the objects that it is specialized to are the frame's own. A dropped
+# entry should not count, so it refers to an object that no frame has.
+_UNRELATED = _Unrelated()
 
 
-_UNCOUNTED: dict[str, weakref.ReferenceType[object]] = {"compile_retry": weakref.ref(_NOBODY)}
+_UNCOUNTED: dict[str, weakref.ReferenceType[object]] = {"compile_retry": weakref.ref(_UNRELATED)}

@@ -1,4 +1,4 @@
-"""The compiler that ``torch.compile`` hands captured graphs to, and graphs as it gets them.
+"""The compiler that ``torch.compile`` passes captured graphs to.
 
 Importing this module imports ``torch._dynamo``.
 """
@@ -18,11 +18,10 @@ import torch._dynamo
 import torch._functorch.config
 import torch._inductor
 
-# The way in which an analysis is started again, and the way in which a backend asks for a frame to be skipped. Both
-# leave a backend as exceptions without being failures. Since 2.0. Essential.
+# A backend raises these to restart Dynamo's analysis or to skip the frame. They are not failures. Since 2.0. Essential.
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 
-# Where forward and backward graphs are made from a captured one; see `compiling_backward_too`.
+# Makes forward and backward graphs from a captured graph; see `compiling_backward_too`.
 from torch._functorch._aot_autograd import graph_compile
 from torch.fx import GraphModule
 
@@ -33,10 +32,10 @@ Compiler: TypeAlias = Callable[..., Callable[..., Any]]
 
 
 def make_compiler(backend: object, mode: str | None, options: dict[str, Any] | None, dynamic: bool | None) -> Compiler:
-    """The compiler that ``torch.compile`` would hand captured graphs to, built by the classes it uses itself.
+    """Return the compiler that ``torch.compile`` would pass captured graphs to, built from torch's own classes.
 
-    Private because ``torch.compile`` keeps what it builds to itself. Since 2.0 (``use_aoti``: 2.8). Essential: only
-    these give ``mode`` and ``options`` their meaning.
+    These are private, and ``torch.compile`` does not expose the object it builds. Since 2.0 (``use_aoti``: 2.8).
+    Essential: only these classes implement ``mode`` and ``options``.
     """
     options = dict(options) if options else {}
     options.pop("guard_filter_fn", None)  # for Dynamo, not for the compiler
@@ -54,64 +53,65 @@ def make_compiler(backend: object, mode: str | None, options: dict[str, Any] | N
 
 
 def backends() -> list[str]:
-    """Names of the backends that can be given as a string."""
+    """Return the names of all registered backends."""
     names: list[str] = torch._dynamo.list_backends(None)
     return names
 
 
 def inductor_modes() -> list[str]:
-    """Names of inductor's modes. Since 2.0."""
+    """Return the names of Inductor's modes. Since 2.0."""
     return list(torch._inductor.list_mode_options())
 
 
 def inductor_options() -> list[str]:
-    """Names of inductor's options, and of those that ``torch.compile`` takes for itself. Since 2.0."""
+    """Return the names of Inductor's options and of those that ``torch.compile`` handles itself. Since 2.0."""
     return [*torch._inductor.list_options(), "guard_filter_fn", "use_aoti"]
 
 
 def innermost(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The function below ``torch.compile`` or ``torch.compiler.disable``. Since 2.0.
+    """Return the function wrapped by ``torch.compile`` or ``torch.compiler.disable``. Since 2.0.
 
-    Dynamo itself unwraps what it compiles a second time, and what a backend returns. Behind our wrapper it could not
-    see that the latter is disabled already, and each graph would be switched off twice in each call.
+    Dynamo unwraps functions that are compiled twice, and functions that a backend returns. It could not see through our
+    wrapper that the latter is already disabled, so each graph would disable Dynamo twice on every call.
     """
     inner: Callable[..., Any] = torch._dynamo.eval_frame.innermost_fn(fn)
     return inner
 
 
 def has_dynamic_shapes(graph_module: GraphModule) -> bool:
-    """True if a graph takes sizes as arguments, so that it fits more than its example inputs."""
+    """Return True if a graph takes sizes as arguments, so that it fits other sizes than those of its example inputs."""
     inputs = graph_module.graph.find_nodes(op="placeholder")
     return any(isinstance(node.meta.get("example_value"), torch.SymInt) for node in inputs)
 
 
 def is_for_dynamo(exc: BaseException) -> bool:
-    """True if Dynamo makes a graph break of this, or restarts its analysis, when a backend raises it. Since 2.1."""
+    """Return True if Dynamo handles this by a graph break, a skip or a restart when a backend raises it. Since 2.1."""
     return isinstance(exc, (RestartAnalysis, SkipFrame, *_GRAPH_BREAKS))
 
 
 def compiling_backward_too() -> AbstractContextManager[object]:
-    """Make the backward graph's compile part of the forward's, where a failure of it can still be answered.
+    """Compile the backward graph together with the forward graph, while a failure can still be handled.
 
-    Where no gradient is wanted there is no backward graph, and nothing changes. Since 2.10. Essential: otherwise a
-    failing backward compile would surface in ``backward()``.
+    If no gradient is needed there is no backward graph, and nothing changes. Since 2.10. Essential: otherwise a failing
+    backward compile would raise in ``backward()``.
     """
-    _donate_only_what_is_compiled_lazily()
+    _disable_donated_buffers()
     patch: AbstractContextManager[object] = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
     return patch
 
 
 @functools.cache
-def _donate_only_what_is_compiled_lazily() -> None:
-    """Keep a backward that is compiled before it is known how it will be called from overwriting its saved tensors.
+def _disable_donated_buffers() -> None:
+    """Disable donated buffers for backwards compiled ahead of time.
 
-    Such donated buffers are chosen since 2.5, and a graph that has them raises in ``backward(retain_graph=True)``;
-    stock torch has seen by then that it must not choose any. To switch them off by `config.donated_buffer` does not
-    help: then the graph keeps no list of them, and torch 2.13 takes that for a list that is not empty. So this is put
-    in front of what chooses. For compiles that are not ours it changes nothing; without it that kind of call raises.
+    Donated buffers exist since 2.5: a backward graph overwrites its saved tensors, and raises in
+    ``backward(retain_graph=True)``. Stock torch compiles the backward when it runs, so it can disable them in that
+    case. Setting `config.donated_buffer` to False does not help: the graph then has no list of donated buffers, which
+    torch 2.13 treats like a list that is not empty. So this wraps the function that selects them. Other compiles are
+    not affected. Without it, ``backward(retain_graph=True)`` raises.
     """
     choose = getattr(graph_compile, "collect_bw_donated_buffer_idxs", None)
-    if choose is not None:  # pragma: no branch  # it is there in the torch that the tests run on
+    if choose is not None:  # pragma: no branch  # exists in the torch version that the tests use
 
         @functools.wraps(choose)
         def choose_unless_ours(*args: Any, **kwargs: Any) -> Any:

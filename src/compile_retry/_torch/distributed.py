@@ -1,6 +1,6 @@
 """Private names of ``torch.distributed``: collectives in a captured graph, and facts about the default process group.
 
-Nothing here communicates. `_compile/ranks.py` decides what to do with the answers.
+Nothing here communicates. The agreement between ranks is in `_compile/ranks.py`.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
     from torch.fx import GraphModule, Node
 
-# Operator namespaces whose operators communicate. Dynamo rewrites `dist.all_reduce` and the other in-place collectives
-# to the functional ones (`traceable_collective_remaps`, torch >= 2.1) and breaks the graph at those it cannot
-# rewrite: asynchronous ones, broadcast, barrier, send and receive. "c10d" is what a graph made by hand would contain.
+# Operator namespaces whose operators communicate. Dynamo rewrites `dist.all_reduce` and other in-place collectives to
+# functional ones (`traceable_collective_remaps`, torch >= 2.1). It breaks the graph at those that it cannot rewrite:
+# asynchronous ones, broadcast, barrier, send and receive. "c10d" only occurs in graphs made by hand.
 _NAMESPACES = frozenset(
     {"_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "c10d", "symm_mem", "_dtensor"}
 )
 _LOCAL_OPERATORS = frozenset({"wait_tensor", "_wrap_tensor_autograd", "check_for_nan", "mesh_get_process_group"})
-# Used where a backend does not tell its own: the shortest default time-out in torch, which is NCCL's.
+# Used if a backend does not expose its timeout: the shortest default timeout in torch, which is NCCL's.
 _SHORTEST_DEFAULT_TIMEOUT = 600.0
 
 
 class World(NamedTuple):
-    """The default process group, as far as an agreement needs it.
+    """The facts about the default process group that an agreement needs.
 
     Attributes:
-        rank: This process.
+        rank: This process's rank.
         size: The number of processes.
         store: The group's key-value store.
         timeout: Seconds after which a collective gives up.
@@ -49,10 +49,10 @@ class World(NamedTuple):
 
 
 def collectives_in(graph_module: GraphModule) -> tuple[str, ...]:
-    """Names of the operations in a captured graph that move data between ranks, in order of appearance.
+    """Return the names of the collectives in a captured graph, in order of appearance.
 
-    Looks at nodes, including those of nested graphs, and runs none of them. Collectives inside custom operators cannot
-    be seen. Empty if this is the only process, and for groups and meshes of one rank.
+    It inspects nodes, including those of nested graphs, without running them, so it cannot detect collectives inside
+    custom operators. The result is empty in a single process, and leaves out groups and meshes of one rank.
     """
     if world_size() == 1:
         return ()
@@ -60,12 +60,12 @@ def collectives_in(graph_module: GraphModule) -> tuple[str, ...]:
 
 
 def world_size() -> int:
-    """The number of processes in the default group; 1 if there is none."""
+    """Return the number of processes in the default group; 1 if there is none."""
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
         return 1
-    return 1 if dist.get_backend() == "fake" else dist.get_world_size()  # torch's backend for dry runs: nobody is there
+    return 1 if dist.get_backend() == "fake" else dist.get_world_size()  # torch's backend for dry runs in one process
 
 
 def world() -> World:
@@ -73,7 +73,7 @@ def world() -> World:
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _get_default_store
 
-    # The store has no public name. `ProcessGroup.get_group_store()` is undocumented too, and younger.
+    # The store has no public name. `ProcessGroup.get_group_store()` is undocumented too, and more recent.
     return World(dist.get_rank(), dist.get_world_size(), _get_default_store(), _timeout(), _issued)
 
 
@@ -81,15 +81,15 @@ def _timeout() -> float:
     from torch.distributed.distributed_c10d import _get_default_group
 
     group: Any = _get_default_group()
-    # A group has one backend per kind of device, each with options of its own. Not all backends publish them.
+    # A group has one backend per device type, each with its own options. Not all backends expose them.
     backends = [group._get_backend(device) for device in group._device_types]
     timeouts = [options._timeout for backend in backends if (options := getattr(backend, "options", None)) is not None]
     return min((timeout.total_seconds() for timeout in timeouts), default=_SHORTEST_DEFAULT_TIMEOUT)
 
 
 def _issued() -> dict[str, int] | None:
-    # The sequence numbers that torch itself compares to find desynchronized ranks: a public method in C++, private in
-    # Python since 1.9. Gloo, NCCL, XCCL and UCC count; other backends raise.
+    # Sequence numbers, which torch itself compares to detect desynchronized ranks: a public method in C++, private in
+    # Python since 1.9. Gloo, NCCL, XCCL and UCC implement it; other backends raise.
     from torch.distributed.distributed_c10d import _world
 
     groups: list[Any] = list(_world.pg_map)
@@ -115,7 +115,7 @@ def _collective(node: Node) -> str | None:
 
 
 def _is_distributed(value: object) -> bool:
-    # If nobody has imported it, there are none.
+    # If the module is not imported, no DTensor exists.
     tensor: Any = sys.modules.get("torch.distributed.tensor")
     return tensor is not None and isinstance(value, tensor.DTensor) and value.device_mesh.size() > 1
 
@@ -126,14 +126,14 @@ def _operator(node: Node) -> str | None:
     if isinstance(node.target, (OpOverload, OpOverloadPacket)):
         namespace, name = str(node.target).split(".")[:2]
         communicates = namespace in _NAMESPACES and name not in _LOCAL_OPERATORS
-    else:  # a function that Dynamo does not look into
+    else:  # a function that Dynamo does not trace into
         name = getattr(node.target, "__name__", "")
         communicates = str(getattr(node.target, "__module__", "")).startswith("torch.distributed.")
     return name if communicates and not _is_alone(node) else None
 
 
 def _is_alone(node: Node) -> bool:
-    """Tell whether the group that an operator names has no other rank in it."""
+    """Return True if the operator's group has only one rank."""
     from torch._C._distributed_c10d import _resolve_process_group
 
     names = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, str)]

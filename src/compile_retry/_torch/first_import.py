@@ -1,8 +1,8 @@
-"""Imports ``torch._dynamo``. A failure in the middle of that would be for good.
+"""Import ``torch._dynamo`` safely, because a failure during its import would be permanent.
 
-While it is imported it makes inductor's cache directory (since 2.9). If that cannot be made, it is left half imported,
-and every later import in this process fails. So where the directory is in doubt, it is imported with another one;
-nothing of that is kept, the directory is looked up again at each compile.
+The import creates Inductor's cache directory (since 2.9). If that fails, the module stays half imported, and every
+later import in this process fails. So if the directory may not be creatable, Dynamo is imported with another one. This
+has no lasting effect, because every compile looks up the directory again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 def _can_be_made(directory: str | None) -> bool:
     if directory is None:
-        return False  # torch will choose one, and only Dynamo knows which
+        return False  # torch chooses one, and only Dynamo can look it up
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -30,7 +30,7 @@ def _import_dynamo() -> None:
     if _can_be_made(directory):
         import torch._dynamo
     else:
-        with tempfile.TemporaryDirectory() as another:  # if there is not even room for this, we fail before the import
+        with tempfile.TemporaryDirectory() as another:  # if this fails too, it fails before the import
             os.environ[_VARIABLE] = another
             try:
                 import torch._dynamo  # noqa: F401

@@ -1,6 +1,6 @@
-"""Non-public inductor: what it remembers of a failure, and where it keeps its files. See also `dynamo`.
+"""Private names of Inductor: its memory of failures, and the location of its files.
 
-All of it is optional: where one of these is missing, in another version of PyTorch, there is nothing to clear or mend.
+All of them are optional: if one is missing in another version of PyTorch, there is nothing to clear or repair.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch.fx import Graph, GraphModule
 
 
 @functools.cache
-def spare_other_threads() -> None:
-    """Keep the first code that inductor generates from failing calls of an ``nn.Module`` in other threads.
+def isolate_first_trace() -> None:
+    """Keep Inductor's first code generation from breaking ``nn.Module`` calls in other threads.
 
-    For that code it traces a function that returns its argument, once in a process, with `torch.fx.symbolic_trace`.
-    While that goes on every module in every thread is taken for a part of what is traced, and raises a `NameError`
-    (https://github.com/pytorch/pytorch/issues/112775). The graph that comes of it is given to inductor here instead.
+    Once per process, Inductor traces a function that returns its argument, with `torch.fx.symbolic_trace`. Meanwhile
+    each module called in any thread is treated as part of the trace and raises a `NameError`
+    (https://github.com/pytorch/pytorch/issues/112775). So this gives Inductor the resulting graph instead.
     """
     with suppress(ImportError):
         from torch._inductor import loop_body
@@ -39,17 +39,17 @@ def spare_other_threads() -> None:
 
 
 def forget_failures() -> None:
-    """Make inductor ask again what it asked while something was broken. What it has compiled it keeps."""
+    """Make Inductor repeat the probes that it made while something was broken. It keeps its compiled code."""
     for clear in (*_probe_caches(), *_failed_kernels()):
         clear()
     _reset_instruction_sets()
 
 
 def _probe_caches() -> Iterator[Callable[[], object]]:
-    """How to clear what torch has found out about its surroundings, once and for all.
+    """Yield functions that clear what torch has cached about its environment.
 
-    What the C++ compiler is and can do (since 2.1), where a precompiled header is, though the file may be gone (2.8),
-    whether Triton and a GPU for it are there (2.1), and the file that keeps the timings of tuned kernels (2.1).
+    These are the C++ compiler and its features (since 2.1), the path of a precompiled header, whose file may be gone
+    (2.8), the presence of Triton and a GPU for it (2.1), and the file with the timings of tuned kernels (2.1).
     """
     from torch._inductor import codecache, cpp_builder, cpu_vec_isa, utils
     from torch.utils import _triton
@@ -65,10 +65,10 @@ def _probe_caches() -> Iterator[Callable[[], object]]:
 
 
 def _failed_kernels() -> Iterator[Callable[[], object]]:
-    """How to drop the loaders of kernels that failed to compile.
+    """Yield functions that drop the loaders of kernels that failed to compile.
 
-    Inductor keeps a kernel's loader before the kernel is compiled, and it repeats that compile's error for ever. Since
-    2.3.
+    Inductor caches a kernel's loader before the kernel is compiled, and the loader repeats that compile's error
+    forever. Since 2.3.
     """
     from torch._inductor import codecache
 
@@ -83,32 +83,32 @@ def _has_loaded_nothing(loader: object) -> bool:
     return isfunction(loader) and getclosurevars(loader).nonlocals.get("lib", loader) is None
 
 
-# Set on the instances by probes (since 2.6): the class has what holds before.
-_FOUND_OUT = ("_arch_flags", "_is_avx512_bf16_supported", "_is_amx_fp16_supported")
+# Probes set these on instances (since 2.6). The class has the initial values.
+_PROBE_RESULTS = ("_arch_flags", "_is_avx512_bf16_supported", "_is_amx_fp16_supported")
 
 
 def _reset_instruction_sets() -> None:
-    """Undo what probes have noted in the vector instruction sets themselves.
+    """Undo the changes that probes have made to the vector instruction sets themselves.
 
-    A probe that raises leaves its compiler flag there for ever; and what another has found changes its own command, so
-    that repeating it would not find its result on disk.
+    A probe that raises leaves its compiler flag there forever. The result of a successful probe changes the probe's own
+    command, so a repeated probe would not find its result on disk.
     """
     from torch._inductor import cpu_vec_isa
 
     for isa in getattr(cpu_vec_isa, "supported_vec_isa_list", ()):
-        for name in _FOUND_OUT:
+        for name in _PROBE_RESULTS:
             if name in vars(isa) and hasattr(type(isa), name):
                 delattr(isa, name)
 
 
 @dataclass(frozen=True)
 class InstructionSets:
-    """Vector instructions.
+    """Vector instructions of this processor.
 
     Attributes:
-        flags: By what the processor names those it has.
-        there: The sets of them that inductor knows and this processor has, best first.
-        usable: Those that inductor would use, best first.
+        flags: The processor's own names for its instruction sets.
+        there: The sets that Inductor supports and this processor has, best first.
+        usable: The sets that Inductor would use, best first.
     """
 
     flags: list[str]
@@ -117,10 +117,10 @@ class InstructionSets:
 
 
 def instruction_sets() -> InstructionSets:
-    """Ask the compiler for vector instructions, or what it has answered before.
+    """Return the vector instruction sets, probing the compiler unless results are cached.
 
-    A probe that fails, or whose file is damaged on disk, says that there are none without an error. What the processor
-    has is known of x86 only; since 2.6.
+    A probe that fails, or whose file on disk is damaged, reports a missing set, without an error. The sets of the
+    processor itself are known on x86 only. Since 2.6.
     """
     from torch._inductor import cpu_vec_isa
 
@@ -130,11 +130,11 @@ def instruction_sets() -> InstructionSets:
 
 
 def replace_dead_workers(*, all_graph_compilers: bool = False) -> None:
-    """Have pools of compile workers made anew whose process is gone. Asked for a compile, they would never answer.
+    """Recreate worker pools whose process has died. A compile submitted to such a pool would hang.
 
     Args:
-        all_graph_compilers: Also those that compile whole graphs (`fx_compile_mode`) and are alive: what they remember
-            of a failure cannot be reached from here.
+        all_graph_compilers: Whether to recreate live pools that compile whole graphs (`fx_compile_mode`) too, because
+            their memory of a failure cannot be cleared from here.
     """
     asynchronous, subprocess = map(
         sys.modules.get, ("torch._inductor.async_compile", "torch._inductor.compile_fx_subproc")
@@ -144,7 +144,7 @@ def replace_dead_workers(*, all_graph_compilers: bool = False) -> None:
         _abandon(pool)
         getattr(asynchronous, "_pool_set", set()).discard(pool)
         compiling.process_pool.cache_clear()  # since 2.0
-        compiling._ready_future = None  # since 2.9; answers for the old pool
+        compiling._ready_future = None  # since 2.9; belongs to the old pool
     compiling = getattr(subprocess, "_SubprocessFxCompile", None)  # since 2.7
     if (pool := _existing_pool(compiling)) is not None and (all_graph_compilers or _is_dead(pool)):
         _abandon(pool)
@@ -157,7 +157,7 @@ def _existing_pool(compiling: Any) -> Any:
 
 
 def _is_dead(pool: Any) -> bool:
-    if hasattr(pool, "process"):  # a process of its own that has the workers
+    if hasattr(pool, "process"):  # the workers' parent is a separate process
         return pool.process.poll() is not None or not getattr(pool, "running", True)
     return bool(getattr(pool, "_broken", False) or getattr(pool, "_shutdown_thread", False))
 
@@ -165,19 +165,19 @@ def _is_dead(pool: Any) -> bool:
 def _abandon(pool: Any) -> None:
     try:
         pool.shutdown()
-    except Exception:  # it is dead: what it says of that is of no interest
+    except Exception:  # the pool is dead, so errors do not matter
         return
 
 
 def cache_directory() -> str:
-    """Where inductor keeps its files; not made by asking. Since 2.5."""
+    """Return Inductor's cache directory, without creating it. Since 2.5."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     return str(Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()).absolute())
 
 
 def header_directory() -> str | None:
-    """Where precompiled headers are kept, whatever the cache directory; None where none are used. Since 2.8."""
+    """Return the directory of precompiled headers, which is not in the cache directory; None if unused. Since 2.8."""
     from torch._inductor import codecache, config
 
     used = getattr(config, "cpp_cache_precompile_headers", False)
@@ -186,13 +186,13 @@ def header_directory() -> str | None:
 
 @contextmanager
 def caching_in(directory: str, *, headers: bool = False) -> Iterator[None]:
-    """Have inductor keep its files there, and use no precompiled headers: those are in yet another place.
+    """Make Inductor use another cache directory, without precompiled headers, which are stored elsewhere.
 
-    Where the files go is asked of the environment at each compile. In the meantime other threads see it changed.
+    Inductor reads the environment variable at each compile. Meanwhile other threads see the changed environment.
 
     Args:
         directory: An existing directory.
-        headers: Leave it as it is whether precompiled headers are used.
+        headers: Whether to leave the setting for precompiled headers unchanged.
     """
     from torch._inductor import codecache, config
 
@@ -219,9 +219,9 @@ def caching_in(directory: str, *, headers: bool = False) -> Iterator[None]:
 
 @contextmanager
 def cxx(command: str) -> Iterator[None]:
-    """Have inductor use another C++ compiler. Since 2.0; for `compile_retry.testing` only.
+    """Make Inductor use another C++ compiler. Since 2.0; for `compile_retry.testing` only.
 
-    Inductor reads the environment's ``CXX`` when it is imported, so later only its configuration is left to change.
+    Inductor reads ``CXX`` when it is imported, so after that only its config can be changed.
     """
     from torch._inductor import config
 
@@ -230,27 +230,27 @@ def cxx(command: str) -> Iterator[None]:
 
 
 def check_supported() -> None:
-    """Raise where this Python cannot run Dynamo at all, or inductor cannot be imported.
+    """Raise if Dynamo does not support this Python version (since 2.1), or Inductor cannot be imported (2.0).
 
-    Since 2.1, and 2.0; for `compile_retry doctor`, as is all below.
+    This and all functions below are for `compile_retry doctor`.
     """
     from torch._dynamo import eval_frame
-    from torch._inductor import compile_fx  # noqa: F401  # not by the first compile, whose time is taken
+    from torch._inductor import compile_fx  # noqa: F401  # import it before the first compile, which is timed
 
     getattr(eval_frame, "check_if_dynamo_supported", lambda: None)()
 
 
 def cxx_compiler() -> str:
-    """The C++ compiler that inductor would use; raises if it finds none that answers. Since 2.3."""
+    """Return the C++ compiler that Inductor would use; raise if it finds none that works. Since 2.3."""
     from torch._inductor import cpp_builder
 
     return str(cpp_builder.get_cpp_compiler())
 
 
 def count_compiles() -> tuple[int, int]:
-    """How many graphs this process has captured, and how many it took from the cache. Since 2.0, and 2.3; 2.6.
+    """Return the number of graphs captured (since 2.0) and taken from the caches (2.3, 2.6) in this process.
 
-    Where torch no longer counts under these names there seem to be none.
+    If torch no longer uses these counter names, the numbers are 0.
     """
     from torch._dynamo.utils import counters
 
@@ -258,8 +258,8 @@ def count_compiles() -> tuple[int, int]:
     return counters["stats"]["unique_graphs"], hits
 
 
-def triton_works() -> bool:  # pragma: no cover  # not run on a GPU yet
-    """Whether inductor finds Triton and a device that it can compile for. Since 2.1."""
+def triton_works() -> bool:  # pragma: no cover  # not tested on GPUs
+    """Return True if Inductor finds Triton and a device that it can compile for. Since 2.1."""
     from torch.utils._triton import has_triton
 
     return bool(has_triton())
