@@ -174,7 +174,7 @@ def test_a_compiler_that_makes_bad_libraries(
 def test_a_torch_that_cannot_compile(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Something that Dynamo needs cannot be imported; no check is made that would only say so again."""
     (place / "sympy.py").write_text("raise ImportError('an installation that is broken')")
-    monkeypatch.setenv("PYTHONPATH", str(place))
+    monkeypatch.setenv("PYTHONPATH", str(place), prepend=os.pathsep)
     checks = examine(status=1)
     assert "an installation that is broken" in checks["versions"]["detail"]
     assert checks["C++ compiler"]["detail"] == "skipped because of versions"

@@ -74,15 +74,15 @@ STEPS = [(whole_step, False), (broken_step, False), (forward_only, True)]
 
 
 # The attempts that each of them makes.
-ATTEMPTS = [
-    *(pytest.param(whole_step, False, which, id=f"whole-{which}") for which in range(1, 5)),
-    *(pytest.param(broken_step, False, which, id=f"broken-{which}") for which in range(1, 8)),
-    *(pytest.param(forward_only, True, which, id=f"forward-{which}") for which in range(1, 3)),
-]
+ATTEMPTS = [(whole_step, False, which, EVERY_CALL) for which in range(1, 5)]
+ATTEMPTS += [(broken_step, False, which, EVERY_CALL) for which in range(1, 8)]
+ATTEMPTS += [(forward_only, True, which, EVERY_CALL) for which in range(1, 3)]
+# An eager call between the failure and the retry.
+ATTEMPTS += [(whole_step, False, 2, SECOND_CALL), (broken_step, False, 3, SECOND_CALL)]
+ATTEMPTS += [(forward_only, True, 1, SECOND_CALL)]
 
 
-@pytest.mark.parametrize(("body", "optimize", "which"), ATTEMPTS)
-@pytest.mark.parametrize("policy", [EVERY_CALL, SECOND_CALL], ids=["next call", "second call"])
+@pytest.mark.parametrize(("body", "optimize", "which", "policy"), ATTEMPTS)
 def test_any_one_attempt_fails(body: Callable[..., Any], optimize: bool, which: int, policy: RetryPolicy) -> None:
     """Whichever attempt of a step fails, the run equals its eager twin's and ends up compiled."""
     asked = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import concurrent.futures.process
 import errno
+import subprocess
 from typing import Any
 
 import pytest
@@ -214,6 +215,16 @@ def test_a_compiler_that_breaks_later(tmp_path: Any, monkeypatch: pytest.MonkeyP
         broken.unlink()
         fn(x)
     assert (fn.state, fn.stats.recoveries) == (CompileState.COMPILED, 1)
+
+
+def test_the_broken_compiler() -> None:
+    """Inductor calls one that fails, while the block runs."""
+    before = torch._inductor.config.cpp.cxx
+    with broken_compiler():
+        compiler = str(torch._inductor.config.cpp.cxx[-1])
+        done = subprocess.run([compiler], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "compile_retry: this compiler is broken\n")
+    assert torch._inductor.config.cpp.cxx == before
 
 
 def test_fake_clock() -> None:

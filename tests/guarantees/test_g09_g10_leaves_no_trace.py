@@ -69,7 +69,7 @@ def test_no_input_is_alive_after_a_failed_call(fails: int) -> None:
 
 
 def test_wrappers_are_collected() -> None:
-    """Fifty wrappers made, used, failed and dropped: functions, wrappers and captured tensors are gone."""
+    """Fifteen wrappers made, used, failed and dropped: functions, wrappers and captured tensors are gone."""
 
     def make(fails: int) -> tuple[weakref.ref[Any], ...]:
         weight = torch.ones(3)
@@ -78,7 +78,7 @@ def test_wrappers_are_collected() -> None:
             fn(torch.ones(3))
         return weakref.ref(fn), weakref.ref(fn.eager)
 
-    made = [make(k % 3) for k in range(50)]
+    made = [make(k % 3) for k in range(15)]
     gc.collect()
     assert [ref() for refs in made for ref in refs if ref() is not None] == []
 
