@@ -243,7 +243,7 @@ def run_cell(place: Place, name: str, position: str, policy: str, healthy: list[
         "failures": stats.failures,
         "recoveries": stats.recoveries,
         "causes": causes_in(events),
-        "moved": [t.message for t in events if t.kind == "damaged cache"],
+        "moved": [t.message for t in events if t.kind == "cache moved"],
         "invocations": place.script.invocations() if fault.script else None,
     }
 

@@ -215,7 +215,7 @@ def test_a_long_attempt_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch, ca
     beats = [event for event in events if isinstance(event, StillCompiling)]
     assert [beat.graph for beat in beats[:3]] == [1, 1, 1]
     assert beats[1].seconds >= 2 * beats[0].seconds
-    assert "train_step: still compiling graph 1 of call 1, 0 s" in caplog.text
+    assert "train_step: still compiling graph 1 of call 1 after 0 s" in caplog.text
     gone = time.monotonic() + 60
     while any("compile_retry" in thread.name for thread in threading.enumerate()):
         assert time.monotonic() < gone

@@ -70,15 +70,15 @@ compile_with_fallback(lambda x: x.sin() * x.exp() + x)(torch.ones(64))
     empty({*cache.rglob("*.main.so")})
     files = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
     fn = compile_with_fallback(waves, policy=EVERY_CALL)
-    with record_events(kinds={"failed", "compiled", "damaged cache", "recovered"}) as events:
+    with record_events(kinds={"failed", "compiled", "cache moved", "recovered"}) as events:
         torch.testing.assert_close(fn(torch.ones(64)), waves(torch.ones(64)))
         assert fn.stats.failures == 1
         environment = dict(os.environ)
         torch.testing.assert_close(fn(torch.ones(64)), waves(torch.ones(64)))
     assert fn.state is CompileState.COMPILED
     assert dict(os.environ) == environment
-    assert [t.kind for t in events] == ["failed", "compiled", "damaged cache", "recovered"]
-    (moved,) = (t for t in events if t.kind == "damaged cache")
+    assert [t.kind for t in events] == ["failed", "compiled", "cache moved", "recovered"]
+    (moved,) = (t for t in events if t.kind == "cache moved")
     assert str(cache) in moved.message
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")}.items() >= files.items()
     # From now on this process goes elsewhere at once.
