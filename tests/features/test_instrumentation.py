@@ -118,7 +118,7 @@ assert step.stats.recoveries == 1
 """,
         PYTHONPATH=str(tmp_path),
     )
-    assert out.count("the integration with prometheus cannot be started and is left out") == 1
+    assert out.count("the integration with prometheus could not be started and is disabled") == 1
     assert out.count(error.partition("(")[0] + ": ") == 1
     assert "step: recovered in call 2" in out
 

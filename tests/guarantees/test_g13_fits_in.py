@@ -409,7 +409,7 @@ def test_an_old_torch_is_refused() -> None:
     code = "import torch; torch.__version__ = type(torch.__version__)('2.9.1'); import compile_retry"
     process = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=200)
     assert process.returncode == 1
-    assert process.stderr.endswith("ImportError: compile_retry needs torch 2.10 or later, this is 2.9.1\n")
+    assert process.stderr.endswith("ImportError: compile_retry requires torch 2.10 or later, this is 2.9.1\n")
 
 
 @pytest.mark.usefixtures("process_group")
