@@ -1,4 +1,4 @@
-"""Integrations, each with the real package: on by themselves, off by one call, late to be imported, and harmless."""
+"""Integrations with the real packages: automatic start, disabling, late imports, and failures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("integrations", "measured")
 
 
 def test_packages_are_imported_with_the_first_event() -> None:
-    """Neither by importing the library nor by decorating, and not while torch holds its compile lock."""
+    """Importing the library and decorating import no package, nor does an event while torch holds its compile lock."""
     run("""
 PACKAGES = {"structlog", "prometheus_client", "opentelemetry"}
 assert not PACKAGES & set(sys.modules)
@@ -36,7 +36,7 @@ assert "opentelemetry.sdk" not in sys.modules
 
 
 def test_off_before_the_first_event() -> None:
-    """Then they are never imported."""
+    """Integrations disabled before the first event are never imported."""
     run("""
 instrumentation.disable()
 step(torch.ones(3))
@@ -51,7 +51,7 @@ assert not {"structlog", "opentelemetry"} & set(sys.modules)
 
 
 def test_some_off_and_on_again() -> None:
-    """By name; enabled ones start with the next event; twice is once."""
+    """Integrations are disabled by name, and enabled ones start at the next event. Repeating a call has no effect."""
     episode("a")
     assert instrumentation.active() == ALL
     instrumentation.disable("prometheus", "structlog")
@@ -64,7 +64,7 @@ def test_some_off_and_on_again() -> None:
 
 
 def test_an_event_while_the_integrations_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In another thread: it waits until they are there, and none is started twice."""
+    """An event in another thread waits until the integrations have started, and none is started twice."""
     instrumentation.disable()
     instrumentation.enable()
     other = threading.Thread(target=episode, args=("other",))
@@ -88,14 +88,14 @@ def test_an_event_while_the_integrations_start(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("switch", [instrumentation.enable, instrumentation.disable])
 def test_unknown_names(switch: Any) -> None:
-    """Say which there are."""
+    """An unknown name raises an error that lists the known ones."""
     with pytest.raises(ValueError, match="among 'structlog', 'prometheus', 'opentelemetry', not 'datadog'"):
         switch("prometheus", "datadog")
 
 
 @pytest.mark.parametrize("module", ["structlog", "prometheus_client", "opentelemetry.trace"])
 def test_a_package_that_is_not_installed(module: str) -> None:
-    """Is left out without a word."""
+    """A package that is not installed is ignored silently."""
     out = run(f"""
 sys.modules[{module!r}] = None
 step(torch.ones(3))
@@ -106,7 +106,7 @@ assert len(instrumentation.active()) == 2, instrumentation.active()
 
 @pytest.mark.parametrize("error", ["ImportError('half installed')", "RuntimeError('broken')"])
 def test_a_broken_package(tmp_path: Path, error: str) -> None:
-    """Is named in the log, once; the step, the log and the other integrations go on."""
+    """A package that cannot be imported is logged once. The step, the log and the other integrations continue."""
     Path(tmp_path, "prometheus_client.py").write_text(f"raise {error}")
     out = run(
         """
@@ -123,8 +123,8 @@ assert step.stats.recoveries == 1
     assert "step: recovered in call 2" in out
 
 
-def test_one_that_fails_later(caplog: pytest.LogCaptureFixture) -> None:
-    """It is logged once, be it on an event that waited for its start, and the log has the lines in its place."""
+def test_an_integration_that_fails_later(caplog: pytest.LogCaptureFixture) -> None:
+    """An integration that fails later is logged once, and the standard log gets the lines instead."""
     instrumentation.disable()
     instrumentation.enable()
 
@@ -140,7 +140,7 @@ def test_one_that_fails_later(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_first_events_in_many_threads() -> None:
-    """Each is told to all, the early ones included."""
+    """Events of many threads reach all integrations, including those before the start."""
     instrumentation.disable()
     instrumentation.enable()
     functions = [compile_with_fallback(lambda x: x.cos(), backend="eager", name=f"t{n}") for n in range(8)]
@@ -150,5 +150,5 @@ def test_first_events_in_many_threads() -> None:
             thread.start()
         for thread in threads:
             thread.join(60)
-    told = sorted((log["function"], log["event"]) for log in logs)
-    assert told == sorted((f"t{n}", kind) for n in range(8) for kind in ("attempt started", "compiled"))
+    published = sorted((log["function"], log["event"]) for log in logs)
+    assert published == sorted((f"t{n}", kind) for n in range(8) for kind in ("attempt started", "compiled"))
