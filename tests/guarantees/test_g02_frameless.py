@@ -88,18 +88,38 @@ def test_a_graph_that_takes_sizes_is_not_retried() -> None:
     assert fn.state is CompileState.COMPILED
 
 
-def test_nor_is_one_that_was_held_off() -> None:
-    """It is not attempted when the function is due again: its sizes are arguments, whether it has failed or not."""
+def test_a_graph_that_takes_sizes_and_was_held_off_is_given_up() -> None:
+    """PyTorch asks about it once, so no retry can come, and the log and the state say so."""
     compiler = Compiler(first(1))
     fn = compile_with_fallback(sine, backend=compiler, dynamic=True, policy=RetryPolicy(wait=None, wait_calls=4))
     fn(X)
-    with torch.compiler.set_stance("eager_then_compile"):
-        for n in (4, 5, 6, 7, 8, 9):
+    with (
+        torch.compiler.set_stance("eager_then_compile"),
+        record_events(kinds={"gave up", "recovered"}) as events,
+    ):
+        for n in range(4, 80):
             torch.testing.assert_close(fn(torch.ones(n)), torch.ones(n).sin())
-    assert (compiler.asked, fn.state) == (1, CompileState.FALLBACK)
+    assert [event.kind for event in events] == ["gave up"]
+    assert "until torch.compiler.reset()" in events[0].message
+    assert (compiler.asked, fn.state, fn.next_retry) == (1, CompileState.GAVE_UP, None)
+    fn.reset()
+    assert fn.state is CompileState.PENDING
     torch.compiler.reset()
+    gc.collect()
     fn(X)
     assert (compiler.asked, fn.state) == (2, CompileState.COMPILED)
+
+
+def test_a_graph_that_takes_sizes_is_given_up_again_after_a_reset_of_the_function() -> None:
+    """PyTorch still does not ask about it, so the state does not claim that it could be compiled."""
+    compiler = Compiler(first(1, MemoryError))
+    fn = compile_with_fallback(sine, backend=compiler, dynamic=True, policy=EVERY_CALL)
+    with torch.compiler.set_stance("eager_then_compile"):
+        for n in (3, 4, 5):
+            fn(torch.ones(n))
+        fn.reset()
+        fn(torch.ones(6))
+    assert (compiler.asked, fn.state) == (1, CompileState.GAVE_UP)
 
 
 def test_a_graph_with_graphs_and_tensors_of_its_own() -> None:

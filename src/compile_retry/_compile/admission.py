@@ -65,6 +65,10 @@ class Admission:
         episode, probe = self._breaker.episode, tally.probe
         return episode is None or (probe is not None and (probe.episode is episode or bool(probe.claims)))
 
+    def is_given_up(self, key: FrameKey) -> bool:
+        """Return True if this frame, or a graph without one, is never attempted again."""
+        return self._ledger.is_given_up(key)
+
     def refused(self, tally: Tally, key: FrameKey) -> None:
         """Record that this frame would have been attempted in this call."""
         if self._ledger.is_given_up(key):

@@ -35,6 +35,7 @@ class GraphBackend:
     def __init__(self, compiler: compilers.Compiler, calls: Calls, admission: Admission, outcomes: Outcomes) -> None:
         self._compiler = compiler
         self._calls, self._admission, self._outcomes = calls, admission, outcomes
+        self._interrupted = False
         self.__name__ = getattr(compiler, "compiler_name", "compile_retry")
         for attribute in ("get_compiler_config", "reset"):  # torch calls them if a backend has them
             if hasattr(compiler, attribute):
@@ -64,8 +65,9 @@ class GraphBackend:
         Exceptions are not changed: Dynamo turns some into graph breaks, and the frame callback handles the others.
         """
         outcomes = self._outcomes
-        if outcomes.needs_healing():
+        if outcomes.is_held_off or self._interrupted:
             heal()
+            self._interrupted = False
         conversion.is_dynamic |= compilers.has_dynamic_shapes(graph_module)
         outcomes.saw_collectives(collectives_in(graph_module))
         compiler_runs = outcomes.compiler_runs(tally, conversion)
@@ -78,7 +80,7 @@ class GraphBackend:
         except Exception:
             raise
         except BaseException:
-            outcomes.interrupted()
+            self._interrupted = True  # what the attempt has left may need healing too
             raise
         outcomes.succeeded(conversion, tally, left=usual)
         return _counted(code, self._calls)

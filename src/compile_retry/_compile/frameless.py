@@ -78,7 +78,9 @@ class FramelessGraph:
             return code(*args)
         self._admission.ran_eagerly(self._key.code)
         tally.eager += 1
-        if self._has_numbers:
+        if self._admission.is_given_up(self._key):
+            tally.given_up += 1
+        elif self._has_numbers:
             tally.at_end.append(partial(self._outcomes.no_retry_will_come, self._key, tally))
         return self._module.forward(*args)
 

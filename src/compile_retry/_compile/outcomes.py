@@ -56,7 +56,6 @@ class Outcomes:
         self.last_failure: CompileFailure | None = None
         self.suspects_cache = False
         self.collectives: tuple[str, ...] = ()
-        self._interrupted = False  # an interrupted attempt may need healing too
         # Since the last failure: whether anything was compiled, and the number of calls that ran nothing eagerly except
         # given-up frames.
         self._progress = False
@@ -74,14 +73,10 @@ class Outcomes:
         conversion.graph, conversion.stage = tally.graphs_before + 1, "backend"
         return self._journal.attempt_started(tally.call, conversion.graph)
 
-    def interrupted(self) -> None:
-        """Record that an attempt ended in an exception that is not a failure, such as ``KeyboardInterrupt``."""
-        self._interrupted = True
-
-    def needs_healing(self) -> bool:
-        """Return True if something is held off, or once after an interrupt."""
-        interrupted, self._interrupted = self._interrupted, False
-        return interrupted or self._breaker.episode is not None
+    @property
+    def is_held_off(self) -> bool:
+        """True from a first failure to the recovery."""
+        return self._breaker.episode is not None
 
     def succeeded(self, conversion: Conversion, tally: Tally, *, left: str | None) -> None:
         """Record that the compiler produced code.
