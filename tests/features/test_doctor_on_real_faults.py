@@ -81,6 +81,7 @@ def install_compiler(place: Path, script: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("measured")
 def test_a_healthy_machine(place: Path) -> None:
+    """On a healthy machine no check fails, and nothing is left behind."""
     command = [sys.executable, "-m", "compile_retry", "doctor", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout
@@ -113,6 +114,7 @@ def test_a_poisoned_cache(place: Path) -> None:
 
 @pytest.mark.usefixtures("measured")
 def test_no_compiler(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a compiler the doctor fails, and the remedy names CXX."""
     monkeypatch.setenv("CXX", "no-such-compiler")
     checks = examine(status=1)
     assert checks["C++ compiler"]["status"] == "failed"

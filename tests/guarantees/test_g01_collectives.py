@@ -125,6 +125,7 @@ def test_collectives(four_ranks: dist.ProcessGroup, fn: Callable[..., object], e
 
 
 def test_groups_of_one_rank(four_ranks: dist.ProcessGroup) -> None:
+    """A collective in a group with one rank does not count."""
     alone = dist.new_group([0])
     assert seen(lambda x: all_reduce(x, alone), X) == [()]
 
@@ -154,10 +155,12 @@ def test_other_kinds_of_nodes(four_ranks: dist.ProcessGroup) -> None:
 
 
 def test_one_rank(one_rank: dist.ProcessGroup) -> None:
+    """In a run with one rank, no collective counts."""
     assert seen(all_reduce, X) == [()]
 
 
 def test_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a process group, or without torch.distributed, there are no collectives."""
     graph_module = symbolic_trace(nn.Linear(8, 8))
     assert collectives_in(graph_module) == ()
     monkeypatch.setattr(dist, "is_available", lambda: False)
@@ -174,6 +177,7 @@ def test_the_fake_backend() -> None:
 
 
 def test_the_default_group(one_rank: dist.ProcessGroup) -> None:
+    """The default group's rank, size, timeout, counts and store are available."""
     default = world()
     assert (default.rank, default.size, default.timeout) == (0, 1, 40)
     before = default.issued()

@@ -124,7 +124,7 @@ def test_attempts_fail_often(body: Callable[..., Any], optimize: bool, dynamic: 
 
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_backward_graph_fails(fullgraph: bool) -> None:
-    """A failure of the backward compile is a failure of the forward's attempt, and reaches nobody."""
+    """A failing backward compile counts as a failure of the forward's attempt, and never raises in `backward()`."""
     left = 2
 
     def backward(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:

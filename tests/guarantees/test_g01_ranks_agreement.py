@@ -26,7 +26,7 @@ TIMEOUT = 16.0
 
 
 class Simulation:
-    """Ranks as threads, of which one runs at a time, on a clock that jumps to the next wake-up.
+    """Ranks as threads that run one at a time, on a clock that jumps to the next wake-up.
 
     Before and after every operation on the store, other ranks may run, for as long as `chance` decides.
     """
@@ -222,6 +222,7 @@ def test_a_permanent_failure_on_one_rank(alone: int) -> None:
 
 
 def test_the_duration_of_the_first_attempt_counts() -> None:
+    """If the first attempt has used up the time, a rank tries once more and raises."""
     ranks = [Rank(ALWAYS), Rank(0, comes=SECONDS)]
     simulate(*ranks, spent=TIMEOUT)
     assert ranks[0].results == ["raised"]
@@ -259,6 +260,7 @@ def test_the_leader_dies() -> None:
 
 
 def test_ranks_compile_although_the_store_fails() -> None:
+    """A failing store does not prevent a transient failure from being retried."""
     ranks = [Rank(5, store_fails=lambda: True), Rank(5, store_fails=lambda: True)]
     simulate(*ranks)
     assert results(ranks) == [["compiled"]] * 2

@@ -225,7 +225,7 @@ def test_a_processor_without_vector_instructions(cache: Path, monkeypatch: pytes
 @pytest.mark.long
 @needs_vectors
 def test_probes_that_raise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their compiler flags are removed, and the attempt that follows may fail by itself."""
+    """Compiler flags of such probes are removed, and the next attempt may fail with the same error."""
     isa = next(isa for isa in cpu_vec_isa.supported_vec_isa_list if hasattr(type(isa), "_arch_flags"))
     monkeypatch.setitem(vars(isa), "_arch_flags", "-left-behind")
 
