@@ -1,11 +1,11 @@
-"""torch.compile that survives its failures, says so, and tries again."""
+"""``torch.compile`` that falls back to eager when compilation fails, and returns to compiled code when it can."""
 
 import torch
 
 if torch.__version__ < "2.10":  # compares as a version
-    raise ImportError(f"compile_retry needs torch 2.10 or later, this is {torch.__version__}")
+    raise ImportError(f"compile_retry requires torch 2.10 or later, this is {torch.__version__}")
 
-from . import instrumentation as instrumentation  # writes the log, too
+from . import instrumentation as instrumentation  # also writes the log
 from ._compile.checkpointing import mark_step_end
 from ._decorator import compile_with_fallback, compiled_function
 from ._failures import CompileFailure, is_transient
@@ -31,6 +31,6 @@ __all__ = [
     "set_strict",
 ]
 
-for _name in __all__:  # where users find them, in reprs, pickles and docs
+for _name in __all__:  # the public path, in reprs, pickles and docs
     globals()[_name].__module__ = __name__
 del _name

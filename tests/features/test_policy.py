@@ -1,4 +1,4 @@
-"""RetryPolicy: what it accepts, and how tenacity's strategies are asked."""
+"""RetryPolicy: the arguments that it accepts, and the calls of tenacity's strategies."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ X = torch.ones(3)
         ({"max_overhead": True}, TypeError, "not True"),
     ],
 )
-def test_wrong_values(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    """Raise, naming the argument, the value and what is allowed."""
+def test_invalid_values(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    """Invalid arguments raise an error with the argument, the value and what is allowed."""
     with pytest.raises(error, match=message):
         RetryPolicy(**arguments)
 
@@ -65,12 +65,12 @@ def test_wrong_values(arguments: dict[str, Any], error: type[Exception], message
     ],
 )
 def test_the_default_overhead(arguments: dict[str, Any], expected: float) -> None:
-    """Waits in seconds are limited to a twentieth of the time; a wait in calls means those calls."""
+    """Waits in seconds are limited to five percent of the time by default; waits in calls are not limited."""
     assert RetryPolicy(**arguments).max_overhead == expected
 
 
-def test_right_values() -> None:
-    """Numbers, infinities, strategies, sums of strategies, plain callables."""
+def test_valid_values() -> None:
+    """Numbers, infinities, strategies, sums of strategies and plain callables are accepted."""
     cases: list[dict[str, Any]] = [
         {},
         {"wait": 0},
@@ -91,14 +91,14 @@ def test_right_values() -> None:
 
 
 @pytest.mark.parametrize("policy", [tenacity.AsyncRetrying(), "30s", tenacity.wait_fixed(3)])
-def test_what_is_no_policy(policy: Any) -> None:
-    """Only a RetryPolicy, a Retrying or nothing."""
+def test_invalid_policies(policy: Any) -> None:
+    """A policy must be a RetryPolicy, a Retrying or None."""
     with pytest.raises(TypeError, match=r"policy must be a RetryPolicy, a tenacity\.Retrying or None"):
         compile_with_fallback(lambda x: x, policy=policy)
 
 
 def test_the_default() -> None:
-    """30 s, 60 s, and so on up to an hour, for ever; and it draws no random numbers."""
+    """By default the waits are 30 s, 60 s and so on up to an hour, forever, without drawing random numbers."""
     clock = FakeClock()
     fn = compile_with_fallback(
         lambda x: x.sin(), backend=Compiler(lambda i: full_disk()), policy=RetryPolicy(clock=clock)
@@ -115,11 +115,11 @@ def test_the_default() -> None:
 
 
 def test_strategies_see_what_tenacity_would_show_them() -> None:
-    """Attempt number, the root cause, the time since the first failure, the wait to come, and none of the arguments."""
+    """Strategies see the attempt number, root cause, elapsed time and coming wait, but none of the arguments."""
     seen: list[tuple[Any, ...]] = []
     clock = FakeClock(100)
 
-    class Wait(tenacity.wait.wait_base):  # wait_chain is annotated to take no plain functions
+    class Wait(tenacity.wait.wait_base):  # wait_chain's annotations accept no plain functions
         def __call__(self, retry_state: RetryCallState) -> float:
             assert retry_state.outcome is not None
             exc = repr(retry_state.outcome.exception())
@@ -159,7 +159,7 @@ def test_stop_before_delay() -> None:
 
 
 def test_the_retry_predicate_decides() -> None:
-    """A failure that it refuses is permanent, of whatever kind it is."""
+    """A failure that the predicate refuses is permanent, whatever its kind."""
     policy = RetryPolicy(wait=None, wait_calls=1, retry=tenacity.retry_if_not_exception_type(OSError))
     fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: full_disk()), policy=policy)
     for _ in range(4):
@@ -178,7 +178,7 @@ def test_the_retry_predicate_decides() -> None:
     ],
 )
 def test_a_strategy_that_fails(broken: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
-    """Never breaks a step: the log says so, and no attempt is made any more."""
+    """A strategy that raises or returns nonsense breaks no step: it is logged, and no further attempt is made."""
     fn = compile_with_fallback(
         lambda x: x.sin(), backend=Compiler(lambda inputs: full_disk()), policy=RetryPolicy(**broken)
     )
@@ -190,7 +190,7 @@ def test_a_strategy_that_fails(broken: dict[str, Any], caplog: pytest.LogCapture
 
 
 def test_next_retry_in_words() -> None:
-    """For log lines."""
+    """NextRetry reads well in log lines."""
     assert str(NextRetry(1, None)) == "in 1 call"
     assert str(NextRetry(5, 30.0)) == "in 5 calls or in 30 s"
     assert str(NextRetry(None, 0.25)) == "in 0.25 s"
@@ -202,8 +202,8 @@ def test_next_retry_in_words() -> None:
     calls=st.integers(min_value=1, max_value=120),
     fails=st.integers(min_value=0, max_value=6),
 )
-def test_the_schedule_is_the_model(waits: list[float], calls: int, fails: int) -> None:
-    """Attempts happen exactly where a reference model of the schedule puts them."""
+def test_the_schedule_follows_the_model(waits: list[float], calls: int, fails: int) -> None:
+    """Attempts occur exactly where a reference model of the schedule puts them."""
     policy = RetryPolicy(wait=None, wait_calls=lambda s: waits[min(s.attempt_number, len(waits)) - 1])
     breaker, made, left = Breaker(policy), [], fails
     for call in range(1, calls + 1):

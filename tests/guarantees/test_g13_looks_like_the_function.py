@@ -1,4 +1,4 @@
-"""G13: a decorated function keeps what the original has, in copies and in files too."""
+"""G13: a decorated function keeps the original's attributes, in copies and files too."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Calls:
 
 
 def test_attributes() -> None:
-    """Those of the original are there, later ones stay apart, and the library's own names win."""
+    """It has the original's attributes, later ones do not reach the original, and the library's own names win."""
 
     def step(x: torch.Tensor, by: float = 2.0) -> torch.Tensor:
         return x * by
@@ -61,7 +61,7 @@ def test_attributes() -> None:
 
 
 def test_only_what_a_function_has_is_copied_by_wraps() -> None:
-    """A wrapper above gets the function's attributes and none of the library's, as does what is made of it."""
+    """A wrapper made with `wraps`, and wrappers of it, get the function's attributes and none of the library's."""
     inner: Any = compile_with_fallback(functools.wraps(sine)(lambda x: x * 2), backend="eager")
     inner.tag = 1
     wrapper = functools.wraps(inner)(lambda x: inner(x) + 1)
@@ -79,7 +79,7 @@ def test_only_what_a_function_has_is_copied_by_wraps() -> None:
 
 
 def test_a_deep_copy_of_a_callable_object() -> None:
-    """Its attributes are copied with it."""
+    """The object's attributes are copied with it."""
     fn: Any = compile_with_fallback(Calls(Calls(sine)), backend="eager")
     assert fn.fn is fn.eager.fn
     twin = copy.deepcopy(fn)
@@ -89,7 +89,7 @@ def test_a_deep_copy_of_a_callable_object() -> None:
 
 
 def test_abstract_methods() -> None:
-    """Stay abstract, in each order of decorators."""
+    """Abstract methods stay abstract, whatever the order of decorators."""
     decorate = compile_with_fallback(backend="eager")
 
     class Abstract(abc.ABC):
@@ -118,11 +118,11 @@ def test_abstract_methods() -> None:
 
     assert Abstract.__abstractmethods__ == {"inside", "outside", "static", "of_class", "value"}
     with pytest.raises(TypeError, match="abstract"):
-        Abstract()  # type: ignore[abstract]  # that is the point
+        Abstract()  # type: ignore[abstract]  # on purpose
 
 
 def test_attributes_of_static_and_class_methods() -> None:
-    """Kept on the method object, where decorators below have put them."""
+    """Attributes set by decorators below are kept on the method object."""
     kinds: tuple[Any, ...] = (staticmethod, classmethod)
     for kind in kinds:
         method = kind(sine)
@@ -131,7 +131,7 @@ def test_attributes_of_static_and_class_methods() -> None:
 
 
 def test_looks() -> None:
-    """Annotations, source, code and defaults are the function's; partials and objects have a name all the same."""
+    """Annotations, source, code and defaults are the function's. Partials and objects have a name, too."""
 
     def step(x: torch.Tensor, by: float = 2.0, *, shift: float = 1.0) -> torch.Tensor:
         return x * by + shift
@@ -166,7 +166,7 @@ class Decorated(Net):
 
 
 def test_modules_with_a_decorated_forward_are_copied_and_saved() -> None:
-    """As modules are: only a forward that sits on the instance cannot be pickled, which torch.compile's cannot, too."""
+    """They are copied and saved like other modules. A forward set on the instance cannot be pickled, as under stock."""
     net = Decorated()
     assert list(net.state_dict()) == list(Net().state_dict())
     file = io.BytesIO()
@@ -182,8 +182,8 @@ def test_modules_with_a_decorated_forward_are_copied_and_saved() -> None:
         pickle.dumps(other)
 
 
-def test_copies_of_a_module_that_is_not_ours_any_more() -> None:
-    """A module that is compiled by torch since, and a shallow copy: no copy of them is compiled by the library."""
+def test_copies_of_a_module_that_the_library_no_longer_compiles() -> None:
+    """Copies of a module that torch has compiled since, or of a shallow copy, are plain modules."""
     net = compile_with_fallback(Net(), backend="eager")
     shallow = copy.copy(net)
     assert isinstance(compiled_function(copy.deepcopy(net)), CompiledFunction)

@@ -1,4 +1,4 @@
-"""The public signatures, written out. Type-checked, never run."""
+"""The public signatures. This file is type-checked and never run."""
 
 from __future__ import annotations
 

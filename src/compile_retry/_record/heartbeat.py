@@ -1,4 +1,4 @@
-"""Says that an attempt is still running. One thread for all attempts, asleep, and only while there are any."""
+"""Periodic reports of attempts that are still running, from one thread that exists only while there are any."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 
 from compile_retry._locks import Lock
 
-# Seconds until it is said for the first time; then after twice that, and so on.
+# Seconds until the first report; the next ones come after twice as many, four times as many, and so on.
 FIRST = 60.0
 
-Say = Callable[[float], None]
+Report = Callable[[float], None]
 
 
 @dataclass(eq=False)
 class _Running:
-    say: Say
+    report: Report
     began: float = field(default_factory=time.monotonic)
     next: float = 0.0
 
@@ -65,7 +65,7 @@ class _Watch:
                 wait = min(running.next for running in self._running) - now
                 wake = self._wake
             for running in due:
-                running.say(now - running.began)
+                running.report(now - running.began)
             wake.wait(max(0.0, wait))
 
 
@@ -73,16 +73,17 @@ _watch = _Watch()
 
 
 @contextmanager
-def heartbeat(say: Say) -> Iterator[None]:
-    """While the block runs, call this after a minute, two, four and so on, with the seconds that have passed.
+def heartbeat(report: Report) -> Iterator[None]:
+    """Call `report` after one minute, two, four and so on while the block runs.
 
-    It is called from another thread.
+    Args:
+        report: Takes the seconds since the block began. It is called from another thread.
     """
-    running = _Running(say)
+    running = _Running(report)
     running.next = running.began + FIRST
     try:
         _watch.add(running)
-    except RuntimeError:  # no more threads to be had: then nothing is said
+    except RuntimeError:  # no thread can be started, so there are no reports
         yield
         return
     try:
