@@ -90,8 +90,8 @@ def compile_with_fallback(
             ``torch.compile`` accepts, or an ``nn.Module``. A module is compiled in place, as by
             ``nn.Module.compile()``, and returned.
         policy: The retry policy: a :class:`RetryPolicy`, or a ``tenacity.Retrying``, whose wait, stop and retry are
-            used. By default, the first retry is due after 15 s and waits grow by a quarter up to an hour, forever; failed
-            attempts may take at most a fifth of the time since the first failure.
+            used. By default, the first retry is due after 15 s, and waits grow by a quarter up to an hour, forever.
+            Failed attempts may take at most a fifth of the time since the first failure.
         name: The name in log lines; by default the function's own name.
         **compile_options: Arguments for ``torch.compile``: ``backend``, ``mode``, ``options``, ``dynamic``,
             ``fullgraph`` and any others that the installed version accepts. ``isolate_recompiles`` is on by default.
