@@ -9,6 +9,7 @@ import tenacity
 import torch
 from typing_extensions import assert_type
 
+import compile_retry
 from compile_retry import (
     CompileFailure,
     CompileState,
@@ -132,6 +133,14 @@ def testing() -> None:
     ):
         assert_type(faults, Faults)
         assert_type(events, list[Event])
+
+
+def package() -> None:
+    assert_type(compile_retry.__version__, str)
+    assert_type(compile_retry.testing.FakeClock(), FakeClock)
+    compile_retry.plotting.plot_timeline(bare)
+    compile_retry.events.register_hook(print)
+    str(compile_retry.polcy)  # type: ignore[attr-defined]  # must be refused
 
 
 def integrations() -> None:
