@@ -71,6 +71,7 @@ def signatures(x: torch.Tensor, model: torch.nn.Module) -> None:
     assert_type(bare.next_retry, NextRetry | None)
     assert_type(bare.policy, RetryPolicy)
     assert_type(bare.name, str)
+    bare.policy = RetryPolicy()  # type: ignore[assignment]  # must be refused
     assert_type(bare.retry_now(), None)
     assert_type(bare.reset(), None)
 
