@@ -126,25 +126,25 @@ def compile_with_fallback(
     return compiled(target)
 
 
-def compiled_function(module: torch.nn.Module) -> CompiledFunction[..., Any]:
-    """Return the :class:`CompiledFunction` of a module that :func:`compile_with_fallback` has compiled in place.
+@overload
+def compiled_function(fn: CompiledFunction[P, R], /) -> CompiledFunction[P, R]: ...  # type: ignore[overload-overlap]  # it is callable, too
+@overload
+def compiled_function(fn: torch.nn.Module | Callable[..., Any], /) -> CompiledFunction[..., Any]: ...
+def compiled_function(fn: object, /) -> CompiledFunction[..., Any]:
+    """Return the :class:`CompiledFunction` behind anything that :func:`compile_with_fallback` has decorated.
 
     Args:
-        module: The module.
+        fn: A module that was compiled in place, a decorated method of an instance, or the :class:`CompiledFunction`
+            itself.
 
     Raises:
-        TypeError: The module has not been compiled by :func:`compile_with_fallback`.
+        TypeError: `fn` has not been compiled by :func:`compile_with_fallback`.
     """
-    function = compiled_call_of(module)
-    if not isinstance(function, CompiledFunction):
-        raise TypeError(f"{type(module).__qualname__} has not been compiled by compile_with_fallback()")
-    return function
-
-
-def function_of(fn: object) -> CompiledFunction[..., Any]:
-    """Return the :class:`CompiledFunction` for itself, for a bound method of it, or for its module."""
     if isinstance(fn, torch.nn.Module):
-        return compiled_function(fn)
+        function = compiled_call_of(fn)
+        if not isinstance(function, CompiledFunction):
+            raise TypeError(f"{type(fn).__qualname__} has not been compiled by compile_with_fallback()")
+        return function
     function = fn.__func__ if isinstance(fn, MethodType) else fn
     if not isinstance(function, CompiledFunction):
         raise TypeError(f"fn must be a function or module from compile_with_fallback(), not {fn!r}")

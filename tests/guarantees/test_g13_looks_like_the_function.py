@@ -60,6 +60,25 @@ def test_attributes() -> None:
         torch.testing.assert_close(twin(X), X * 2)
 
 
+def test_compiled_function_of_anything() -> None:
+    """A module, a bound method and the decorated function itself; anything else is refused."""
+
+    class Model:
+        @compile_with_fallback(backend="eager")
+        def step(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    fn = compile_with_fallback(sine, backend="eager")
+    net = compile_with_fallback(nn.Linear(4, 4), backend="eager")
+    assert compiled_function(fn) is fn
+    assert compiled_function(Model().step) is compiled_function(Model.step) is vars(Model)["step"]
+    assert compiled_function(net).name == "Linear"
+    with pytest.raises(TypeError, match=r"fn must be a function or module from .*, not <function"):
+        compiled_function(sine)
+    with pytest.raises(TypeError, match=r"Linear has not been compiled by compile_with_fallback\(\)"):
+        compiled_function(nn.Linear(1, 1))
+
+
 @pytest.mark.parametrize("attribute", ["policy", "name"])
 def test_what_cannot_be_assigned(attribute: str) -> None:
     """The policy and the name: the error says what to do instead. Copies keep them."""

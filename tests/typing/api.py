@@ -82,6 +82,9 @@ def modules() -> None:
     assert_type(compile_with_fallback(dynamic=True)(torch.nn.Linear(1, 1)), torch.nn.Linear)
     function = compiled_function(linear)
     assert_type(function.stats.calls, int)
+    assert_type(compiled_function(bare)(torch.ones(1), n=2), torch.Tensor)
+    compiled_function(Trainer().method)
+    compiled_function(3)  # type: ignore[call-overload]  # must be refused
 
 
 class Trainer:
