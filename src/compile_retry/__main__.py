@@ -9,10 +9,10 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from ._doctor.checks import Check, Status, examine
+from ._version import installed_version
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +46,7 @@ def _parser() -> ArgumentParser:
         description="Tools for torch.compile and its fallback.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s, version {version('compile-retry')}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s, version {installed_version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     summary = "Check whether torch.compile works on this machine."
     doctor = commands.add_parser(

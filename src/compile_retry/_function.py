@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from operator import attrgetter
 from types import FrameType, MethodType
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar, cast, overload
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -48,8 +48,6 @@ class CompiledFunction(Generic[P, R]):
 
     Attributes:
         eager: The original function.
-        policy: The retry policy.
-        name: The name in log lines.
     """
 
     # Slots, so that `__dict__` holds the same as a function's: the original's attributes, and those set later.
@@ -68,25 +66,22 @@ class CompiledFunction(Generic[P, R]):
         "_history",
         "_journal",
         "_ledger",
+        "_name",
         "_numbers",
         "_options",
         "_outcomes",
+        "_policy",
         "_skips_guards",
         "_with_guards",
         "eager",
-        "name",
-        "policy",
     )
 
     eager: Callable[P, R]
-    policy: RetryPolicy
-    name: str
 
     def __init__(self, fn: Callable[P, R], *, policy: RetryPolicy, name: str | None, options: dict[str, Any]) -> None:
         self.eager = fn
-        self.policy = policy
-        self._clock = policy.clock
-        self.name = name if name is not None else _name_of(fn)
+        self._policy, self._clock = policy, policy.clock
+        self._name = name if name is not None else _name_of(fn)
         self._options = options
         self._numbers, self._calls, self._books = Counter(), Calls(), Books()
         self._breaker, self._ledger, turns = Breaker(policy), Ledger(), Turns()
@@ -234,6 +229,30 @@ class CompiledFunction(Generic[P, R]):
         self._with_guards, self._skips_guards = created.with_guards, created.skips_guards
         self._compiled = created.compiled
         return self._compiled(*args, **kwargs)
+
+    @property
+    def policy(self) -> RetryPolicy:
+        """The retry policy. It cannot be assigned: decorate the function again with another one."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, value: NoReturn) -> None:
+        self._refuse("policy")
+
+    @property
+    def name(self) -> str:
+        """The name in log lines. It cannot be assigned."""
+        return self._name
+
+    @name.setter
+    def name(self, value: NoReturn) -> None:
+        self._refuse("name")
+
+    def _refuse(self, attribute: str) -> NoReturn:
+        raise AttributeError(
+            f"the {attribute} of {self._name} cannot be assigned; decorate the function again:"
+            f" compile_with_fallback(fn, {attribute}=...)"
+        )
 
     @property
     def state(self) -> CompileState:

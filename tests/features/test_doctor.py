@@ -45,11 +45,16 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 def find(monkeypatch: pytest.MonkeyPatch) -> Find:
     """Return a function that replaces the child's findings: those of a healthy machine, with these changes."""
 
-    def find(facts: Facts, *, until: str | None = None, stopped: str = "", elsewhere: Any = None) -> None:
+    def find(
+        facts: Facts, *, until: str | None = None, stopped: str = "", timed_out: bool = False, elsewhere: Any = None
+    ) -> None:
         names = list(HEALTHY)
         reached = names[: names.index(until)] if until else names
-        usual = Findings({name: HEALTHY[name] for name in reached} | facts, until if stopped else None, stopped)
-        in_new_directory = Findings({"elsewhere": elsewhere} if elsewhere else {}, None, "it took too long")
+        finished = {name: HEALTHY[name] for name in reached} | facts
+        usual = Findings(finished, until if stopped else None, stopped, timed_out)
+        in_new_directory = Findings(
+            {"elsewhere": elsewhere} if elsewhere else {}, None, "it took too long", timed_out=True
+        )
         monkeypatch.setattr(doctor_room, "ask", lambda mode, _: in_new_directory if mode == "elsewhere" else usual)
 
     return find
@@ -140,11 +145,17 @@ def test_failed_compiles_are_repeated(find: Find, facts: Facts, elsewhere: Any, 
 @pytest.mark.parametrize(("until", "remedy"), [("C++ compiler", "run it by hand"), ("versions", "")])
 def test_out_of_time(find: Find, until: str, remedy: str) -> None:
     """At the time limit, the current step fails and the later ones are skipped."""
-    find({}, until=until, stopped="it took too long")
+    find({}, until=until, stopped="it took too long", timed_out=True)
     checks = examine("--timeout", "50", status=1)
     assert (checks[until]["status"], checks[until]["detail"]) == ("failed", "it took too long (limit: 50 s)")
     assert checks[until]["remedy"].startswith(remedy)
     assert checks["GPU"]["detail"] == f"because of {until}"
+
+
+def test_an_end_before_the_limit(find: Find) -> None:
+    """An error of the child's is told without the limit, whatever its words."""
+    find({}, until="compile", stopped="the process ended with status 1: OSError: File name too long")
+    assert examine("--timeout", "50", status=1)["compile"]["detail"].endswith("OSError: File name too long")
 
 
 def test_compiling_is_disabled(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:

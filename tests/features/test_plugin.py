@@ -105,7 +105,7 @@ def test_fixtures_end_with_their_test(pytester: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(
         [
             "E   AssertionError: fn is not compiled. Its state is pending: *",
-            "E   AssertionError: The block may make no attempt, but 1 was made:",
+            "E   AssertionError: Expected no attempt, but 1 was made:",
             "E     fn, call 1, graph 1: compiled in * s",
         ]
     )

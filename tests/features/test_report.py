@@ -48,7 +48,7 @@ def test_a_function_that_failed() -> None:
     row = shown("failed")
     assert (row["state"], row["stats"]) == ("fallback", fn.stats.as_dict())
     assert row["last_failure"]["error_type"] == "builtins.OSError"
-    assert row["next_retry"] == {"calls": None, "seconds": 30.0, "at_least": 0.0}
+    assert row["next_retry"] == {"calls": None, "seconds": 30.0, "at_least": 0.0, "max_overhead": None}
     report = compile_retry.report()  # one report, because it may include other tests' functions, whose clocks advance
     assert json.loads(json.dumps(report.as_dict(), allow_nan=False)) == report.as_dict()
 

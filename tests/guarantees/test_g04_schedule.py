@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import math
 import threading
 from typing import Any
 
@@ -118,16 +121,54 @@ def test_a_share_of_the_time_is_announced() -> None:
     fn = compile_with_fallback(sine, backend=compiler, policy=policy)
     with record_events() as events:
         fn(X)
-    assert fn.next_retry == NextRetry(calls=2, seconds=None, at_least=190)
-    assert events[1].message.endswith("next attempt in 2 calls and 190 s")
+    assert fn.next_retry == NextRetry(calls=2, seconds=None, at_least=190, max_overhead=0.1)
+    assert events[1].message.endswith("next attempt in 2 calls and 190 s (delayed by max_overhead=0.1)")
     clock.advance(100)
     assert attempts_in(fn, 5) == []
-    assert fn.next_retry == NextRetry(calls=1, seconds=None, at_least=90)
+    assert fn.next_retry == NextRetry(calls=1, seconds=None, at_least=90, max_overhead=0.1)
     fn.retry_now()
     assert fn.next_retry == NextRetry(calls=1, seconds=None)
     assert attempts_in(fn, 1) == [1]
     clock.advance(500)
     assert attempts_in(fn, 3) == [2]
+
+
+@pytest.mark.parametrize(
+    ("cost", "arguments", "expected"),
+    [
+        (60, {"wait": 30}, "in 540 s (delayed by max_overhead=0.2)"),
+        (60, {"wait": 540}, "in 540 s"),
+        (60, {"wait": 600}, "in 600 s"),
+        (60, {"wait": 30, "max_overhead": 0.5}, "in 180 s (delayed by max_overhead=0.5)"),
+        (60, {"wait": 30, "max_overhead": math.inf}, "in 30 s"),
+        (60, {"wait": 30, "wait_calls": 5}, "in 5 calls or in 30 s"),
+        (60, {"wait": 30, "wait_calls": 5, "max_overhead": 0.2}, "in 540 s (delayed by max_overhead=0.2)"),
+        (
+            60,
+            {"wait": 900, "wait_calls": 5, "max_overhead": 0.2},
+            "in 5 calls and 540 s (delayed by max_overhead=0.2) or in 900 s",
+        ),
+        (0, {"wait": None, "wait_calls": 5, "max_overhead": 0.2}, "in 5 calls"),
+    ],
+)
+def test_the_reason_for_a_long_wait(
+    cost: float, arguments: dict[str, Any], expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the share delays an attempt beyond the policy's wait, `next_retry` and the log line say so."""
+    clock = FakeClock()
+
+    def compiler(graph_module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        clock.advance(cost)
+        raise full_disk()
+
+    fn = compile_with_fallback(sine, backend=compiler, policy=RetryPolicy(clock=clock, **arguments))
+    with caplog.at_level(logging.WARNING, logger="compile_retry"):
+        fn(X)
+    assert str(fn.next_retry) == expected
+    assert caplog.messages[-1].endswith(f"; running eagerly, next attempt {expected}")
+    clock.advance(1000)
+    assert fn.next_retry is not None
+    assert "delayed" not in str(fn.next_retry)
 
 
 @pytest.mark.parametrize(("clock_per_call", "expected"), [(1.0, [1, 6, 11]), (4.0, [1, 4, 7, 10]), (0.0, [1, 6, 11])])
@@ -250,7 +291,8 @@ def test_a_tenacity_retrying_is_a_policy() -> None:
     )
     fn = compile_with_fallback(sine, backend=Compiler(lambda inputs: full_disk()), policy=retrying)
     assert (fn.policy.wait, fn.policy.stop, fn.policy.retry) == (retrying.wait, retrying.stop, retrying.retry)
-    object.__setattr__(fn.policy, "clock", clock)
+    timed = dataclasses.replace(fn.policy, clock=clock)
+    fn = compile_with_fallback(sine, backend=Compiler(lambda inputs: full_disk()), policy=timed)
     assert attempts_in(fn, 4) == [1]
     clock.advance(5)
     assert attempts_in(fn, 4) == [1]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from compile_retry import CompiledFunction, CompileState, compile_with_fallback, compiled_function
+from compile_retry import CompiledFunction, CompileState, RetryPolicy, compile_with_fallback, compiled_function
 
 X = torch.arange(8.0).reshape(2, 4)
 
@@ -58,6 +58,40 @@ def test_attributes() -> None:
     for twin in (copy.copy(fn), copy.deepcopy(fn)):
         assert (twin.tag, twin.later, twin.__wrapped__) == ("decoder", [1], step)
         torch.testing.assert_close(twin(X), X * 2)
+
+
+def test_compiled_function_of_anything() -> None:
+    """A module, a bound method and the decorated function itself; anything else is refused."""
+
+    class Model:
+        @compile_with_fallback(backend="eager")
+        def step(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    fn = compile_with_fallback(sine, backend="eager")
+    net = compile_with_fallback(nn.Linear(4, 4), backend="eager")
+    assert compiled_function(fn) is fn
+    assert compiled_function(Model().step) is compiled_function(Model.step) is vars(Model)["step"]
+    assert compiled_function(net).name == "Linear"
+    with pytest.raises(TypeError, match=r"fn must be a function or module from .*, not <function"):
+        compiled_function(sine)
+    with pytest.raises(TypeError, match=r"Linear has not been compiled by compile_with_fallback\(\)"):
+        compiled_function(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("attribute", ["policy", "name"])
+def test_what_cannot_be_assigned(attribute: str) -> None:
+    """The policy and the name: the error says what to do instead. Copies keep them."""
+    policy = RetryPolicy(wait=7)
+    fn: Any = compile_with_fallback(sine, backend="eager", policy=policy, name="mine")
+    for each in (fn, copy.copy(fn), copy.deepcopy(fn)):
+        with pytest.raises(AttributeError, match=rf"the {attribute} of mine cannot be .*\(fn, {attribute}=\.\.\.\)"):
+            setattr(each, attribute, getattr(each, attribute))
+        with pytest.raises(AttributeError):
+            delattr(each, attribute)
+        assert (each.policy, each.name) == (policy, "mine")
+    again = compile_with_fallback(fn, policy=RetryPolicy(wait=8), name="other")
+    assert (again.policy.wait, again.name, again.eager) == (8, "other", sine)
 
 
 def test_only_what_a_function_has_is_copied_by_wraps() -> None:

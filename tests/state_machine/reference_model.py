@@ -198,7 +198,8 @@ class Model:
             return None
         calls = None if math.isinf(episode.due_call) else int(max(1, episode.due_call - self.calls))
         seconds = None if episode.due_time == math.inf else max(0.0, episode.due_time - now)
-        return NextRetry(calls, seconds, max(0.0, episode.not_before - now))
+        at_least = max(0.0, episode.not_before - now)
+        return NextRetry(calls, seconds, at_least, self.schedule.policy.max_overhead if at_least else None)
 
     @property
     def books(self) -> dict[str, float]:
@@ -335,8 +336,9 @@ class Model:
         stopped = failures >= self.schedule.most
         due_call = math.inf if stopped else self.calls + self.schedule.calls(failures)
         pause = self.schedule.pause(now - began, spent, failure.seconds)
-        due_time = math.inf if stopped else now + max(pause, self.schedule.seconds(failures))
-        not_before = now + pause if pause and due_call < math.inf else -math.inf
+        wait = self.schedule.seconds(failures)
+        due_time = math.inf if stopped else now + max(pause, wait)
+        not_before = now + pause if due_call < math.inf or pause > wait else -math.inf
         self.episode = Episode(failures, began, spent, due_call, due_time, not_before, stopped)
 
     def _complain_of_runs(self, expected: list[str], runs: list[str]) -> None:
