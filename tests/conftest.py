@@ -13,17 +13,17 @@ import torch
 import compile_retry
 from compile_retry import instrumentation
 
-# By default each run draws the same examples, and shows a failure as it is: to find a shorter one takes longer than a
-# test may. HYPOTHESIS_PROFILE=long draws others, many more, and shortens them.
-UNSHORTENED = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
-hypothesis.settings.register_profile("default", derandomize=True, deadline=None, database=None, phases=UNSHORTENED)
+# By default, each run draws the same examples and does not shrink failing ones, which takes longer than a test may.
+# HYPOTHESIS_PROFILE=long draws many more, random examples, and shrinks them.
+NOT_SHRUNK = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+hypothesis.settings.register_profile("default", derandomize=True, deadline=None, database=None, phases=NOT_SHRUNK)
 hypothesis.settings.register_profile("long", derandomize=False, max_examples=5000, deadline=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(autouse=True)
 def _fresh_torch() -> Iterator[None]:
-    """Each test starts without compiled code, without log output from torch, and without strict mode."""
+    """Start each test without compiled code, without log output from torch, and without strict mode."""
     logging.getLogger("torch._dynamo").setLevel(logging.CRITICAL)
     torch.manual_seed(0)
     with compile_retry.set_strict(False):
@@ -33,7 +33,7 @@ def _fresh_torch() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Inductor caches in a directory of this run: what other runs compiled must not hide a failure."""
+    """Use a separate Inductor cache for this run, so that code compiled by other runs cannot hide a failure."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield
@@ -41,17 +41,17 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _ctrl_c() -> None:
-    """A shell has what it starts in the background ignore it; tests are interrupted all the same."""
+    """Let tests be interrupted by SIGINT, even if a shell started them in the background, where it is ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# With these, coverage tells a process that starts to measure itself.
+# These variables make coverage measure child processes.
 _MEASURED = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_PROCESS")}
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _unmeasured() -> Iterator[None]:
-    """Processes that tests start are not measured: that is slow, and coverage's tracer keeps objects."""
+    """Do not measure child processes: it is slow, and coverage's tracer keeps objects alive."""
     with pytest.MonkeyPatch.context() as patch:
         for name in _MEASURED:
             patch.delenv(name)
@@ -60,14 +60,14 @@ def _unmeasured() -> Iterator[None]:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure them all the same: for tests in whose processes code runs that runs nowhere else."""
+    """Measure child processes, for tests that run code in them that runs nowhere else."""
     for name, value in _MEASURED.items():
         monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
 def integrations() -> Iterator[None]:
-    """Everything is on, and structlog as if nobody had configured it, which `capture_logs` does."""
+    """Afterwards, enable all integrations and undo the configuration of structlog, which `capture_logs` changes."""
     yield
     instrumentation.enable()
     structlog.reset_defaults()

@@ -1,4 +1,4 @@
-"""Helpers for tests of the integrations: an episode to be told of, and a process where nothing is set up."""
+"""Helpers for tests of the integrations: an episode to report, and a fresh process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def sine(x: torch.Tensor) -> torch.Tensor:
 
 
 def episode(name: str) -> Any:
-    """Fails in calls 1 and 3, of which each call but the last is eager, and recovers in call 5."""
+    """Make a function that fails in calls 1 and 3, runs eagerly in calls 1 to 4, and recovers in call 5."""
     policy = RetryPolicy(wait=None, wait_calls=2)
     fn = compile_with_fallback(sine, backend=Compiler(first(2)), policy=policy, name=name)
     for _ in range(5):
@@ -31,12 +31,12 @@ def episode(name: str) -> Any:
 
 
 def full_disk_in_dynamo(self: object) -> None:
-    """In place of ``InstructionTranslator.run``: fails before there is a graph."""
+    """Fail before there is a graph. Replaces ``InstructionTranslator.run``."""
     raise full_disk()
 
 
 def run(code: str, **environment: str) -> str:
-    """In a process of its own, where nothing has been imported or set up."""
+    """Run code in a fresh process and return its output."""
     prelude = """
 import logging, sys, torch
 from compile_retry import RetryPolicy, compile_with_fallback, instrumentation

@@ -1,4 +1,4 @@
-"""Decorated at import, as users do it; for pickling by reference."""
+"""A function decorated at import, to be pickled by reference."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from compile_retry import compile_with_fallback
 
 @compile_with_fallback(backend="eager")
 def double(x: torch.Tensor) -> torch.Tensor:
-    """Twice x."""
+    """Return twice x."""
     return 2 * x

@@ -1,4 +1,4 @@
-"""Helpers for many test modules: a compiler that fails when told to, and a training step with its eager twin."""
+"""Shared test helpers: a compiler that fails on request, and a training step with its eager twin."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ import compile_retry
 
 
 class Compiler:
-    """A backend that runs graphs as they are, counts what it is asked and what it runs, and fails when told to.
+    """A backend that runs graphs as they are, counts its attempts and runs, and fails on request.
 
-    `fails` is called with the example inputs and returns the exception to raise, or None. `reset`, which torch calls
-    if a backend has it, is for a test to set.
+    `fails` takes the example inputs and returns the exception to raise, or None. Torch calls a backend's `reset`, if it
+    has one; tests may set it.
     """
 
     reset: Callable[[], None]
@@ -58,7 +58,7 @@ def full_disk(inputs: object = None) -> OSError:
 
 
 def first(n: int, exc: Callable[[], Exception] = full_disk) -> Callable[[list[Any]], Exception | None]:
-    """Fails the first n attempts."""
+    """Fail the first n attempts."""
     left = [n]
 
     def fails(inputs: list[Any]) -> Exception | None:
@@ -69,7 +69,7 @@ def first(n: int, exc: Callable[[], Exception] = full_disk) -> Callable[[list[An
 
 
 def rows(n: int, exc: Callable[[], Exception] = full_disk) -> Callable[[list[Any]], Exception | None]:
-    """Fails every graph that has an input of n rows."""
+    """Fail every graph that has an input of n rows."""
 
     def fails(inputs: list[Any]) -> Exception | None:
         hit = any(isinstance(x, torch.Tensor) and x.ndim and x.shape[0] == n for x in inputs)
@@ -80,7 +80,7 @@ def rows(n: int, exc: Callable[[], Exception] = full_disk) -> Callable[[list[Any
 
 @contextmanager
 def dynamo_fails_in(name: str, exc: Exception, times: int = 10**9) -> Iterator[list[str]]:
-    """Dynamo raises when it translates a frame whose function's name contains `name`."""
+    """Make Dynamo raise when it translates a frame whose function's name contains `name`."""
     run, failed = InstructionTranslator.run, list[str]()
 
     def failing_run(self: InstructionTranslator) -> None:
@@ -127,7 +127,7 @@ def assert_twins(a: Trainer, b: Trainer) -> None:
 
 
 def wait_until_in(thread: threading.Thread, function: str) -> None:
-    """Spin until the thread runs a function of this name, or something that it has called."""
+    """Spin until the thread runs a function of this name, directly or further up its stack."""
     for _ in range(10**7):
         frame = sys._current_frames().get(thread.ident or 0)
         while frame is not None:
@@ -138,21 +138,21 @@ def wait_until_in(thread: threading.Thread, function: str) -> None:
 
 
 def wait_until_waiting(thread: threading.Thread) -> None:
-    """Return when the thread waits for something: when it has stayed at one instruction for a while."""
+    """Return when the thread has stayed at one instruction for a while, so it is waiting."""
     before, looks = None, 0
     while looks < 100:
         assert thread.is_alive(), f"{thread.name} is over"
         frame = sys._current_frames().get(thread.ident or 0)
         now = frame and (frame.f_code, frame.f_lasti)
         before, looks = now, looks + 1 if now == before else 0
-        time.sleep(0.001)  # for the other thread to run; it does not say when it waits
+        time.sleep(0.001)  # lets the other thread run; there is no event to wait for
 
 
 LIBRARY = str(Path(compile_retry.__file__).parent)
 
 
 class Moment:
-    """The moment at which a thread enters one of the library's functions: the one that it enters as number `at`."""
+    """The moment of a thread's `at`-th entry into any of the library's functions."""
 
     def __init__(self, at: int) -> None:
         self._left = at
@@ -160,7 +160,7 @@ class Moment:
 
     @contextmanager
     def doing(self, action: Callable[[], object]) -> Iterator[None]:
-        """Do something at this moment of the block; if that raises, the block raises."""
+        """Run `action` at this moment of the block. The block raises what it raises."""
         sys.setprofile(partial(self._enter, action))
         try:
             yield
@@ -170,7 +170,7 @@ class Moment:
     def _enter(self, action: Callable[[], object], frame: FrameType, event: str, arg: object) -> None:
         code = frame.f_code
         if code.co_name in ("__enter__", "__exit__"):
-            return  # a lock's: an exception there would leave it locked
+            return  # an exception in a lock's methods would leave it locked
         if event == "call" and code.co_filename.startswith(LIBRARY):
             self._left -= 1
             if self._left == 0:
@@ -179,7 +179,7 @@ class Moment:
 
 
 def moments() -> Iterator[Moment]:
-    """All moments of a call: one after the other, until it is over before one has come."""
+    """Yield every moment of a call, one after the other, until the call ends before the moment comes."""
     for at in itertools.count(1):
         moment = Moment(at)
         yield moment
@@ -189,7 +189,7 @@ def moments() -> Iterator[Moment]:
 
 
 def process_state() -> list[Any]:
-    """Process-wide state that a call must not change. Without torch's generator: a training step may draw."""
+    """Return process-wide state that a call must not change, except torch's generator: a training step may draw."""
     return [
         dict(torch._dynamo.config.get_config_copy()),
         dict(torch._functorch.config.get_config_copy()),
@@ -203,7 +203,7 @@ def process_state() -> list[Any]:
 
 @contextmanager
 def no_log_records() -> Iterator[None]:
-    """Pytest would keep every one, and torch writes a hundred in each attempt, into a logger that knows no level."""
+    """Disable logging, because pytest would keep all records, and torch's trace logger writes a hundred per attempt."""
     logging.disable()
     logging.getLogger("torch.__trace").disabled = True
     yield

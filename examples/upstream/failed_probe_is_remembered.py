@@ -27,7 +27,7 @@ exec g++ "$@"
 
 
 def compile_and_ask(broken: Path) -> None:
-    """In a process of its own: print which instruction sets inductor finds, at first and after the repair."""
+    """In a separate process, print the instruction sets that Inductor finds, at first and after the repair."""
     from torch._inductor import cpu_vec_isa
 
     x = torch.ones(64)

@@ -9,10 +9,10 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from ._doctor.checks import Check, Status, examine
+from ._version import installed_version
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,13 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: Those of the command line, by default the process's own.
+        arguments: The command-line arguments; by default those of the process.
 
     Returns:
         The exit status: 0, or 1 if a check failed or the command was interrupted.
 
     Raises:
-        SystemExit: The command line is wrong (status 2), or asks for help or the version.
+        SystemExit: The command line is invalid (status 2), or asks for help or the version.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -43,27 +43,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m compile_retry",
-        description="Tools around torch.compile and its fallback.",
+        description="Tools for torch.compile and its fallback.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s, version {version('compile-retry')}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s, version {installed_version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    summary = "Check whether torch.compile would work here."
+    summary = "Check whether torch.compile works on this machine."
     doctor = commands.add_parser(
         "doctor",
         help=summary,
         description=summary,
-        epilog="Exit status: 0 if it would, 1 if a check failed, 2 if the command itself is wrong.",
+        epilog="Exit status: 0 if no check failed, 1 if one did, 2 if the command line is invalid.",
         allow_abbrev=False,
     )
     doctor.add_argument("--json", action="store_true", help="Print JSON.")
-    doctor.add_argument("--strict", action="store_true", help="A warning is a failure, too.")
+    doctor.add_argument("--strict", action="store_true", help="Treat warnings as failures.")
     doctor.add_argument(
         "--timeout",
         type=_seconds,
         default=180.0,
         metavar="SECONDS",
-        help="End the checks after this time, at least 1 (default: 180).",
+        help="Time limit for the checks, at least 1 (default: 180).",
     )
     return parser
 
@@ -87,7 +87,7 @@ def _doctor(options: Namespace) -> int:
 
 
 def _print(checks: list[Check]) -> None:
-    """As a table on a terminal, and in lines that can be searched everywhere else."""
+    """Print a table on a terminal, and searchable lines everywhere else."""
     try:
         from rich.console import Console
     except ImportError:
@@ -112,7 +112,7 @@ def _print_table(checks: list[Check], console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("check", "status", "what was found", "what to do")
+    table = Table("check", "status", "detail", "remedy")
     for check in checks:
         cells = (check.name, Text(check.status, _COLOURS[check.status]), check.detail, check.remedy)
         table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))

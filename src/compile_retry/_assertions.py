@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ._decorator import function_of
+from ._decorator import compiled_function
 from ._failures import in_words
 from ._function import CompiledFunction
 from ._stats import CompileState
@@ -52,7 +52,7 @@ def assert_compiled(fn: CompiledFunction[..., Any] | torch.nn.Module | Callable[
         >>> assert_compiled(double)
     """
     __tracebackhide__ = True
-    function = function_of(fn)
+    function = compiled_function(fn)
     state = function.state
     if state is not CompileState.COMPILED:
         raise AssertionError(_describe(function, _STATES[state]))
@@ -87,7 +87,7 @@ def assert_max_attempts(
         raise TypeError(f"n must be an integer, not {n!r}")
     if n < 0:
         raise ValueError(f"n must not be negative, not {n!r}")
-    return _MaxAttempts(n, register_hook if fn is None else function_of(fn).register_hook)
+    return _MaxAttempts(n, register_hook if fn is None else compiled_function(fn).register_hook)
 
 
 # Message of assert_compiled()

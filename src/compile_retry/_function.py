@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from operator import attrgetter
 from types import FrameType, MethodType
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar, cast, overload
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -44,8 +44,6 @@ class CompiledFunction(Generic[P, R]):
 
     Attributes:
         eager: The original function.
-        policy: The retry policy.
-        name: The name in log lines.
     """
 
     # Slots, so that `__dict__` holds the same as a function's: the original's attributes, and those set later.
@@ -65,32 +63,28 @@ class CompiledFunction(Generic[P, R]):
         "_history",
         "_journal",
         "_ledger",
+        "_name",
         "_numbers",
         "_options",
         "_outcomes",
+        "_policy",
         "_record",
         "_skips_guards",
         "_with_guards",
         "eager",
-        "name",
-        "policy",
     )
 
     eager: Callable[P, R]
-    policy: RetryPolicy
-    name: str
 
     def __init__(self, fn: Callable[P, R], *, policy: RetryPolicy, name: str | None, options: dict[str, Any]) -> None:
         self.eager = fn
-        self.policy = policy
-        self._clock = policy.clock
-        self.name = name if name is not None else _name_of(fn)
+        self._policy, self._clock = policy, policy.clock
+        self._name = name if name is not None else _name_of(fn)
         self._options = options
-        self._given_name = name
         group = group_of(
             fn,
             name=name,
-            label=self.name,
+            label=self._name,
             location=_location(fn),
             policy=policy,
             options=options,
@@ -98,18 +92,14 @@ class CompiledFunction(Generic[P, R]):
         )
         self._record = Record(policy.clock)
         group.add(self._record, fn, self)
-        self._numbers, self._calls, self._breaker, self._ledger = (
-            group.numbers,
-            group.calls,
-            group.breaker,
-            group.ledger,
-        )
-        self._admission, self._journal, self._outcomes = group.admission, group.journal, group.outcomes
         self._creation = group.creation()
-        self._group = group
         # Short-cuts for the call path.
+        self._numbers, self._calls = group.numbers, group.calls
+        self._breaker, self._ledger = group.breaker, group.ledger
+        self._admission, self._journal, self._outcomes = group.admission, group.journal, group.outcomes
         self._history, calls = self._record.history, self._record.books.calls
         self._compiled_calls, self._eager_calls = calls["compiled"], calls["eager"]
+        self._group, self._given_name = group, name
         self._compiled: Callable[..., R] = self._create_and_call
         # Needed under the stance that skips guards: otherwise a frame that should run eagerly would raise, or run code
         # compiled for other arguments.
@@ -162,12 +152,10 @@ class CompiledFunction(Generic[P, R]):
         probe: Probe | None = None
         began: tuple[float, int] | None = None
         outer = tally.call, tally.compiled, tally.eager, tally.given_up
-        outer_record = tally.record
-        left_open = tally.doubt, tally.at_end
+        outer_record, left_open = tally.record, (tally.doubt, tally.at_end)
         try:
             tally.call, tally.compiled, tally.eager, tally.given_up = number, 0, 0, 0
-            tally.doubt, tally.at_end, tally.models = None, [], []
-            tally.record = self._record
+            tally.doubt, tally.at_end, tally.models, tally.record = None, [], [], self._record
             episode = self._breaker.episode
             is_timed = number >= self._history.next_call
             straight = self._admission.eager_together
@@ -243,6 +231,30 @@ class CompiledFunction(Generic[P, R]):
         self._with_guards, self._skips_guards = created.with_guards, created.skips_guards
         self._compiled = created.compiled
         return self._compiled(*args, **kwargs)
+
+    @property
+    def policy(self) -> RetryPolicy:
+        """The retry policy. It cannot be assigned: decorate the function again with another one."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, value: NoReturn) -> None:
+        self._refuse("policy")
+
+    @property
+    def name(self) -> str:
+        """The name in log lines. It cannot be assigned."""
+        return self._name
+
+    @name.setter
+    def name(self, value: NoReturn) -> None:
+        self._refuse("name")
+
+    def _refuse(self, attribute: str) -> NoReturn:
+        raise AttributeError(
+            f"the {attribute} of {self._name} cannot be assigned; decorate the function again:"
+            f" compile_with_fallback(fn, {attribute}=...)"
+        )
 
     @property
     def state(self) -> CompileState:

@@ -23,7 +23,7 @@ class Lock:
     ) -> None:
         self._lock.release()
 
-    def after_fork(self) -> None:  # pragma: no cover  # in forked children only: tests/test_processes.py
+    def after_fork(self) -> None:  # pragma: no cover  # only in forked children: test_g02_g04_g11_processes.py
         """Free the lock if a thread that the child does not have held it."""
         if self._lock.acquire(blocking=False):
             self._lock.release()
@@ -34,7 +34,7 @@ class Lock:
 _all: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
-def _after_fork() -> None:  # pragma: no cover  # the same
+def _after_fork() -> None:  # pragma: no cover  # likewise
     for lock in tuple(_all):
         lock.after_fork()
 

@@ -1,8 +1,8 @@
-"""Records of what happens to decorated functions, one per transition, and the hooks that are called with them.
+"""Events, one record per transition of a decorated function, and the hooks that are called with them.
 
-The log says the same in words. A hook is called in the thread in which the thing happened, after the library has let go
-of its locks. The exceptions are `AttemptStarted`, during which torch holds the lock under which it compiles, and
-`StillCompiling`, which comes from a thread of its own.
+The log has the same information in words. A hook is called in the thread in which the event occurred, after the library
+has released its locks. There are two exceptions: torch holds its compile lock during `AttemptStarted`, and
+`StillCompiling` comes from a thread of its own.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Event:
     """The base class of all events.
 
     Attributes:
-        kind: What happened, in a word or two; the same for all events of a class.
-        function: Name of the decorated function.
-        call: The call in which it happened, from 1.
-        time: When it happened, by the policy's clock. Hooks may be told of what happens in two threads in either order.
-        state: How the function stands after it.
-        message: The same in words.
-        level: Logging level of its line in the log; None if it has none, as another event's line says the same.
-        functions: How many decorated functions share their compiled code, and so this event.
+        kind: The event's name, the same for all events of a class.
+        function: The name of the decorated function.
+        call: The number of the call in which it occurred, from 1.
+        time: The policy's clock when it occurred. Events of two threads may reach hooks in either order.
+        state: The function's state after the event.
+        message: The event in words.
+        level: The logging level of its log line; None if it has none, because another event's line says the same.
+        functions: The number of decorated functions that share their compiled code, and so this event.
     """
 
     kind: ClassVar[str] = ""
@@ -65,10 +65,10 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptStarted(Event):
-    """The compiler is about to run. What fails inside Dynamo, before there is a graph to compile, has no such event.
+    """The compiler is about to run. A failure inside Dynamo, before there is a graph, has no such event.
 
     Attributes:
-        graph: Which graph of the call it is, from 1.
+        graph: The number of the graph in the call, from 1.
     """
 
     kind = "attempt started"
@@ -80,8 +80,8 @@ class Compiled(Event):
     """An attempt produced code.
 
     Attributes:
-        graph: Which graph of the call it is, from 1.
-        seconds: How long it took, Dynamo's part included, by the policy's clock.
+        graph: The number of the graph in the call, from 1.
+        seconds: The attempt's duration, including Dynamo, by the policy's clock.
     """
 
     kind = "compiled"
@@ -91,11 +91,11 @@ class Compiled(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptFailed(Event):
-    """An attempt did not produce code.
+    """An attempt failed.
 
     Attributes:
-        failure: Why.
-        seconds: How long it took, by the policy's clock.
+        failure: The record of the failure.
+        seconds: The attempt's duration, by the policy's clock.
     """
 
     kind = "failed"
@@ -105,10 +105,10 @@ class AttemptFailed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RetryScheduled(Event):
-    """A failed attempt will be repeated.
+    """A failed attempt will be retried.
 
     Attributes:
-        next_retry: When.
+        next_retry: The due moment of the next attempt.
     """
 
     kind = "retry scheduled"
@@ -120,10 +120,10 @@ class Recovered(Event):
     """Everything that had fallen back is compiled again.
 
     Attributes:
-        seconds: How long ago the first failure was, by the policy's clock.
-        failures: How many attempts failed.
-        attempt_seconds: How long these took.
-        eager_calls: How many calls ran eagerly, at least in part, since the first failure.
+        seconds: The time since the first failure, by the policy's clock.
+        failures: The number of failed attempts.
+        attempt_seconds: The total duration of the failed attempts.
+        eager_calls: The number of calls since the first failure that ran eagerly, at least in part.
     """
 
     kind = "recovered"
@@ -135,17 +135,17 @@ class Recovered(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class SweptAway(Event):
-    """Nothing is left to try: a graph is gone, as after ``torch.compiler.reset()``, or Dynamo skips the frame."""
+    """Nothing is left to retry: ``torch.compiler.reset()`` has dropped the graph, or Dynamo skips the frame."""
 
     kind = "swept away"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GaveUp(Event):
-    """A failed attempt will not be repeated.
+    """A failed attempt will not be retried.
 
     Attributes:
-        failure: Why it failed.
+        failure: The record of the failure.
     """
 
     kind = "gave up"
@@ -154,11 +154,11 @@ class GaveUp(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class StillCompiling(Event):
-    """An attempt has been running for long.
+    """An attempt is still running, after one minute, two, four and so on.
 
     Attributes:
-        graph: Which graph of the call it is, from 1.
-        seconds: For how long so far, by the wall clock.
+        graph: The number of the graph in the call, from 1.
+        seconds: The time since the compiler started, in real time rather than by the policy's clock.
     """
 
     kind = "still compiling"
@@ -168,14 +168,14 @@ class StillCompiling(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class StillEager(Event):
-    """Something has been held off for long.
+    """Something is still held off, one minute, two, four and so on after the first failure.
 
     Attributes:
-        eager_calls: How many calls ran eagerly, at least in part, since the first failure.
-        seconds: How long ago that was, by the policy's clock.
-        slowdown: The time of an eager call against a compiled one, where both have been seen.
-        seconds_lost: What running eagerly has cost so far, where both have been seen.
-        next_retry: When the next attempt is due; None if none will come.
+        eager_calls: The number of calls since the first failure that ran eagerly, at least in part.
+        seconds: The time since the first failure, by the policy's clock.
+        slowdown: The duration of an eager call divided by that of a compiled one; None unless both have been timed.
+        seconds_lost: The time lost by running eagerly, estimated from both; None unless both have been timed.
+        next_retry: The due moment of the next attempt; None if no retry will come.
     """
 
     kind = "still eager"
@@ -188,7 +188,7 @@ class StillEager(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RecompileLimit(Event):
-    """Torch compiled a frame so often that it gave it up: what its code does not fit runs eagerly from now on."""
+    """A frame reached torch's recompile limit. Calls that do not match its compiled code run eagerly from now on."""
 
     kind = "recompile limit"
 
@@ -198,10 +198,10 @@ class CacheMoved(Event):
     """An attempt succeeded with another cache directory, because files in the usual one are damaged or not writable.
 
     Attributes:
-        directory: The usual one.
+        directory: The usual directory.
     """
 
-    kind = "damaged cache"
+    kind = "cache moved"
     directory: str
 
 
@@ -209,11 +209,11 @@ class Hook(Protocol):
     """Any callable that takes an event."""
 
     def __call__(self, event: Event, /) -> object:
-        """Called with each event. What it raises is logged once, and breaks nothing."""
+        """Handle an event. An exception is logged once per hook, and breaks nothing."""
 
 
 class Hooks:
-    """Hooks that are called together, in the order of their registration. None of them can break anything."""
+    """Hooks that are called together, in the order of registration. Their exceptions are logged, not raised."""
 
     def __init__(self) -> None:
         self._hooks: OrderedDict[int, Hook] = OrderedDict()
@@ -227,13 +227,17 @@ class Hooks:
         return handle
 
     def tell(self, event: Event, told: list[Hook] | None = None) -> None:
-        """Call all hooks with an event, except those in `told`, to which they are added."""
+        """Call all hooks with an event.
+
+        Args:
+            event: The event.
+            told: Hooks that are left out. Those that are called are added.
+        """
         for number, hook in tuple(self._hooks.items()):
+            if told is None or hook not in told:
+                self._tell(number, hook, event)
             if told is not None:
-                if hook in told:
-                    continue
                 told.append(hook)
-            self._tell(number, hook, event)
 
     def _tell(self, number: int, hook: Hook, event: Event) -> None:
         try:
@@ -241,24 +245,24 @@ class Hooks:
         except Exception:
             if number not in self._failed:
                 self._failed.add(number)
-                log.exception("%r failed on %r; further failures of it are not logged", hook, event)
+                log.exception("%r failed on %r; its further failures are not logged", hook, event)
 
 
-# Called with the events of all functions: the former before, the latter after the hooks of the function itself.
+# Hooks for the events of all functions. The former are called before the function's own hooks, the latter after them.
 first_hooks, _everywhere = Hooks(), Hooks()
 
 
 def register_hook(hook: Hook) -> RemovableHandle:
-    """Have a hook told of the events of every decorated function in this process.
+    """Register a hook for the events of all decorated functions in this process.
 
     Args:
         hook: A callable that takes an :class:`Event`.
 
     Returns:
-        A handle. Its ``remove()`` takes the hook away, and so does the end of a ``with`` block that it heads.
+        A handle. Its ``remove()`` removes the hook. As a context manager, it removes the hook at the end of the block.
 
     Raises:
-        TypeError: `hook` cannot be called.
+        TypeError: `hook` is not callable.
     """
     return _everywhere.register(hook)
 
@@ -268,13 +272,10 @@ def publish(event: Event, *hooks: Hooks) -> None:
 
     Args:
         event: The event.
-        hooks: Those of its function, or of each function that shares it. A hook that several have is called once.
+        hooks: The hooks of its function, or of each function that shares it. If several have a hook, it is called once.
     """
     first_hooks.tell(event)
-    if len(hooks) == 1:
-        hooks[0].tell(event)
-    else:
-        told: list[Hook] = []
-        for each in hooks:
-            each.tell(event, told)
+    told: list[Hook] | None = None if len(hooks) == 1 else []
+    for each in hooks:
+        each.tell(event, told)
     _everywhere.tell(event)

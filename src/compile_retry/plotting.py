@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ._decorator import function_of
+from ._decorator import compiled_function
 from ._function import CompiledFunction
 from ._record.history import CallPath, Sample
 from .events import AttemptFailed, Compiled, Event, GaveUp, Recovered
@@ -59,7 +59,7 @@ def plot_timeline(fn: CompiledFunction[..., Any] | torch.nn.Module, ax: Axes | N
         TypeError: `fn` was not decorated with :func:`~compile_retry.compile_with_fallback`.
         ValueError: Nothing has been recorded yet.
     """
-    function = function_of(fn)
+    function = compiled_function(fn)
     history = function._record.history
     samples, events = history.samples, tuple(history.events)
     if not samples:

@@ -1,4 +1,4 @@
-"""Runs one cell of the matrix in a process and a directory of its own."""
+"""Runs one cell of the fault matrix, in its own process and directory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TIMEOUT = 240
 
 @functools.cache
 def can_mount() -> bool:
-    """Try to make a tmpfs: that needs root, and not in every container is root enough."""
+    """Return True if a tmpfs can be mounted. That needs root, and in some containers root is not enough."""
     place = tempfile.mkdtemp()
     try:
         mount = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], capture_output=True, check=False)
@@ -58,12 +58,12 @@ def _run(place: Place, environment: dict[str, str], *arguments: str) -> dict[str
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "TMPDIR": str(place.tmp),
         "TORCHINDUCTOR_CACHE_DIR": str(place.cache),
-        # 150 MB and some seconds per run.
+        # Saves 150 MB and some seconds per run.
         "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
         "PYTHONDONTWRITEBYTECODE": "1",
         **environment,
     }
-    # The second is set by inductor, where this process has used it.
+    # Inductor sets the second one when this process uses it.
     for name in ("COMPILE_RETRY_STRICT", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"):
         environment.pop(name, None)
     process = subprocess.Popen(
@@ -94,7 +94,7 @@ def _run(place: Place, environment: dict[str, str], *arguments: str) -> dict[str
 
 @functools.cache
 def _healthy() -> tuple[Path, list[str]]:
-    """Probe the compiler in a healthy process. Returns its cache directory, and the instruction sets that it found."""
+    """Probe the compiler in a healthy process. Return its cache directory and the instruction sets found."""
     root = Path(tempfile.mkdtemp(prefix="healthy_"))
     (root / "tmp").mkdir()
     answer = _run(Place(root), {}, "instruction sets")
@@ -108,14 +108,14 @@ def clean_up() -> None:
 
 
 def run_cell(name: str, position: str, policy: str = "every call", *, probed: bool | None = None) -> dict[str, Any]:
-    """One cell's outcome.
+    """Run one cell and return its outcome.
 
     Args:
-        name: Of the fault.
-        position: Where it hits.
-        policy: When the library tries again.
-        probed: Whether the cache has the answers of inductor's compiler probes from the start, which saves ten
-            seconds. By default where the fault begins after them.
+        name: The fault.
+        position: The compile that it hits.
+        policy: The retry policy.
+        probed: Whether the cache contains the results of Inductor's compiler probes from the start, which saves ten
+            seconds. By default it does if the fault begins after the probes.
     """
     fault = BY_NAME[name]
     started = time.monotonic()

@@ -1,4 +1,4 @@
-"""A C++ compiler that can be told to fail: a script that stands in for the real one, as `CXX`."""
+"""A C++ compiler that fails on request: a script that `CXX` names, in front of the real compiler."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-# `mode` says what to do now, `count` how often it has been asked since; the place is the script's own directory. What
-# counts as an invocation is "every" one or only a "kernel", not a probe of what the processor can do.
+# The files `mode` and `count`, next to the script, hold the current mode and the number of invocations since it was
+# set. A mode counts "every" invocation, or only those for a "kernel", which excludes probes of the processor.
 SCRIPT = """#!/bin/bash
 place=$(dirname "$0")
 mode=none; which=every; number=0
@@ -35,7 +35,7 @@ exec @CXX@ "$@"
 
 
 class Script:
-    """The stand-in, in a directory of its own with the files by which it is told what to do."""
+    """The script, in a directory with the files that control it."""
 
     def __init__(self, place: Path) -> None:
         self.path = place / "c++"
@@ -50,11 +50,11 @@ class Script:
         self.path.chmod(0o755)
 
     def tell(self, mode: str) -> None:
-        """Do this from now on; with a number, at that invocation from now."""
+        """Set the mode. With a number, it applies only to that invocation, counted from now."""
         if mode != "none":
             self._count.write_text("")
         self._mode.write_text(f"{mode}\n")
 
     def invocations(self) -> int:
-        """Count how often the compiler was asked since it was told to fail."""
+        """Return the number of invocations since a mode other than "none" was set."""
         return len(self._count.read_text())

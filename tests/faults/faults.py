@@ -1,4 +1,4 @@
-"""The faults: how each is made for real, and how it ends. They begin and end inside the process that trains."""
+"""The faults: how each one begins and ends. All of them are real, and happen inside the training process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POSITIONS = ("first call", "recompile", "second graph", "backward")
 
 @dataclass
 class Place:
-    """The files of one run, and what its faults need to remember until they end."""
+    """The files of one run, and the original limits, which some faults need in order to end."""
 
     root: Path
     limits: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -40,20 +40,20 @@ class Place:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that goes wrong, and how.
+    """A fault.
 
     Attributes:
-        name: What it is, in words.
-        made: How it is made.
-        begin: Makes it.
-        end: Ends it; None for one that nobody repairs: the library is to get round it.
-        positions: Where it can be made to hit.
-        tmpfs: What has to be a file system of its own, below the run's directory; that needs root.
-        script: Whether the compiler has to be the script.
-        may_miss: Whether torch may get past it by itself.
-        populate: Whether another process has compiled the same before, into the same cache.
-        environment: What else is set from the start.
-        left_out: Why it is not made at the other positions.
+        name: Its name in the table.
+        made: A description of how it is made.
+        begin: Begins it.
+        end: Ends it; None if it is never repaired, so that the library must work around it.
+        positions: The positions at which it can hit.
+        tmpfs: The directory, relative to the run's, that must be a tmpfs, which needs root; None if none.
+        script: Whether the compiler must be the script.
+        may_miss: Whether torch may cope with it by itself.
+        populate: Whether another process has compiled the same code into the same cache before.
+        environment: Environment variables that are set from the start.
+        left_out: The reason why it is not made at the other positions.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Fault:
 
 
 def nothing(place: Place) -> None:
-    """Not a fault: what a healthy run looks like."""
+    """Do nothing, for a fault that ends by itself."""
 
 
 # Disks
@@ -159,14 +159,14 @@ def bring_compiler_back(place: Place) -> None:
 
 
 def kill_sidecar(place: Place) -> None:
-    """Kill the process that has the compile workers, as long as it has nothing to do."""
+    """Kill the idle process that owns the compile workers."""
     killed = False
     for line in Path("/proc/self/task").glob("*/children"):
         for child in line.read_text().split():
             command = Path("/proc", child, "cmdline").read_bytes()
             if b"compile_worker" in command:
                 os.kill(int(child), signal.SIGKILL)
-                time.sleep(0.5)  # torch notices when it reads from the pipe
+                time.sleep(0.5)  # torch notices it when it reads from the pipe
                 killed = True
     assert killed, "no compile worker to kill"
 
@@ -179,7 +179,7 @@ def cut(pattern: str, part: float, where: str = "cache") -> Callable[[Place], No
         cut_any = False
         for file in (place.root / where).rglob(pattern):
             if file.is_file() and not file.name.endswith(".lock"):
-                # A new file of the same name: what a process has mapped into its memory, it keeps.
+                # Create a new file, because processes keep the old one's contents mapped into their memory.
                 content = file.read_bytes()
                 file.unlink()
                 file.write_bytes(content[: int(len(content) * part)])
@@ -205,22 +205,22 @@ def wipe(where: str) -> Callable[[Place], None]:
 
 HEADERS = {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "1"}
 WORKER = {"TORCHINDUCTOR_FX_COMPILE_MODE": "SUBPROCESS"}
-NOT_IN_WORKER = "the compile happens in the worker, where the test cannot reach"
+NOT_IN_WORKER = "the compile runs in the worker, out of the test's reach"
 FROM_CACHE = ("first call", "recompile")
 
 
 def _compiler(name: str, made: str, mode: str, **more: object) -> Fault:
-    return Fault(name, made, tell(mode), tell("none"), script=True, **more)  # type: ignore[arg-type]  # Fault's own arguments, passed on
+    return Fault(name, made, tell(mode), tell("none"), script=True, **more)  # type: ignore[arg-type]  # passed on to Fault
 
 
 def _cut_short(suffix: str, begin: Callable[[Place], None], part: str = "half") -> Fault:
-    made = f"every {suffix} in the cache cut to {part} after another process wrote it; never repaired"
-    why = "what another process wrote is read before the graph is split up"
+    made = f"every {suffix} in the cache truncated to {part} after another process wrote it; never repaired"
+    why = "the files of another process are read before the graph is split"
     return Fault(f"truncated {suffix}", made, begin, None, FROM_CACHE, populate=True, may_miss=True, left_out=why)
 
 
 FAULTS = [
-    Fault("full disk", "a tmpfs, filled up", fill, empty, tmpfs="."),
+    Fault("full disk", "a full tmpfs", fill, empty, tmpfs="."),
     Fault("read-only disk", "a tmpfs with cache and TMPDIR, remounted ro", remount("ro"), remount("rw"), tmpfs="."),
     Fault(
         "read-only cache",
@@ -229,7 +229,7 @@ FAULTS = [
         None,
         tmpfs="cache",
     ),
-    Fault("cache directory cannot be made", "a file in its place", replace_by_file, put_back),
+    Fault("cache directory cannot be created", "a file in its place", replace_by_file, put_back),
     Fault(
         "file-size limit",
         "RLIMIT_FSIZE of 512 bytes",
@@ -249,20 +249,20 @@ FAULTS = [
         unlimit(resource.RLIMIT_DATA),
         may_miss=True,
     ),
-    Fault("no compiler", "CXX names a file that is gone", hide_compiler, bring_compiler_back, script=True),
+    Fault("no compiler", "CXX names a missing file", hide_compiler, bring_compiler_back, script=True),
     _compiler("compiler killed", "SIGKILL 0.1 s into each compile", "kill every 0"),
-    _compiler("compiler writes garbage", "4 KB of noise in place of each library, exit status 0", "garbage every 0"),
+    _compiler("compiler writes garbage", "4 KB of noise instead of each library, exit status 0", "garbage every 0"),
     _compiler("compiler out of memory", "ulimit -v in a CXX script", "memory every 0"),
     _compiler("cache wiped after each compile", "a CXX script that wipes it", "wipe every 0"),
     _compiler("cache wiped before each compile", "a CXX script that wipes it", "wipe-before every 0"),
     Fault(
         "cache wiped once",
-        "every file in it removed",
+        "all its files removed",
         wipe("cache"),
         nothing,
         ("recompile",),
         may_miss=True,
-        left_out="there is none yet",
+        left_out="it does not exist yet",
     ),
     _compiler(
         "precompiled header wiped after each compile",
@@ -278,25 +278,25 @@ FAULTS = [
         nothing,
         ("recompile",),
         environment=HEADERS,
-        left_out="there is none yet",
+        left_out="it does not exist yet",
     ),
     Fault(
         "truncated .gch",
-        "every precompiled header cut to half; never repaired",
+        "every precompiled header truncated to half; never repaired",
         cut("*.gch", 0.5, "tmp"),
         None,
         ("recompile",),
         environment=HEADERS,
-        left_out="there is none yet",
+        left_out="it does not exist yet",
     ),
-    _cut_short(".so", cut("*.so", 0.0), "nothing"),
+    _cut_short(".so", cut("*.so", 0.0), "zero"),
     _cut_short(".py", cut("*.py", 0.5)),
     _cut_short(".cpp", cut_source),
     _cut_short("FX graph", cut("fxgraph/*/*/*", 0.5)),
     _cut_short("autograd entry", cut("aotautograd/*/*", 0.5)),
     _compiler(
-        "compile worker killed at work",
-        "SIGKILL to the worker from the CXX script that it started",
+        "compile worker killed while compiling",
+        "SIGKILL to the worker, from the CXX script that it started",
         "kill-parent kernel 0",
         positions=("first call", "recompile", "second graph"),
         environment=WORKER,
@@ -304,13 +304,13 @@ FAULTS = [
     ),
     Fault(
         "compile workers' parent killed while idle",
-        "SIGKILL; the library makes a new one",
+        "SIGKILL; the library creates a new one",
         kill_sidecar,
         None,
         ("recompile", "second graph"),
         environment=WORKER,
         may_miss=True,
-        left_out="it is not there yet, or not idle",
+        left_out="it does not exist yet, or is not idle",
     ),
     *(
         _compiler(
@@ -319,7 +319,7 @@ FAULTS = [
             f"fail every {k}",
             may_miss=True,
             positions=("first call", *(("recompile", "second graph", "backward") if k <= 6 else ())),
-            left_out="its compile has fewer invocations",
+            left_out="the compile has fewer invocations",
         )
         for k in range(1, 18)
     ),

@@ -1,4 +1,4 @@
-"""Faults that need a GPU, a network file system or luck: their exceptions, raised where the compiler would raise."""
+"""Injected faults, which would need a GPU, a network file system or luck: the compiler raises their exceptions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .faults import POSITIONS
 
 
 def named(name: str, *bases: type[Exception]) -> Exception:
-    """An exception of a class of that name, where the real one cannot be imported or made."""
+    """Return an exception of a class of that name, for real classes that cannot be imported or created."""
     cls: type[Exception] = type(name, bases or (RuntimeError,), {})
     return cls("simulated")
 
@@ -73,7 +73,7 @@ Step = CompiledFunction[[torch.Tensor, torch.Tensor, list[int]], torch.Tensor]
 
 
 class Backend:
-    """Runs forward and backward as they are; the backward's compiler raises while it is told to."""
+    """A backend that runs graphs as they are, and whose backward compiler fails on request."""
 
     def __init__(self) -> None:
         self.raises: Exception | None = None
@@ -83,7 +83,7 @@ class Backend:
 
         if self.raises is not None:
             raise self.raises.with_traceback(None)
-        return make_boxed_func(graph_module.forward)  # type: ignore[no-any-return]  # it is not annotated
+        return make_boxed_func(graph_module.forward)  # type: ignore[no-any-return]  # not annotated
 
     def __call__(self, graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         from functorch.compile import make_boxed_func
@@ -110,7 +110,7 @@ def _faulty(position: str, exc: Exception, backend: Backend) -> AbstractContextM
 
 
 def run(name: str, position: str) -> str:
-    """Run a step whose compiler raises this there. Returns the outcome; a wrong one is an AssertionError."""
+    """Run a step whose compiler raises the exception at this position. Return the outcome, if it is the right one."""
     torch._dynamo.reset()
     exc, backend = ALL[name](), Backend()
     weight = torch.ones(3, requires_grad=True)

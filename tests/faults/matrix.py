@@ -1,10 +1,10 @@
-"""Runs the fault matrix, one cell after the other, and writes docs/reliability-table.md.
+"""Runs the fault matrix, cell by cell, and writes docs/reliability-table.md.
 
-    make faults                                  every cell, most of an hour
-    make faults ARGS='--position "first call"'   some of them; the others keep their outcome of an earlier run
-    make faults ARGS=--render                    none of them: the table alone
+    make faults                                  all cells, most of an hour
+    make faults ARGS='--position "first call"'   some cells; the others keep the outcome of an earlier run
+    make faults ARGS=--render                    no cell, only the table
 
-Outcomes are kept in docs/_build/faults.jsonl, so an interrupted run goes on where it stopped; --again forgets them.
+Outcomes are kept in docs/_build/faults.jsonl, so an interrupted run continues where it stopped. --again discards them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RECORD = ROOT / "docs" / "_build" / "faults.jsonl"
 TABLE = ROOT / "docs" / "reliability-table.md"
 
 DEFAULT = next(iter(POLICIES))
-# Every policy with two faults: when an attempt is due does not depend on why the last one failed.
+# Every policy with two faults: the due moment of an attempt does not depend on the last failure's cause.
 UNDER_EVERY_POLICY = (("full disk", "recompile"), ("compiler killed", "second graph"))
 
 Key = tuple[str, str, str]
@@ -121,19 +121,19 @@ def render() -> None:
             [
                 "<!-- Written by `make faults`; do not edit. -->",
                 "",
-                "Made for real, with the policy that tries again at every call:",
+                "Real faults, with the policy that retries on every call:",
                 "",
                 *_rows(["fault", "how it is made", *POSITIONS, "root cause reported"], rows),
                 "",
                 *left_out,
                 "",
-                "Two of them under every policy:",
+                "Two of them with every policy:",
                 "",
                 *_rows(["fault", "position", *POLICIES], policies),
                 "",
-                "Injected, because they need a GPU, a network file system or luck:",
+                "Injected faults, which would need a GPU, a network file system or luck:",
                 "",
-                *_rows(["what the compiler raises", *POSITIONS], injected.table()),
+                *_rows(["exception", *POSITIONS], injected.table()),
                 "",
             ]
         )
@@ -143,10 +143,10 @@ def render() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fault", help="only faults whose name has this in it", default="")
+    parser.add_argument("--fault", help="run only faults whose name contains this", default="")
     parser.add_argument("--position", choices=POSITIONS)
-    parser.add_argument("--render", action="store_true", help="run nothing")
-    parser.add_argument("--again", action="store_true", help="run also what has an outcome already")
+    parser.add_argument("--render", action="store_true", help="run nothing, only write the table")
+    parser.add_argument("--again", action="store_true", help="also run cells that already have an outcome")
     arguments = parser.parse_args()
     wanted = [cell for cell in all_cells() if arguments.fault in cell[0] and arguments.position in (None, cell[1])]
     if arguments.again:

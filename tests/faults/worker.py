@@ -1,8 +1,8 @@
-"""One cell of the matrix: one fault, at one position, under one policy, in a process of its own.
+"""Runs one cell of the matrix in this process: one fault, at one position, under one policy.
 
     python -m faults.worker PLACE FAULT POSITION POLICY
 
-Prints a line of JSON for the parent (`cells.py`), which has made the place and set the environment. Nothing here may
+Prints a line of JSON for the parent (`cells.py`), which has created the place and set the environment. Nothing here may
 import torch._dynamo before the decorated function does.
 """
 
@@ -31,7 +31,7 @@ from .faults import BY_NAME, Fault, Place
 
 CALLS_DURING = 2
 CALLS_UNTIL_RECOVERED = 16
-# Torch sets these by itself: the first where it was not set before, the second always.
+# Torch sets these by itself: the first only if it was not set, the second always.
 SET_BY_TORCH = {"TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"}
 
 CLOCK = FakeClock()
@@ -45,7 +45,7 @@ SECONDS_PER_CALL = 10
 
 
 class Net(torch.nn.Module):
-    """Every effect of a step shows in its state: weights, a running mean, a count."""
+    """A network whose state shows every effect of a step: weights, a running mean, a count."""
 
     mean: torch.Tensor
     steps: torch.Tensor
@@ -60,7 +60,7 @@ class Net(torch.nn.Module):
 
 
 def loss_of(net: Net, x: torch.Tensor, seen: list[int]) -> torch.Tensor:
-    """A step with one graph."""
+    """Run a step with one graph."""
     seen.append(x.shape[0])
     h = (x * net.scale).sin()
     net.mean.lerp_(h.detach().mean(0), 0.1)
@@ -69,7 +69,7 @@ def loss_of(net: Net, x: torch.Tensor, seen: list[int]) -> torch.Tensor:
 
 
 def loss_in_two(net: Net, x: torch.Tensor, seen: list[int], at_break: Callable[[], None]) -> torch.Tensor:
-    """A step with two graphs: Dynamo does not trace into `at_break`."""
+    """Run a step with two graphs: Dynamo does not trace into `at_break`."""
     loss = loss_of(net, x, seen)
     at_break()
     seen.append(-1)
@@ -81,7 +81,7 @@ def nothing() -> None:
 
 
 class AtTheBackward:
-    """A pass of inductor's that changes nothing: makes the fault when the second graph, the backward, is its input."""
+    """An Inductor pass that changes nothing, and begins the fault when its input is the second graph, the backward."""
 
     def __init__(self, begin: Callable[[], None]) -> None:
         self._begin, self._graphs = begin, 0
@@ -96,7 +96,7 @@ class AtTheBackward:
 
 
 class Run:
-    """The decorated step and its eager twin, side by side."""
+    """The decorated step and its eager twin, called side by side."""
 
     def __init__(self, fault: Fault, place: Place, position: str, policy: RetryPolicy) -> None:
         self.fault, self.place, self.position = fault, place, position
@@ -141,7 +141,7 @@ class Run:
             results.append(loss.detach())
         self.calls += 1
         CLOCK.advance(SECONDS_PER_CALL)
-        with self.unlimited():  # to compare takes memory and may import something
+        with self.unlimited():  # comparing takes memory, and may import something
             torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(self.net.scale.grad, self.twin.scale.grad, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(dict(self.net.state_dict()), dict(self.twin.state_dict()), rtol=1e-4, atol=1e-5)
@@ -181,10 +181,10 @@ def train(run: Run) -> dict[str, Any]:
     assert step.stats.attempts == before.attempts, "compiled more after the recovery"
     assert step.stats.recoveries == (1 if failed else 0) or needed, f"recoveries: {step.stats}"
     if failed:
-        outcome = "got round it" if during is CompileState.COMPILED or fault.end is None else "recovered"
+        outcome = "worked around" if during is CompileState.COMPILED or fault.end is None else "recovered"
     else:
         assert fault.may_miss, "the fault did not hit"
-        outcome = "untouched"
+        outcome = "unaffected"
     return {"outcome": outcome, "calls_needed": needed}
 
 
@@ -195,7 +195,7 @@ def instruction_sets() -> list[str]:
 
 
 def outermost(traceback: str) -> str:
-    """The class of the exception that reached the library, with whatever torch put round its cause."""
+    """Return the class of the exception that reached the library, including torch's wrappers around the cause."""
     names: list[str] = re.findall(r"^[\w.]*?(\w+(?:Error|Exception|Failed|Compiler|Pool))\b", traceback, re.MULTILINE)
     return names[-1] if names else ""
 
@@ -243,13 +243,13 @@ def run_cell(place: Place, name: str, position: str, policy: str, healthy: list[
         "failures": stats.failures,
         "recoveries": stats.recoveries,
         "causes": causes_in(events),
-        "moved": [t.message for t in events if t.kind == "damaged cache"],
+        "moved": [t.message for t in events if t.kind == "cache moved"],
         "invocations": place.script.invocations() if fault.script else None,
     }
 
 
 def populate() -> dict[str, Any]:
-    """Compile healthily what the cells compile, into the same cache."""
+    """Compile the cells' functions into the same cache, without a fault."""
     step = torch.compile(loss_of, dynamic=False)
     for rows in (32, 48):
         net = Net()

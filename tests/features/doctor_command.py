@@ -1,4 +1,4 @@
-"""Runs of ``python -m compile_retry``, in this process."""
+"""Helpers that run ``python -m compile_retry`` in this process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAMES = [
 
 
 def forget_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unset what changes how torch compiles, or how the command prints."""
+    """Unset variables that affect torch's compiler or the command's output."""
     for variable in os.environ:
         if variable.startswith(("TORCH", "ATEN_", "COMPILE_RETRY_")):
             monkeypatch.delenv(variable)
@@ -43,7 +43,7 @@ class Result:
 
 
 def command(*arguments: str) -> Result:
-    """Run a command, which leaves the environment alone."""
+    """Run a command. It must not change the environment."""
     before, out, err = dict(os.environ), io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         try:
@@ -60,14 +60,14 @@ def doctor(*arguments: str) -> Result:
 
 
 def checks_of(output: str) -> dict[str, dict[str, Any]]:
-    """Read what it has printed as JSON: all checks, in their order."""
+    """Parse the JSON output. It must contain all checks, in order."""
     report = json.loads(output)
     assert [check["name"] for check in report["checks"]] == NAMES
     return {check["name"]: check for check in report["checks"]}
 
 
 def examine(*arguments: str, status: int) -> dict[str, dict[str, Any]]:
-    """Run the command, which ends with this status, and read its checks."""
+    """Run the doctor, which must exit with this status, and return its checks."""
     result = doctor("--json", *arguments)
     assert result.exit_code == status, result
     assert json.loads(result.stdout)["ok"] is (status == 0)

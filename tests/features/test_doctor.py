@@ -1,7 +1,7 @@
-"""``python -m compile_retry doctor`` with made-up findings: its judgement, its output and its exit status.
+"""``python -m compile_retry doctor`` with made-up findings: its checks, its output and its exit status.
 
-The findings of real faults are in test_doctor_on_real_faults.py. A disk that gets full at that very moment, or a
-processor that lacks something, is more than a test can make.
+Real faults are in test_doctor_on_real_faults.py. Some findings cannot be produced in a test, for example a disk that
+fills up during the run, or a processor without vector instructions.
 """
 
 from __future__ import annotations
@@ -43,13 +43,18 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def find(monkeypatch: pytest.MonkeyPatch) -> Find:
-    """Has a healthy machine found, except for these facts, up to a step that is not finished."""
+    """Return a function that replaces the child's findings: those of a healthy machine, with these changes."""
 
-    def find(facts: Facts, *, until: str | None = None, stopped: str = "", elsewhere: Any = None) -> None:
+    def find(
+        facts: Facts, *, until: str | None = None, stopped: str = "", timed_out: bool = False, elsewhere: Any = None
+    ) -> None:
         names = list(HEALTHY)
         reached = names[: names.index(until)] if until else names
-        usual = Findings({name: HEALTHY[name] for name in reached} | facts, until if stopped else None, stopped)
-        in_new_directory = Findings({"elsewhere": elsewhere} if elsewhere else {}, None, "it took too long")
+        finished = {name: HEALTHY[name] for name in reached} | facts
+        usual = Findings(finished, until if stopped else None, stopped, timed_out)
+        in_new_directory = Findings(
+            {"elsewhere": elsewhere} if elsewhere else {}, None, "it took too long", timed_out=True
+        )
         monkeypatch.setattr(doctor_room, "ask", lambda mode, _: in_new_directory if mode == "elsewhere" else usual)
 
     return find
@@ -66,7 +71,7 @@ def test_exit_status(find: Find, facts: Facts, arguments: list[str], status: int
 
 
 def test_output_for_people(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines that can be searched; on a terminal a table, where rich is installed."""
+    """The output is a table on a terminal if rich is installed, and searchable lines otherwise."""
     find(TIGHT)
     lines = doctor().stdout.splitlines()
     assert lines[1:4] == [
@@ -110,7 +115,7 @@ def test_output_for_people(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_findings(find: Find, name: str, facts: dict[str, Any], status: str, detail: str) -> None:
-    """Each is judged and told in a line."""
+    """Each finding is judged, and described in one line."""
     find({name: facts})
     check = checks_of(doctor("--json").stdout)[name]
     assert check["status"] == status
@@ -128,8 +133,8 @@ def test_findings(find: Find, name: str, facts: dict[str, Any], status: str, det
         ({"C++ compiler": LOST}, None, "", "see C++ compiler"),
     ],
 )
-def test_causes(find: Find, facts: Facts, elsewhere: Any, detail: str, remedy: str) -> None:
-    """A compile that failed is made in a new cache directory too, and what comes of it tells what to do."""
+def test_failed_compiles_are_repeated(find: Find, facts: Facts, elsewhere: Any, detail: str, remedy: str) -> None:
+    """A failed compile is repeated in a new cache directory, and the outcome decides the remedy."""
     find({"cached compile": LOST, **facts}, elsewhere=elsewhere)
     check = examine(status=1)["cached compile"]
     assert (check["status"], check["detail"]) == ("failed", "OSError: lost" + detail)
@@ -139,16 +144,22 @@ def test_causes(find: Find, facts: Facts, elsewhere: Any, detail: str, remedy: s
 
 @pytest.mark.parametrize(("until", "remedy"), [("C++ compiler", "run it by hand"), ("versions", "")])
 def test_out_of_time(find: Find, until: str, remedy: str) -> None:
-    """The step that took too long is to blame, and those behind it were not reached."""
-    find({}, until=until, stopped="it took too long")
+    """At the time limit, the current step fails and the later ones are skipped."""
+    find({}, until=until, stopped="it took too long", timed_out=True)
     checks = examine("--timeout", "50", status=1)
     assert (checks[until]["status"], checks[until]["detail"]) == ("failed", "it took too long (limit: 50 s)")
     assert checks[until]["remedy"].startswith(remedy)
-    assert checks["GPU"]["detail"] == f"skipped because of {until}"
+    assert checks["GPU"]["detail"] == f"because of {until}"
+
+
+def test_an_end_before_the_limit(find: Find) -> None:
+    """An error of the child's is told without the limit, whatever its words."""
+    find({}, until="compile", stopped="the process ended with status 1: OSError: File name too long")
+    assert examine("--timeout", "50", status=1)["compile"]["detail"].endswith("OSError: File name too long")
 
 
 def test_compiling_is_disabled(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then nothing is compiled, and that is a failure."""
+    """If torch.compile is disabled, nothing is compiled, and the doctor fails."""
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     find({}, until="compile")
     checks = examine(status=1)
@@ -159,7 +170,7 @@ def test_compiling_is_disabled(find: Find, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_variables_that_change_compiling(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are named, with their effect."""
+    """Variables that change how torch compiles are listed with their effects."""
     monkeypatch.setenv("COMPILE_RETRY_STRICT", "1")
     find({})
     check = examine(status=0)["environment"]
@@ -167,20 +178,20 @@ def test_variables_that_change_compiling(find: Find, monkeypatch: pytest.MonkeyP
 
 
 def test_a_torch_that_cannot_compile(find: Find) -> None:
-    """Nothing else is checked, which would only say so again."""
+    """If torch cannot compile at all, the other checks are skipped."""
     find({"versions": {"error": "ImportError: x"}}, until="cache directory")
-    assert examine(status=1)["C++ compiler"]["detail"] == "skipped because of versions"
+    assert examine(status=1)["C++ compiler"]["detail"] == "because of versions"
 
 
 def test_a_compiler_that_the_environment_names(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The remedy names it."""
+    """If CXX names a broken compiler, the remedy mentions CXX."""
     monkeypatch.setenv("CXX", "no-such-compiler")
     find({"C++ compiler": LOST})
     assert "or correct CXX=no-such-compiler" in examine(status=1)["C++ compiler"]["remedy"]
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The exit status says that the machine has not been found healthy."""
+    """An interrupt ends the doctor with status 1."""
 
     def interrupt(*args: object) -> Findings:
         raise KeyboardInterrupt
@@ -203,7 +214,7 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_wrong_usage(arguments: list[str], said: str) -> None:
-    """Nothing is checked, and the last line says what is wrong."""
+    """On wrong usage nothing is checked, and the last line of the error says what is wrong."""
     result = command(*arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("usage: python -m compile_retry ")
@@ -211,16 +222,16 @@ def test_wrong_usage(arguments: list[str], said: str) -> None:
 
 
 def test_help() -> None:
-    """The commands; the options with their defaults, and the exit status."""
-    assert "doctor Check whether torch.compile would work here." in " ".join(command("--help").stdout.split())
-    told = " ".join(doctor("--help").stdout.split())
-    assert "--timeout SECONDS End the checks after this time, at least 1 (default: 180)." in told
-    assert "Exit status: 0 if it would, 1 if a check failed, 2 if the command itself is wrong." in told
+    """The help lists commands, options with their defaults, and the exit status."""
+    assert "doctor Check whether torch.compile works on this machine." in " ".join(command("--help").stdout.split())
+    help_text = " ".join(doctor("--help").stdout.split())
+    assert "--timeout SECONDS Time limit for the checks, at least 1 (default: 180)." in help_text
+    assert "Exit status: 0 if no check failed, 1 if one did, 2 if the command line is invalid." in help_text
 
 
 @pytest.mark.usefixtures("measured")
-def test_its_version() -> None:
-    """It is that of the package."""
+def test_version() -> None:
+    """The option --version prints the package's version."""
     arguments = [sys.executable, "-m", "compile_retry", "--version"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout == f"python -m compile_retry, version {version('compile-retry')}\n"

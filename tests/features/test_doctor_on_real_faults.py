@@ -1,4 +1,4 @@
-"""``python -m compile_retry doctor`` against real faults: it says what is broken, ends in time and leaves nothing."""
+"""``python -m compile_retry doctor`` on real faults: it names the fault, ends in time and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from typing import Any
 import pytest
 from doctor_command import checks_of, doctor, examine, forget_variables
 
-# Each compiles with a real C++ compiler, in processes of its own.
+# Each test compiles with a real C++ compiler, in separate processes.
 pytestmark = pytest.mark.long
 
-# Answers what is asked at first, and nothing that is to be compiled.
+# Answers --version, and hangs on every compile.
 HANGS = """#!/bin/sh
 [ "$1" = --version ] && echo "hangs 1.0" && exit
 echo $$ > "@PLACE@/pid"
 exec sleep 600
 """
 
-# Compiles what it is tried with, and no kernel of inductor's.
+# Compiles everything except Inductor's kernels.
 FAILS = """#!/bin/sh
 case "$*" in *.main.cpp*) echo "x.cpp:1: internal compiler error: told to" >&2; exit 1 ;; esac
 exec g++ "$@"
 """
 
-# Makes libraries that do something else.
+# Compiles the doctor's library from other source code.
 MAKES = """#!/bin/sh
 case "$*" in *doctor.cpp*) ;; *) exec g++ "$@" ;; esac
 while [ "$1" != -o ]; do shift; done
@@ -42,7 +42,7 @@ exec g++ -shared -fPIC -o "$2" "$2.cpp"
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory of its own for temporary files, in which nothing may be left, and an unused cache directory."""
+    """Set a new directory for temporary files, which must be empty afterwards, and a new cache directory."""
     forget_variables(monkeypatch)
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
@@ -53,19 +53,19 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def scalar(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels without vector instructions: they compile in a third of the time."""
+    """Disable vector instructions, so that kernels compile in a third of the time."""
     monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 
 def assert_nothing_is_left(place: Path) -> None:
-    # Precompiled headers are torch's to keep; 2.10 cannot be told by the environment to do without.
+    # Torch keeps precompiled headers there, and 2.10 has no environment variable to disable them.
     headers = {path.parent for path in (place / "tmp").glob("*/precompiled_headers")}
     assert {*(place / "tmp").iterdir()} == headers
     assert list((place / "cache").glob("compile_retry_doctor_*")) == []
 
 
 def is_alive(pid: int) -> bool:
-    """True if the process runs. One that was killed and not yet waited for by its new parent does not."""
+    """Return True if the process runs. A killed process that its new parent has not reaped yet does not run."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -81,6 +81,7 @@ def install_compiler(place: Path, script: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("measured")
 def test_a_healthy_machine(place: Path) -> None:
+    """On a healthy machine no check fails, and nothing is left behind."""
     command = [sys.executable, "-m", "compile_retry", "doctor", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout
@@ -93,8 +94,8 @@ def test_a_healthy_machine(place: Path) -> None:
 
 @pytest.mark.usefixtures("scalar")
 def test_a_poisoned_cache(place: Path) -> None:
-    """It says that the cache answers; once a kernel there is cut short, it names the directory to delete."""
-    examine(status=1)  # a processor has vector instructions, and none are found
+    """The doctor says if a result came from the cache. If a kernel is truncated, it says which directory to delete."""
+    examine(status=1)  # it fails because no vector instructions are found
     checks = examine(status=1)
     assert "compiled in" in checks["compile"]["detail"]
     assert "from the cache in" in checks["cached compile"]["detail"]
@@ -113,6 +114,7 @@ def test_a_poisoned_cache(place: Path) -> None:
 
 @pytest.mark.usefixtures("measured")
 def test_no_compiler(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a compiler the doctor fails, and the remedy names CXX."""
     monkeypatch.setenv("CXX", "no-such-compiler")
     checks = examine(status=1)
     assert checks["C++ compiler"]["status"] == "failed"
@@ -124,7 +126,7 @@ def test_no_compiler(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("scalar", "measured")
 def test_a_compiler_that_fails(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If it fails in a new cache directory as well, the usual one is not suspected."""
+    """If a compile also fails in a new cache directory, the usual one is not suspected."""
     install_compiler(place, FAILS, monkeypatch)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(place / "triton"))
     checks = examine(status=1)
@@ -136,7 +138,7 @@ def test_a_compiler_that_fails(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.usefixtures("scalar", "measured")
 def test_headers_cannot_be_precompiled(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine without openssl."""
+    """Without openssl, headers cannot be precompiled, and the remedy says so."""
     (place / "bin").mkdir()
     programs = {file.name: file for folder in os.get_exec_path()[::-1] for file in Path(folder).glob("*")}
     for name in programs.keys() - {"openssl"}:
@@ -159,12 +161,12 @@ def test_headers_cannot_be_precompiled(place: Path, monkeypatch: pytest.MonkeyPa
         ("this is not C++", "error:"),
     ],
 )
-def test_a_compiler_that_makes_bad_libraries(
+def test_a_compiler_that_produces_bad_libraries(
     body: str, said: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also those with which the process crashes, or hangs where no signal is looked at until it is killed."""
+    """A compiler whose libraries are wrong, crash or hang is reported as broken."""
     install_compiler(place, MAKES.replace("@BODY@", body), monkeypatch)
-    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # it is not about inductor
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # Inductor is not under test
     checks = examine("--timeout", "12", status=1)
     assert checks["C++ compiler"]["status"] == "failed"
     assert said in checks["C++ compiler"]["detail"]
@@ -172,16 +174,16 @@ def test_a_compiler_that_makes_bad_libraries(
 
 @pytest.mark.usefixtures("measured")
 def test_a_torch_that_cannot_compile(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Something that Dynamo needs cannot be imported; no check is made that would only say so again."""
+    """If a module that Dynamo needs cannot be imported, the doctor says so and skips the other checks."""
     (place / "sympy.py").write_text("raise ImportError('an installation that is broken')")
-    monkeypatch.setenv("PYTHONPATH", str(place))
+    monkeypatch.setenv("PYTHONPATH", str(place), prepend=os.pathsep)
     checks = examine(status=1)
     assert "an installation that is broken" in checks["versions"]["detail"]
-    assert checks["C++ compiler"]["detail"] == "skipped because of versions"
+    assert checks["C++ compiler"]["detail"] == "because of versions"
 
 
 def test_interrupted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By Ctrl-C: what it has started ends with it."""
+    """Ctrl-C ends all processes that the doctor has started."""
     install_compiler(place, HANGS, monkeypatch)
     pid = place / "pid"
 
@@ -199,7 +201,7 @@ def test_interrupted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_compiler_that_hangs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends at the time limit, and no process is left."""
+    """If the compiler hangs, the doctor ends at the time limit and leaves no process behind."""
     install_compiler(place, HANGS, monkeypatch)
     pid = place / "pid"
     for timeout in (15, 60):
@@ -207,17 +209,17 @@ def test_a_compiler_that_hangs(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
         checks = examine("--timeout", str(timeout), status=1)
         assert time.monotonic() - begin < timeout + 10
         assert_nothing_is_left(place)
-        if pid.exists():  # the limit was not met on the way to the compiler
+        if pid.exists():  # the limit was not reached before the compiler ran
             break
     assert checks["C++ compiler"]["status"] == "failed"
     assert checks["C++ compiler"]["detail"] == f"it took too long (limit: {timeout} s)"
-    assert checks["compile"]["detail"] == "skipped because of C++ compiler"
+    assert checks["compile"]["detail"] == "because of C++ compiler"
     assert not is_alive(int(pid.read_text()))
 
 
 @pytest.mark.usefixtures("measured")
 def test_a_doctor_that_is_killed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by a container's health check: what it has started ends with it."""
+    """If the doctor is killed, as by a container's health check, its processes end too."""
     install_compiler(place, HANGS, monkeypatch)
     pid = place / "pid"
     process = subprocess.Popen([sys.executable, "-m", "compile_retry", "doctor"], stdout=subprocess.DEVNULL)
@@ -232,12 +234,12 @@ def wait_until(condition: Any) -> None:
     due = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < due
-        time.sleep(0.05)  # for another process, of which nothing else can be waited for
+        time.sleep(0.05)  # for another process, which offers nothing to wait on
 
 
 @pytest.mark.usefixtures("scalar", "measured")
 def test_a_cache_directory_that_is_a_file(place: Path) -> None:
-    """With which stock torch cannot even import Dynamo."""
+    """A file in place of the cache directory is reported, although stock torch cannot even import Dynamo."""
     (place / "cache").touch()
     checks = examine(status=1)
     assert checks["versions"]["status"] == "ok"
@@ -251,7 +253,7 @@ def test_a_cache_directory_that_is_a_file(place: Path) -> None:
 
 @pytest.mark.usefixtures("scalar", "measured")
 def test_compiling_is_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then nothing is compiled, and that is a failure."""
+    """If torch.compile is disabled, nothing is compiled, and the doctor fails."""
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     checks = examine(status=1)
     assert checks["environment"]["detail"] == "TORCH_COMPILE_DISABLE=1: torch.compile does nothing"

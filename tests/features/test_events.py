@@ -1,12 +1,13 @@
-"""Events: what hooks are told, when, in which thread, and that they can do no harm; heartbeat and reminder."""
+"""Events and hooks: contents, order, threads and safety; heartbeats and reminders."""
 
 from __future__ import annotations
 
+import _thread
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def slow_compiler(clock: FakeClock, fails: int, seconds: float) -> Callable[...,
 
 
 def test_an_episode() -> None:
-    """Each transition is one frozen record that says how long it took and what it cost."""
+    """Each transition is one frozen record with its duration and its cost."""
     clock = FakeClock()
     policy = RetryPolicy(wait=None, wait_calls=2, clock=clock)
     fn = compile_with_fallback(sine, backend=slow_compiler(clock, 2, 5.0), policy=policy, name="f")
@@ -74,7 +75,7 @@ def test_an_episode() -> None:
     assert isinstance(compiled, Compiled)
     assert (compiled.call, compiled.seconds) == (5, 5.0)
     assert isinstance(recovered, Recovered)
-    # From the end of the first failed attempt: four seconds between the calls, a failed and a successful attempt.
+    # Since the end of the first failed attempt: four seconds between calls, and one failed and one successful attempt.
     assert (recovered.seconds, recovered.failures, recovered.attempt_seconds) == (14.0, 2, 10.0)
     assert (recovered.eager_calls, recovered.state) == (4, CompileState.COMPILED)
     with pytest.raises(AttributeError):
@@ -82,7 +83,7 @@ def test_an_episode() -> None:
 
 
 def test_hooks_of_one_function_and_of_all() -> None:
-    """Handles take them away again, and are context managers."""
+    """A handle removes its hook, and can be used as a context manager."""
     mine, all_of_them = list[str](), list[str]()
     a = compile_with_fallback(sine, backend="eager", name="a")
     b = compile_with_fallback(lambda x: x.cos(), backend="eager", name="b")
@@ -98,7 +99,7 @@ def test_hooks_of_one_function_and_of_all() -> None:
 
 
 def test_hooks_of_modules() -> None:
-    """Reached through `compiled_function`."""
+    """A compiled module's hooks are registered through `compiled_function`."""
     events: list[Event] = []
     module = compile_with_fallback(torch.nn.Linear(3, 3), backend="eager")
     compiled_function(module).register_hook(events.append)
@@ -107,7 +108,7 @@ def test_hooks_of_modules() -> None:
 
 
 def test_hooks_cannot_break_a_step(caplog: pytest.LogCaptureFixture) -> None:
-    """One that raises is logged once, and the next one is told all the same."""
+    """A hook that raises is logged once, and the other hooks are still called."""
 
     def broken(event: Event) -> None:
         raise RuntimeError("hook")
@@ -122,7 +123,7 @@ def test_hooks_cannot_break_a_step(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_hooks_may_use_other_threads_that_compile() -> None:
-    """None of the library's locks nor torch's compile lock is held when a failure or a success is told."""
+    """A hook may wait for another thread that compiles: no lock is held during a failure or a success."""
     other = compile_with_fallback(lambda x: x.cos(), backend="eager")
     stuck: list[bool] = []
 
@@ -141,7 +142,7 @@ def test_hooks_may_use_other_threads_that_compile() -> None:
 
 
 def test_hooks_may_call_the_function() -> None:
-    """And ask it how it stands."""
+    """A hook may call the function and read its state."""
     seen: list[object] = []
 
     def hook(event: Event) -> None:
@@ -158,7 +159,7 @@ def test_hooks_may_call_the_function() -> None:
 
 @pytest.mark.parametrize("permanent", [True, False])
 def test_giving_up(permanent: bool) -> None:
-    """A failure without a next attempt."""
+    """A failure without a next attempt is followed by GaveUp."""
     from tenacity import stop_after_attempt
 
     error = NotImplementedError("no") if permanent else full_disk()
@@ -171,8 +172,8 @@ def test_giving_up(permanent: bool) -> None:
     assert events[-1].state is CompileState.GAVE_UP
 
 
-def test_strict_mode_tells_too() -> None:
-    """Before it raises."""
+def test_strict_mode_publishes_events_too() -> None:
+    """In strict mode, events are published before the failure is raised."""
     fn = compile_with_fallback(sine, backend=Compiler(first(1)))
     with set_strict(True), record_events() as events, pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
         fn(X)
@@ -180,7 +181,7 @@ def test_strict_mode_tells_too() -> None:
 
 
 def test_a_failure_of_torch_compile_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no graph yet, so nothing was started."""
+    """A failure of torch.compile() itself has no AttemptStarted, because there is no graph yet."""
 
     def fails(*args: object, **options: object) -> Any:
         raise full_disk()
@@ -194,69 +195,115 @@ def test_a_failure_of_torch_compile_itself(monkeypatch: pytest.MonkeyPatch) -> N
     assert [e.kind for e in events] == ["failed", "retry scheduled", "attempt started", "compiled", "recovered"]
 
 
-def test_a_long_attempt_says_that_it_goes_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """From another thread, at growing intervals, and no thread stays behind."""
+def threads() -> int:
+    """Count the threads of this process."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def test_a_long_attempt_is_reported(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A long attempt is reported from another thread, at growing intervals, and the thread ends with it."""
     monkeypatch.setattr(heartbeat, "FIRST", 0.01)
-    told = threading.Semaphore(0)
+    reports = threading.Semaphore(0)
 
     def hook(event: Event) -> None:
         if isinstance(event, StillCompiling):
-            told.release()
+            reports.release()
 
     def compiler(graph_module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
         for _ in range(3):
-            assert told.acquire(timeout=60)
+            assert reports.acquire(timeout=60)
         return graph_module.forward
 
     fn = compile_with_fallback(sine, backend=compiler, name="train_step")
     fn.register_hook(hook)
+    before = threads()
     with record_events() as events, caplog.at_level(logging.WARNING, "compile_retry"):
         fn(X)
     beats = [event for event in events if isinstance(event, StillCompiling)]
     assert [beat.graph for beat in beats[:3]] == [1, 1, 1]
     assert beats[1].seconds >= 2 * beats[0].seconds
-    assert "train_step: still compiling graph 1 of call 1, 0 s" in caplog.text
+    assert "train_step: still compiling graph 1 of call 1 after 0 s" in caplog.text
     gone = time.monotonic() + 60
-    while any("compile_retry" in thread.name for thread in threading.enumerate()):
+    while threads() > before:
         assert time.monotonic() < gone
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_one_thread_watches_all_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many attempts run at once."""
-    entered, go, names = threading.Barrier(5), threading.Event(), list[str]()
+    """One thread watches all attempts, however many run at once."""
+    monkeypatch.setattr(heartbeat, "FIRST", 0.01)
+    entered, go, watching = threading.Barrier(5), threading.Event(), set[int]()
+    heard = threading.Semaphore(0)
+
+    def say(seconds: float) -> None:
+        watching.add(threading.get_ident())
+        heard.release()
 
     def attempt() -> None:
-        with heartbeat.heartbeat(lambda seconds: None):
+        with heartbeat.heartbeat(say):
             entered.wait(60)
             go.wait(60)
 
-    threads = [threading.Thread(target=attempt) for _ in range(4)]
-    for thread in threads:
+    attempts = [threading.Thread(target=attempt) for _ in range(4)]
+    for thread in attempts:
         thread.start()
     entered.wait(60)
-    names = [thread.name for thread in threading.enumerate() if "compile_retry" in thread.name]
+    for _ in range(12):
+        assert heard.acquire(timeout=60)
     go.set()
-    for thread in threads:
+    for thread in attempts:
         thread.join(60)
-    assert len(names) == 1
+    assert len(watching) == 1
 
 
-def test_no_thread_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If no thread can be started, the attempt is made all the same, in silence."""
+def test_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If no thread can be started, the attempt runs anyway, without reports."""
 
-    def start(self: threading.Thread) -> None:
+    def start(function: Any, args: Any) -> int:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr(_thread, "start_new_thread", start)
     fn = compile_with_fallback(sine, backend="eager")
     fn(X)
     assert fn.state is CompileState.COMPILED
 
 
+def test_a_thread_that_finds_no_memory_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt does not wait for a thread that never starts, and the next attempt is watched again."""
+    with monkeypatch.context() as patch:
+        patch.setattr(_thread, "start_new_thread", lambda function, args: 1)
+        with heartbeat.heartbeat(lambda seconds: None):
+            pass
+    monkeypatch.setattr(heartbeat, "FIRST", 0.01)
+    heard = threading.Event()
+    with heartbeat.heartbeat(lambda seconds: heard.set()):
+        assert heard.wait(60)
+
+
+def test_two_threads_begin_to_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second watching thread ends at once, and one thread reports all attempts."""
+    real, starts = _thread.start_new_thread, list[Any]()
+    monkeypatch.setattr(heartbeat, "FIRST", 0.01)
+    watching, heard = set[int](), threading.Semaphore(0)
+
+    def say(seconds: float) -> None:
+        watching.add(threading.get_ident())
+        heard.release()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_thread, "start_new_thread", lambda function, args: starts.append((function, args)))
+        with heartbeat.heartbeat(say), heartbeat.heartbeat(say):
+            before = threads()
+            for function, args in starts:
+                real(function, args)
+            for _ in range(6):
+                assert heard.acquire(timeout=60)
+            assert (len(starts), len(watching)) == (2, 1)
+            assert threads() <= before + 1
+
+
 @pytest.mark.parametrize("has_code", [False, True])
 def test_a_reminder(has_code: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """At growing intervals, with calls and seconds, and what it costs where compiled code has been seen."""
+    """Reminders come at growing intervals, with the calls, the seconds and the next attempt."""
     clock = FakeClock()
 
     def step(x: torch.Tensor) -> torch.Tensor:
@@ -289,7 +336,7 @@ def test_a_reminder(has_code: bool, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_what_running_eagerly_costs() -> None:
-    """The time of an eager call against a compiled one, once both have been seen."""
+    """A reminder compares eager with compiled calls once both have been timed."""
     clock, slow = FakeClock(), [True]
 
     def backend(graph_module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
@@ -320,7 +367,7 @@ def test_what_running_eagerly_costs() -> None:
 
 
 def test_no_reminder_without_a_failure_or_after_it() -> None:
-    """Nor when everything is compiled again."""
+    """No reminder comes without a failure, or after the recovery."""
     clock = FakeClock()
     fn = compile_with_fallback(sine, backend="eager", policy=RetryPolicy(wait=50, clock=clock, max_overhead=1.0))
     with record_events(kinds={"still eager"}) as events, fail_compiles(times=1):

@@ -1,4 +1,4 @@
-"""The bounded history: what it keeps of a run, short or long."""
+"""The bounded history of short and long runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ X = torch.ones(3)
 
 
 def run(clock: FakeClock, history: History, hours: float, seconds: float, path: CallPath = "compiled") -> None:
-    """So many hours of calls that take so many seconds; the library times those that the history asks for."""
+    """Make calls of this duration for so many hours, and add those that the history asks for."""
     call, end = history.samples[-1].call if history.samples else 0, clock() + 3600 * hours
     while clock() < end:
         chosen = max(history.next_call, call + 1)
@@ -28,7 +28,7 @@ def run(clock: FakeClock, history: History, hours: float, seconds: float, path: 
 
 
 def test_a_short_run_is_kept_whole() -> None:
-    """Every call that takes a while."""
+    """In a short run of slow calls, every call is kept."""
     clock = FakeClock()
     fn = compile_with_fallback(lambda x: x.sin(), backend="eager", policy=RetryPolicy(wait=1, clock=clock))
     for _ in range(100):
@@ -39,20 +39,20 @@ def test_a_short_run_is_kept_whole() -> None:
 
 
 def test_a_long_run_is_kept_from_end_to_end() -> None:
-    """Fast calls and slow ones: the samples are spread over all of it, and there are not more of them."""
+    """In a long run, of fast or slow calls, the samples are bounded and spread over all of it."""
     for seconds in (1e-5, 0.005, 1.0):
         clock = FakeClock()
         history = History(clock)
         run(clock, history, hours=1 if seconds < 1e-3 else 10, seconds=seconds)
         times = [sample.time for sample in history.samples]
         assert 100 < len(times) <= 512
-        for share in (0.25, 0.5, 0.75):  # of the time, about that share of the samples
+        for share in (0.25, 0.5, 0.75):  # of the time, containing about that share of the samples
             assert abs(bisect.bisect(times, share * clock()) / len(times) - share) < 0.25, (seconds, share)
         assert times[-1] > 0.98 * clock()
 
 
 def test_a_rare_kind_outlives_a_frequent_one() -> None:
-    """A few eager seconds in a long compiled run stay in the picture."""
+    """A few eager seconds in a long compiled run stay in the plot."""
     clock = FakeClock()
     history = History(clock)
     run(clock, history, 1, 0.005)
@@ -62,7 +62,7 @@ def test_a_rare_kind_outlives_a_frequent_one() -> None:
 
 
 def test_what_is_kept_is_bounded() -> None:
-    """However many calls and events there are, and though the clock stands still."""
+    """Samples and events are bounded, however many there are, even if the clock stands still."""
     clock = FakeClock()
     fn: Any = compile_with_fallback(
         lambda x: x.sin(), backend="eager", policy=RetryPolicy(wait=None, wait_calls=1, clock=clock), name="f"
@@ -80,4 +80,4 @@ def test_what_is_kept_is_bounded() -> None:
     for call in range(1, 3000):
         still.add(Sample(clock(), call, "compiled", 0.0, attempted=False))
     assert len(still.samples) <= 512
-    assert still.next_call <= 3000 + 1024  # it goes on looking
+    assert still.next_call <= 3000 + 1024  # sampling continues

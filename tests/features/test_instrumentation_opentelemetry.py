@@ -31,7 +31,7 @@ def _sdk() -> Iterator[tuple[InMemorySpanExporter, InMemoryMetricReader]]:
     trace.set_tracer_provider(provider)
     metrics.set_meter_provider(MeterProvider(metric_readers=[reader]))
     yield exporter, reader
-    exporter.shutdown()  # a provider stays for the life of the process, and this would keep every span
+    exporter.shutdown()  # the provider lives as long as the process, and would keep every span
     exporter.clear()
 
 
@@ -60,7 +60,7 @@ def points(_sdk: tuple[InMemorySpanExporter, InMemoryMetricReader]) -> Any:
 
 
 def test_spans(spans: InMemorySpanExporter) -> None:
-    """One per attempt, within the span of the step, as long as the attempt was; failures have a cause."""
+    """Each attempt is a span within the step's span, with the attempt's duration and, if it failed, the cause."""
     clock, left = FakeClock(), [1]
 
     def compiler(graph_module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
@@ -93,7 +93,7 @@ def test_spans(spans: InMemorySpanExporter) -> None:
 
 
 def test_spans_of_failures_inside_dynamo(spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They have one, though no attempt was ever said to have started."""
+    """A failure inside Dynamo has a span, although it has no AttemptStarted."""
     from torch._dynamo import symbolic_convert
 
     fn = compile_with_fallback(sine, backend="eager", name="f", policy=RetryPolicy(wait=1e6))
@@ -107,7 +107,7 @@ def test_spans_of_failures_inside_dynamo(spans: InMemorySpanExporter, monkeypatc
 
 
 def test_otel_metrics(spans: InMemorySpanExporter, points: Any) -> None:
-    """The same figures as Prometheus gets, and a histogram of attempts."""
+    """The metrics have the same values as Prometheus's, plus a histogram of attempts."""
     fn = episode("otel")
     assert points("otel") == {
         ("calls", "compiled"): 1,
@@ -127,8 +127,8 @@ def test_otel_metrics(spans: InMemorySpanExporter, points: Any) -> None:
     assert points("otel")["calls", "compiled"] == 2
 
 
-def test_otel_and_what_is_due(spans: InMemorySpanExporter, points: Any) -> None:
-    """Read when collected."""
+def test_otel_next_attempt(spans: InMemorySpanExporter, points: Any) -> None:
+    """The time to the next attempt is read at collection."""
     clock = FakeClock()
     policy = RetryPolicy(wait=60, wait_calls=9, clock=clock)
     fn = compile_with_fallback(sine, backend=Compiler(lambda inputs: full_disk()), policy=policy, name="due")
@@ -137,8 +137,8 @@ def test_otel_and_what_is_due(spans: InMemorySpanExporter, points: Any) -> None:
     assert (points("due")["next_attempt.calls",], points("due")["next_attempt.seconds",]) == (9, 40)
 
 
-def test_otel_is_off(spans: InMemorySpanExporter, points: Any) -> None:
-    """No spans, and silent instruments; on again, they speak again."""
+def test_otel_disabled(spans: InMemorySpanExporter, points: Any) -> None:
+    """While disabled there are no spans and no observations; enabling it again restores both."""
     episode("quiet")
     spans.clear()
     instrumentation.disable("opentelemetry")
@@ -149,12 +149,11 @@ def test_otel_is_off(spans: InMemorySpanExporter, points: Any) -> None:
     assert (len(spans.get_finished_spans()), points("loud")["attempts",]) == (3, 3)
 
 
-def test_otel_draws_no_random_numbers_of_the_program(
-    spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The SDK's ids come from Python's generator; a seeded program must not notice, and no id come twice.
+def test_otel_leaves_random_numbers_alone(spans: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A seeded program draws the same random numbers as without spans, although the SDK draws their ids.
 
-    A failure inside Dynamo is told at the end of the call, when torch does not look after the generator any more.
+    No id is used twice. A failure inside Dynamo is published at the end of the call, when torch no longer restores the
+    generator.
     """
     from torch._dynamo import symbolic_convert
 
@@ -173,7 +172,7 @@ def test_otel_draws_no_random_numbers_of_the_program(
 
 
 def test_otel_without_an_sdk() -> None:
-    """All goes nowhere, and the program notices nothing."""
+    """Without an SDK nothing is recorded, and the program prints nothing."""
     out = run("""
 logging.getLogger("compile_retry").setLevel(logging.CRITICAL)
 with fail_compiles(times=1):

@@ -1,4 +1,4 @@
-"""The integration with Prometheus: what a server sees that scrapes the process."""
+"""The integration with Prometheus, as a server that scrapes the process sees it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ pytestmark = pytest.mark.usefixtures("integrations")
 
 
 class Scrapes:
-    """A Prometheus server's view."""
+    """A Prometheus server's view of the process."""
 
     def __init__(self, port: int) -> None:
         self._url = f"http://127.0.0.1:{port}/metrics"
 
     def __call__(self) -> dict[tuple[str, ...], float]:
-        """Values by name and label values, of this library only."""
+        """Return this library's samples, by name and label values."""
         with urllib.request.urlopen(self._url, timeout=60) as response:
             text = response.read().decode()
         samples: dict[tuple[str, ...], float] = {}
@@ -52,7 +52,7 @@ def scrape() -> Iterator[Scrapes]:
 
 
 def test_prometheus(scrape: Scrapes) -> None:
-    """The books, the state, and failures by their cause."""
+    """The counters, the state, and the failures by cause are exported."""
     fn = episode("prometheus")
     seen = {key: value for key, value in scrape().items() if key[1] == "prometheus"}
     assert seen.pop(("attempt_seconds_total", "prometheus")) == pytest.approx(fn.stats.compile_seconds)
@@ -68,12 +68,12 @@ def test_prometheus(scrape: Scrapes) -> None:
         ("state", "prometheus", "fallback"): 0,
         ("state", "prometheus", "gave up"): 0,
     }
-    fn(X)  # no event, and still in the next scrape
+    fn(X)  # no event, but visible in the next scrape
     assert scrape()["calls_total", "prometheus", "compiled"] == 2
 
 
-def test_prometheus_and_what_is_due(scrape: Scrapes) -> None:
-    """Read at scrape time."""
+def test_prometheus_next_attempt(scrape: Scrapes) -> None:
+    """The time to the next attempt is read at scrape time."""
     clock = FakeClock()
     policy = RetryPolicy(wait=60, wait_calls=9, clock=clock)
     fn = compile_with_fallback(sine, backend=Compiler(lambda inputs: full_disk()), policy=policy, name="due")
@@ -84,8 +84,8 @@ def test_prometheus_and_what_is_due(scrape: Scrapes) -> None:
     assert seen["state", "due", "fallback"] == 1
 
 
-def test_prometheus_and_functions_of_one_name(scrape: Scrapes) -> None:
-    """Share their samples; when one goes, no counter falls."""
+def test_prometheus_with_functions_of_the_same_name(scrape: Scrapes) -> None:
+    """Functions with the same name share their samples. If one is garbage-collected, no counter decreases."""
     one, other = episode("twin"), episode("twin")
     compile_with_fallback(sine, name="twin")
     seen = scrape()
@@ -104,8 +104,8 @@ def test_prometheus_and_functions_of_one_name(scrape: Scrapes) -> None:
     assert scrape()["calls_total", "twin", "compiled"] == 4
 
 
-def test_prometheus_and_a_name_that_is_changed(scrape: Scrapes) -> None:
-    """A function counts under the name that it had at first, which is that in the log."""
+def test_prometheus_with_a_renamed_function(scrape: Scrapes) -> None:
+    """A renamed function keeps its first name, which is also the one in the log."""
     fn = episode("at first")
     fn.name = "later"
     fn(X)
@@ -114,8 +114,8 @@ def test_prometheus_and_a_name_that_is_changed(scrape: Scrapes) -> None:
     assert ("attempts_total", "later") not in seen
 
 
-def test_prometheus_and_functions_that_are_gone(scrape: Scrapes) -> None:
-    """Before a scrape has seen them: what was attempted counts."""
+def test_prometheus_with_garbage_collected_functions(scrape: Scrapes) -> None:
+    """A function that is garbage-collected before the first scrape still counts."""
     episode("gone")
     gc.collect()
     seen = scrape()
@@ -123,8 +123,8 @@ def test_prometheus_and_functions_that_are_gone(scrape: Scrapes) -> None:
     assert sum(seen["state", "gone", state.value] for state in CompileState) == 0
 
 
-def test_prometheus_is_off(scrape: Scrapes) -> None:
-    """Nothing is left in the registry, and it comes back with the next event."""
+def test_prometheus_disabled(scrape: Scrapes) -> None:
+    """Disabling removes the collector from the registry; enabling restores it at the next event."""
     episode("off")
     instrumentation.disable()
     assert scrape() == {}
@@ -133,8 +133,8 @@ def test_prometheus_is_off(scrape: Scrapes) -> None:
     assert scrape()["attempts_total", "off"] == 6
 
 
-def test_prometheus_registry_that_was_cleared(scrape: Scrapes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody has taken the collector out: nothing to take back."""
+def test_prometheus_collector_already_unregistered(scrape: Scrapes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disabling works even if somebody else has unregistered the collector."""
     instrumentation.disable()
     instrumentation.enable()
     registered, register = list[Collector](), prometheus_client.REGISTRY.register
@@ -152,7 +152,7 @@ def test_prometheus_registry_that_was_cleared(scrape: Scrapes, monkeypatch: pyte
 
 
 def test_prometheus_while_functions_come_and_go(scrape: Scrapes) -> None:
-    """A scrape is never spoilt by what other threads do."""
+    """Scrapes work while other threads create and drop functions."""
     instrumentation.enable()
     episode("busy")
     over = threading.Event()

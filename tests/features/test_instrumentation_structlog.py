@@ -1,4 +1,4 @@
-"""The integration with structlog: what it is told, and when the standard log speaks instead."""
+"""The integration with structlog, and the cases in which the standard log gets the lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("integrations")
 
 
 def test_structlog(caplog: pytest.LogCaptureFixture) -> None:
-    """Gets every event as key-values at the level of the log line, or at debug; the log is not told as well."""
+    """Every event is logged as key-value pairs, at its level or at debug, and the standard log gets no line."""
     with (
         structlog.testing.capture_logs() as logs,
         record_events("f") as events,
@@ -31,16 +31,16 @@ def test_structlog(caplog: pytest.LogCaptureFixture) -> None:
     assert not [record for record in caplog.records if record.name == "compile_retry"]
 
 
-def test_structlog_that_nobody_configured(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
-    """Says nothing: the log does."""
+def test_structlog_not_configured(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    """If structlog is not configured, the standard log gets the lines."""
     with caplog.at_level(logging.INFO, "compile_retry"):
         episode("f")
     assert len([record for record in caplog.records if record.name == "compile_retry"]) == 4
     assert capsys.readouterr().out == ""
 
 
-def test_structlog_is_off(caplog: pytest.LogCaptureFixture) -> None:
-    """And the log has its lines again."""
+def test_structlog_disabled(caplog: pytest.LogCaptureFixture) -> None:
+    """If the integration is disabled, the standard log gets the lines."""
     instrumentation.disable("structlog")
     with structlog.testing.capture_logs() as logs, caplog.at_level(logging.INFO, "compile_retry"):
         episode("f")
@@ -49,7 +49,7 @@ def test_structlog_is_off(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_structlog_through_the_standard_log(caplog: pytest.LogCaptureFixture) -> None:
-    """Configured to render into it, there is one line per event, under the library's name."""
+    """If structlog renders into the standard log, each event has one line, under the library's name."""
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, structlog.processors.JSONRenderer()],
         logger_factory=structlog.stdlib.LoggerFactory(),

@@ -1,4 +1,4 @@
-"""`plot_timeline()`: what a reader of the picture sees."""
+"""`plot_timeline()`: the contents of the plot."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _no_display() -> Iterator[None]:
 
 
 def recovered(slow: float = 1.0) -> Any:
-    """Two failed attempts in eight calls; the clock moves in the calls and between them."""
+    """Make a function with two failed attempts in eight calls. The clock advances in the calls and between them."""
     clock = FakeClock(start=1000)
     tick = torch.compiler.disable(lambda: clock.advance(0.1))
 
@@ -60,7 +60,7 @@ def marks(ax: Any, label: str) -> int:
 
 
 def test_an_episode() -> None:
-    """Calls by path, attempts, failures and the recovery, under their names."""
+    """The plot shows calls by path, attempts, failures and the recovery, each with a legend entry."""
     ax = plot_timeline(recovered())
     assert (ax.get_title(loc="left"), ax.get_xlabel()) == ("train_step", "seconds since the first call")
     assert ax.get_ylabel() == "seconds per call"
@@ -75,10 +75,10 @@ def test_an_episode() -> None:
     assert (marks(ax, "failure"), marks(ax, "recovery")) == (2, 1)
     assert (marks(ax, "eager, with an attempt"), marks(ax, "compiled, with an attempt")) == (2, 1)
     first = series(ax)["eager, with an attempt"].get_offsets()[0]
-    assert first.tolist() == pytest.approx([0.1, 0.1])  # not 1000 s, where the clock began
+    assert first.tolist() == pytest.approx([0.1, 0.1])  # not 1000 s, the clock's start
 
 
-def test_told_apart_without_colours() -> None:
+def test_paths_differ_without_colours() -> None:
     """Compiled and eager calls differ in colour and in shape."""
     drawn = series(plot_timeline(recovered()))
     compiled, eager = drawn["compiled"], drawn["eager"]
@@ -89,12 +89,12 @@ def test_told_apart_without_colours() -> None:
 
 @pytest.mark.parametrize(("slow", "scale"), [(0.2, "linear"), (60.0, "log")])
 def test_scale(slow: float, scale: str) -> None:
-    """Logarithmic only where it has to be."""
+    """The scale is logarithmic only if the durations differ widely."""
     assert plot_timeline(recovered(slow)).get_yscale() == scale
 
 
 def test_giving_up() -> None:
-    """Has its mark."""
+    """Giving up has its own mark."""
     policy = RetryPolicy(stop=stop_after_attempt(1))
     fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(full_disk), policy=policy)
     fn(X)
@@ -103,7 +103,7 @@ def test_giving_up() -> None:
 
 
 def test_mixed_calls() -> None:
-    """Calls that are compiled in part have their own series."""
+    """Mixed calls have their own series."""
 
     def step(x: torch.Tensor) -> torch.Tensor:
         y = x.sin()
@@ -118,7 +118,7 @@ def test_mixed_calls() -> None:
 
 
 def test_modules_methods_and_given_axes() -> None:
-    """In the axes that are passed."""
+    """Modules and methods can be plotted, in axes that the caller passes."""
     module = compile_with_fallback(torch.nn.Linear(3, 3), backend="eager")
     module(X)
 
@@ -132,11 +132,11 @@ def test_modules_methods_and_given_axes() -> None:
     upper, lower = plt.subplots(2)[1]
     assert plot_timeline(module, ax=upper) is upper
     assert upper.get_title(loc="left") == "Linear"
-    assert plot_timeline(trainer.step, lower) is lower  # type: ignore[arg-type]  # bound, which types do not tell
+    assert plot_timeline(trainer.step, lower) is lower  # type: ignore[arg-type]  # bound, which its type hides
 
 
 def test_no_attempts() -> None:
-    """Calls that all ran eagerly because the user wants it so."""
+    """Calls without any attempt are plotted too, for example under a stance that forces eager."""
     fn = compile_with_fallback(torch.sin, backend="eager", name="step")
     with torch.compiler.set_stance("force_eager"):
         fn(X)
@@ -144,7 +144,7 @@ def test_no_attempts() -> None:
 
 
 def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Say what is wrong and what would help."""
+    """Errors say what is wrong and what would help."""
     with pytest.raises(ValueError, match="nothing to plot yet: f has not been called"):
         plot_timeline(compile_with_fallback(torch.sin, name="f"))
     with pytest.raises(TypeError, match="Linear has not been compiled by compile_with_fallback"):

@@ -1,4 +1,4 @@
-"""The pytest plugin, the assertions in `compile_retry.testing`, and the example of a user's project that uses both."""
+"""The pytest plugin, the assertions in `compile_retry.testing`, and the example project that uses both."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from compile_retry.testing import FakeClock, Faults, assert_compiled, assert_max
 from support import Compiler, first
 
 pytest_plugins = ["pytester"]
-pytestmark = pytest.mark.usefixtures("measured")  # pytest imports plugins before it measures anything
+pytestmark = pytest.mark.usefixtures("measured")  # pytest imports plugins before measuring starts
 
 X = torch.ones(3)
 EVERY_SECOND_CALL = RetryPolicy(wait=None, wait_calls=2)
@@ -45,14 +45,14 @@ class Net(torch.nn.Module):
 
 
 def why_not_compiled(fn: Any) -> list[str]:
-    """The message of `assert_compiled`, in lines."""
+    """Return the lines of the message of `assert_compiled`."""
     with pytest.raises(AssertionError) as raised:
         assert_compiled(fn)
     return str(raised.value).splitlines()
 
 
 def test_it_costs_nothing_unless_it_is_used(pytester: pytest.Pytester) -> None:
-    """A project that has the library installed does not import it, nor torch, by running pytest."""
+    """If a project does not use the plugin, running pytest imports neither the library nor torch."""
     pytester.makeconftest("""
         import sys
 
@@ -68,7 +68,7 @@ def test_it_costs_nothing_unless_it_is_used(pytester: pytest.Pytester) -> None:
 
 
 def test_fixtures_end_with_their_test(pytester: pytest.Pytester) -> None:
-    """Neither faults nor strict mode nor recorded events reach the next test; failures read well in the report."""
+    """Faults, strict mode and recorded events end with their test, and failed assertions are readable in the report."""
     pytester.makepyfile("""
         import pytest
         import torch
@@ -105,16 +105,16 @@ def test_fixtures_end_with_their_test(pytester: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(
         [
             "E   AssertionError: fn is not compiled. Its state is pending: *",
-            "E   AssertionError: The block may make no attempt, but 1 was made:",
+            "E   AssertionError: Expected no attempt, but 1 was made:",
             "E     fn, call 1, graph 1: compiled in * s",
         ]
     )
-    result.stdout.no_fnmatch_line("*/compile_retry/*.py:*")  # its frames are hidden
+    result.stdout.no_fnmatch_line("*/compile_retry/*.py:*")  # the library's frames are hidden
 
 
 @pytest.mark.long
 def test_the_example_project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It passes as its user runs it, in a folder of its own, with COMPILE_RETRY_STRICT=1 too; CI runs it without."""
+    """The example project's tests pass in a copy of their own, with COMPILE_RETRY_STRICT=1. CI runs them without it."""
     monkeypatch.setenv("COMPILE_RETRY_STRICT", "1")
     shutil.copytree(PROJECT, pytester.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     pytester.run(sys.executable, "-m", "pytest").assert_outcomes(passed=4)
@@ -126,7 +126,7 @@ def test_the_fixtures_together(
     compile_events: list[Event],
     compile_strict: Callable[[bool], None],
 ) -> None:
-    """An episode by the clock, with two kinds of faults at once."""
+    """The fixtures work together: an episode on a fake clock, with two kinds of faults at once."""
     policy = RetryPolicy(wait=60, clock=compile_clock)
     fn = compile_with_fallback(sine, backend=Compiler(), policy=policy, name="fn")
     compile_strict(False)
@@ -145,7 +145,7 @@ def test_the_fixtures_together(
 
 
 def test_assert_compiled_takes_whatever_was_decorated() -> None:
-    """Functions, modules that were compiled in place, and methods; nothing else."""
+    """`assert_compiled` takes functions, methods and modules compiled in place, and nothing else."""
     fn, net = compile_with_fallback(sine, backend=Compiler()), compile_with_fallback(Net(), backend=Compiler())
     for decorated in (fn, net, net.method):
         with pytest.raises(AssertionError, match=r"is not compiled\. Its state is pending"):
@@ -159,7 +159,7 @@ def test_assert_compiled_takes_whatever_was_decorated() -> None:
 
 
 def test_assert_compiled_says_why_not() -> None:
-    """It tells the state, the books, the failure with its frame, the next attempt, and what happened."""
+    """The message has the state, the counters, the failure with its frame, the next attempt, and the events."""
     fn = compile_with_fallback(sine, backend=Compiler(first(2)), policy=EVERY_SECOND_CALL, name="step")
     for _ in range(3):
         fn(X)
@@ -177,7 +177,7 @@ def test_assert_compiled_says_why_not() -> None:
 
 
 def test_assert_compiled_after_giving_up() -> None:
-    """No next attempt is promised; of many events only the last are told."""
+    """After giving up, the message mentions no next attempt, and lists only the last events."""
     policy = RetryPolicy(wait=None, wait_calls=1, stop=tenacity.stop_after_attempt(12))
     fn = compile_with_fallback(sine, backend=Compiler(first(99)), policy=policy, name="step")
     for _ in range(15):
@@ -190,7 +190,7 @@ def test_assert_compiled_after_giving_up() -> None:
 
 
 def test_assert_compiled_where_nothing_was_attempted() -> None:
-    """A function that was not called is told from one for which torch.compile is switched off."""
+    """The message distinguishes a function that was never called from one for which torch.compile is disabled."""
     fn = compile_with_fallback(sine, backend=Compiler(), name="step")
     state = "step is not compiled. Its state is pending: nothing is compiled, and nothing is held off."
     assert why_not_compiled(fn) == [state, "It has not been called, or its first call is not over."]
@@ -206,7 +206,7 @@ def test_assert_compiled_where_nothing_was_attempted() -> None:
 
 
 def test_assert_max_attempts_lists_them() -> None:
-    """Of any function: which function, call and graph, and what came of it."""
+    """The message lists the attempts of all functions, with call, graph and outcome."""
     a = compile_with_fallback(two_graphs, backend=Compiler(), policy=EVERY_SECOND_CALL, name="a")
     b = compile_with_fallback(sine, backend=Compiler(), name="b")
     full_disk = fail_compiles(OSError(28, "No space left on device"), function="a", graph=2, times=1)
@@ -226,7 +226,7 @@ def test_assert_max_attempts_lists_them() -> None:
 
 
 def test_assert_max_attempts_of_one_function() -> None:
-    """Others of the same name do not count; calls of compiled code make no attempt."""
+    """Only attempts of the given function count, not those of others with the same name or calls of compiled code."""
     a, b = (compile_with_fallback(sine, backend=Compiler(), name="fn") for _ in range(2))
     with assert_max_attempts(1, a):
         a(X), a(X), b(X)
@@ -235,7 +235,7 @@ def test_assert_max_attempts_of_one_function() -> None:
 
 
 def test_assert_max_attempts_before_there_is_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failure in torch.compile() is an attempt without a graph."""
+    """A failure in torch.compile() counts as an attempt without a graph."""
 
     def broken(*args: object, **kwargs: object) -> None:
         raise MemoryError
@@ -249,7 +249,7 @@ def test_assert_max_attempts_before_there_is_a_graph(monkeypatch: pytest.MonkeyP
 
 
 def test_assert_max_attempts_while_one_runs() -> None:
-    """An attempt without an outcome counts, too; here the block ends within it."""
+    """An attempt that is still running at the end of the block counts too."""
 
     def compiler(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         with pytest.raises(AssertionError) as raised:
@@ -265,7 +265,7 @@ def test_assert_max_attempts_while_one_runs() -> None:
 
 
 def test_assert_max_attempts_and_restarts() -> None:
-    """A trace that Dynamo begins anew after its compile had begun is one attempt, as in the books."""
+    """A trace that Dynamo restarts after its compile began counts as one attempt, as in the statistics."""
     left = [1]
 
     def compiler(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -281,14 +281,14 @@ def test_assert_max_attempts_and_restarts() -> None:
 
 
 def test_assert_max_attempts_leaves_exceptions_alone() -> None:
-    """The block's own exception is what its reader needs to see."""
+    """An exception raised by the block is not replaced."""
     fn = compile_with_fallback(sine, backend=Compiler(first(9)), name="fn")
     with set_strict(True), pytest.raises(torch._dynamo.exc.BackendCompilerFailed), assert_max_attempts(0):
         fn(X)
 
 
 def test_assert_max_attempts_checks_its_arguments() -> None:
-    """A wrong call is refused before the block runs."""
+    """Invalid arguments raise before the block runs."""
     with pytest.raises(ValueError, match="n must not be negative, not -1"):
         assert_max_attempts(-1)
     for n in (1.0, True):

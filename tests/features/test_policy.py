@@ -1,4 +1,4 @@
-"""RetryPolicy: what it accepts, and how tenacity's strategies are asked."""
+"""RetryPolicy: the arguments that it accepts, and the calls of tenacity's strategies."""
 
 from __future__ import annotations
 
@@ -41,14 +41,16 @@ X = torch.ones(3)
         ({"retry": OSError}, TypeError, "retry must be a tenacity retry predicate"),
         ({"retry": False}, TypeError, "retry must be"),
         ({"clock": 3.0}, TypeError, "clock must be a callable"),
-        ({"max_overhead": 0}, ValueError, "max_overhead must be positive, not 0; use math.inf for no limit"),
-        ({"max_overhead": math.nan}, ValueError, "max_overhead must be positive, not nan"),
+        ({"max_overhead": 0}, ValueError, "so it must be above 0 and at most 1, not 0; use 0.05 for"),
+        ({"max_overhead": 5}, ValueError, "max_overhead is a share of the time, .*, not 5; use 0.05 for 5 %, math.inf"),
+        ({"max_overhead": -math.inf}, ValueError, "not -inf"),
+        ({"max_overhead": math.nan}, ValueError, "not nan"),
         ({"max_overhead": "5 %"}, TypeError, "max_overhead must be a number such as 0.05, math.inf or None, not '5 %'"),
         ({"max_overhead": True}, TypeError, "not True"),
     ],
 )
-def test_wrong_values(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
-    """Raise, naming the argument, the value and what is allowed."""
+def test_invalid_values(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    """Invalid arguments raise an error with the argument, the value and what is allowed."""
     with pytest.raises(error, match=message):
         RetryPolicy(**arguments)
 
@@ -56,21 +58,23 @@ def test_wrong_values(arguments: dict[str, Any], error: type[Exception], message
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({}, 0.05),
-        ({"wait": 10}, 0.05),
+        ({}, 0.2),
+        ({"wait": 10}, 0.2),
         ({"wait_calls": 10}, math.inf),
         ({"wait": None, "wait_calls": 10}, math.inf),
         ({"wait": None, "wait_calls": 10, "max_overhead": 0.5}, 0.5),
         ({"max_overhead": math.inf}, math.inf),
+        ({"max_overhead": 1}, 1),
+        ({"max_overhead": None}, 0.2),
     ],
 )
 def test_the_default_overhead(arguments: dict[str, Any], expected: float) -> None:
-    """Waits in seconds are limited to a twentieth of the time; a wait in calls means those calls."""
+    """Waits in seconds are limited to a fifth of the time by default; waits in calls are not limited."""
     assert RetryPolicy(**arguments).max_overhead == expected
 
 
-def test_right_values() -> None:
-    """Numbers, infinities, strategies, sums of strategies, plain callables."""
+def test_valid_values() -> None:
+    """Numbers, infinities, strategies, sums of strategies and plain callables are accepted."""
     cases: list[dict[str, Any]] = [
         {},
         {"wait": 0},
@@ -91,35 +95,85 @@ def test_right_values() -> None:
 
 
 @pytest.mark.parametrize("policy", [tenacity.AsyncRetrying(), "30s", tenacity.wait_fixed(3)])
-def test_what_is_no_policy(policy: Any) -> None:
-    """Only a RetryPolicy, a Retrying or nothing."""
+def test_invalid_policies(policy: Any) -> None:
+    """A policy must be a RetryPolicy, a Retrying or None."""
     with pytest.raises(TypeError, match=r"policy must be a RetryPolicy, a tenacity\.Retrying or None"):
         compile_with_fallback(lambda x: x, policy=policy)
 
 
 def test_the_default() -> None:
-    """30 s, 60 s, and so on up to an hour, for ever; and it draws no random numbers."""
+    """By default the waits are 15 s growing by a quarter up to an hour, forever, without drawing random numbers."""
     clock = FakeClock()
     fn = compile_with_fallback(
         lambda x: x.sin(), backend=Compiler(lambda i: full_disk()), policy=RetryPolicy(clock=clock)
     )
     waits, state = [], random.getstate()
-    for _ in range(10):
+    for _ in range(28):
         fn(X)
         assert fn.next_retry is not None
         assert fn.next_retry.calls is None
         waits.append(fn.next_retry.seconds)
         clock.advance(fn.next_retry.seconds or 0)
-    assert waits == [30, 60, 120, 240, 480, 960, 1920, 3600, 3600, 3600]
+    assert waits == pytest.approx([min(15 * 1.25**n, 3600) for n in range(28)])
+    assert waits[:5] == [15, 18.75, 23.4375, 29.296875, 36.62109375]
+    assert waits[-2:] == [3600, 3600]
     assert random.getstate() == state
 
 
+COMPILED_STEP, EAGER_STEP, COMPILE = 1.5, 3.0, 30.0
+
+
+def day(policy: RetryPolicy, clock: FakeClock, *, length: float, repair: float, cost: float) -> tuple[float, float]:
+    """Return the time of a run divided by the ideal's, and the share of its time in failed attempts.
+
+    The compiler is broken until the repair, and takes that long to fail. The ideal knows when: it compiles then.
+    """
+    breaker, spent, code = Breaker(policy), 0.0, False
+    before = math.ceil(min(repair, length) / EAGER_STEP)
+    after = math.ceil(max(0.0, length - before * EAGER_STEP - COMPILE) / COMPILED_STEP)
+    for call in range(1, before + after + 1):
+        if not code and (breaker.episode is None or breaker.let_through(call)):
+            began = clock()
+            if code := began >= repair:
+                clock.advance(COMPILE)
+            else:
+                clock.advance(cost)
+                spent += cost
+                breaker.failed(OSError(), call, began, cost)
+            breaker.probe_ended()
+        clock.advance(COMPILED_STEP if code else EAGER_STEP)
+    ideal = before * EAGER_STEP + after * COMPILED_STEP + (COMPILE if after else 0)
+    return clock() / ideal, spent / clock()
+
+
+DAYS = [(length, cost) for length in (600.0, 3600.0, 28800.0) for cost in (1.0, 10.0, 60.0) if cost <= length / 60]
+
+
+@pytest.mark.parametrize("broken", [0.1, 0.5])
+@pytest.mark.parametrize(("length", "cost"), DAYS)
+def test_a_bad_day_with_the_default(length: float, cost: float, broken: float) -> None:
+    """At most a tenth behind an ideal that knows the repair, where an attempt takes at most a sixtieth of the day."""
+    clock = FakeClock()
+    behind, _ = day(RetryPolicy(clock=clock), clock, length=length, repair=broken * length, cost=cost)
+    assert 1 < behind <= 1.10
+
+
+@pytest.mark.parametrize("cost", [1.0, 10.0, 60.0])
+def test_a_day_without_a_repair(cost: float) -> None:
+    """With the default, failed attempts take at most 6 % of eight hours; with a constant wait, at most a fifth."""
+    clocks = FakeClock(), FakeClock()
+    behind, spent = day(RetryPolicy(clock=clocks[0]), clocks[0], length=28800, repair=math.inf, cost=cost)
+    _, often = day(RetryPolicy(wait=30, clock=clocks[1]), clocks[1], length=28800, repair=math.inf, cost=cost)
+    assert 1 < behind <= 1.06
+    assert spent < often <= 0.2
+
+
 def test_strategies_see_what_tenacity_would_show_them() -> None:
-    """Attempt number, the root cause, the time since the first failure, the wait to come, and none of the arguments."""
+    """Strategies see the attempt number, root cause, elapsed time and coming wait, but none of the arguments."""
     seen: list[tuple[Any, ...]] = []
     clock = FakeClock(100)
 
-    class Wait(tenacity.wait.wait_base):  # wait_chain is annotated to take no plain functions
+    class Wait(tenacity.wait.wait_base):  # wait_chain's annotations accept no plain functions
         def __call__(self, retry_state: RetryCallState) -> float:
             assert retry_state.outcome is not None
             exc = repr(retry_state.outcome.exception())
@@ -159,7 +213,7 @@ def test_stop_before_delay() -> None:
 
 
 def test_the_retry_predicate_decides() -> None:
-    """A failure that it refuses is permanent, of whatever kind it is."""
+    """A failure that the predicate refuses is permanent, whatever its kind."""
     policy = RetryPolicy(wait=None, wait_calls=1, retry=tenacity.retry_if_not_exception_type(OSError))
     fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: full_disk()), policy=policy)
     for _ in range(4):
@@ -178,7 +232,7 @@ def test_the_retry_predicate_decides() -> None:
     ],
 )
 def test_a_strategy_that_fails(broken: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
-    """Never breaks a step: the log says so, and no attempt is made any more."""
+    """A strategy that raises or returns nonsense breaks no step: it is logged, and no further attempt is made."""
     fn = compile_with_fallback(
         lambda x: x.sin(), backend=Compiler(lambda inputs: full_disk()), policy=RetryPolicy(**broken)
     )
@@ -190,11 +244,14 @@ def test_a_strategy_that_fails(broken: dict[str, Any], caplog: pytest.LogCapture
 
 
 def test_next_retry_in_words() -> None:
-    """For log lines."""
+    """NextRetry reads well in log lines."""
     assert str(NextRetry(1, None)) == "in 1 call"
     assert str(NextRetry(5, 30.0)) == "in 5 calls or in 30 s"
     assert str(NextRetry(None, 0.25)) == "in 0.25 s"
     assert str(NextRetry(None, 3599.99)) == "in 3600 s"
+    assert str(NextRetry(None, 540.0, 540.0, 0.2)) == "in 540 s (delayed by max_overhead=0.2)"
+    assert str(NextRetry(1, None, 540.0, 0.2)) == "in 1 call and 540 s (delayed by max_overhead=0.2)"
+    assert str(NextRetry(1, 0.0)) == "in 1 call or in 0 s"
 
 
 @given(
@@ -202,8 +259,8 @@ def test_next_retry_in_words() -> None:
     calls=st.integers(min_value=1, max_value=120),
     fails=st.integers(min_value=0, max_value=6),
 )
-def test_the_schedule_is_the_model(waits: list[float], calls: int, fails: int) -> None:
-    """Attempts happen exactly where a reference model of the schedule puts them."""
+def test_the_schedule_follows_the_model(waits: list[float], calls: int, fails: int) -> None:
+    """Attempts occur exactly where a reference model of the schedule puts them."""
     policy = RetryPolicy(wait=None, wait_calls=lambda s: waits[min(s.attempt_number, len(waits)) - 1])
     breaker, made, left = Breaker(policy), [], fails
     for call in range(1, calls + 1):

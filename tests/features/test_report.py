@@ -1,4 +1,4 @@
-"""`report()`: every live function, in a terminal, in a notebook and as a dictionary."""
+"""`report()`: all live functions, in a terminal, in a notebook and as a dictionary."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def shown(name: str) -> dict[str, Any]:
 
 
 def test_a_function_that_failed() -> None:
-    """State, books, last failure and next attempt, ready for JSON."""
+    """The report has the state, the counters, the last failure and the next attempt, ready for JSON."""
     fn = failing("failed")
     row = shown("failed")
     assert (row["state"], row["stats"]) == ("fallback", fn.stats.as_dict())
     assert row["last_failure"]["error_type"] == "builtins.OSError"
-    assert row["next_retry"] == {"calls": None, "seconds": 30.0, "at_least": 0.0}
-    report = compile_retry.report()  # one: other tests' functions may be in it, and their clocks go on
+    assert row["next_retry"] == {"calls": None, "seconds": 30.0, "at_least": 0.0, "max_overhead": None}
+    report = compile_retry.report()  # one report, because it may include other tests' functions, whose clocks advance
     assert json.loads(json.dumps(report.as_dict(), allow_nan=False)) == report.as_dict()
 
 
 def test_plain_text() -> None:
-    """One line per function, and one per last failure."""
+    """The text has one line per function, and one per last failure."""
     functions = [failing("failed"), compile_with_fallback(lambda x: x, name="untouched")]
     text = str(compile_retry.report())
     assert text == repr(compile_retry.report())
@@ -69,7 +69,7 @@ def test_plain_text() -> None:
 
 @pytest.mark.parametrize("width", [80, 140])
 def test_rich(width: int) -> None:
-    """A table in colours; nothing is taken for markup, and a narrow terminal cuts nothing off."""
+    """Rich prints a table in colour. Text is not taken for markup, and nothing is cut off in a narrow terminal."""
     fn = failing("rich_table", message="[red]not markup[/red]")
     out = io.StringIO()
     Console(file=out, width=width, force_terminal=False).print(compile_retry.report())
@@ -82,7 +82,7 @@ def test_rich(width: int) -> None:
 
 
 def test_html_is_escaped() -> None:
-    """Names, messages and tracebacks are text; the traceback is folded away."""
+    """Names, messages and tracebacks are escaped, and the traceback is collapsed."""
     fn = failing("<script>f</script>", message="<b>bold</b>")
     page = compile_retry.report()._repr_html_()
     assert "<script>" not in page
@@ -94,7 +94,7 @@ def test_html_is_escaped() -> None:
 
 
 def test_show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With rich and without."""
+    """`show()` works with rich and without."""
     fn = failing("train_step")
     compile_retry.report().show()
     assert "train_step" in capsys.readouterr().out
@@ -105,7 +105,7 @@ def test_show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 
 
 def test_nothing_to_report() -> None:
-    """The report says so, everywhere."""
+    """An empty report says so in every format."""
     report, out = dataclasses.replace(compile_retry.report(), functions=()), io.StringIO()
     Console(file=out).print(report)
     assert str(report) == out.getvalue().strip() == "compile_retry: no decorated functions"
@@ -117,8 +117,8 @@ def mine() -> list[str]:
     return [row.name for row in compile_retry.report().functions if row.name.startswith("mine")]
 
 
-def test_all_that_live_in_order() -> None:
-    """Copies and modules too; what is dropped is forgotten."""
+def test_live_functions_in_order() -> None:
+    """The report lists copies and modules too, in order, and drops functions that are garbage-collected."""
     fn = compile_with_fallback(lambda x: x, name="mine1")
     module = compile_with_fallback(torch.nn.Linear(1, 1), name="mine2")
     copies = copy.deepcopy(module), copy.copy(fn), copy.deepcopy(fn)
@@ -130,7 +130,7 @@ def test_all_that_live_in_order() -> None:
 
 
 def test_threads() -> None:
-    """Functions come and go while others look."""
+    """The report works while other threads create and drop functions."""
     done, errors = threading.Event(), list[Exception]()
 
     def look() -> None:
@@ -151,6 +151,6 @@ def test_threads() -> None:
 
 
 def test_import_does_not_import_rich() -> None:
-    """Nor matplotlib."""
+    """Importing the library imports neither rich nor matplotlib."""
     code = "import sys, compile_retry, compile_retry.plotting; assert not {'rich', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

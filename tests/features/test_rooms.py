@@ -1,4 +1,4 @@
-"""Private PyTorch lives in one room. The directions between rooms are checked by `make lint`."""
+"""Private PyTorch is used in one room only. `make lint` checks the imports between rooms."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SOURCE = Path(compile_retry.__file__).parent
 
 
 def private_torch(tree: ast.AST) -> Iterator[str]:
-    """Dotted names below torch that have a private part, imported or used."""
+    """Yield the dotted names below torch that have a private part, whether imported or used."""
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -30,7 +30,7 @@ def private_torch(tree: ast.AST) -> Iterator[str]:
 
 
 def test_private_torch_is_used_in_its_room_only() -> None:
-    """A new torch that renames something is met in one folder."""
+    """Private PyTorch is used in one folder only, so a rename in a new version affects only that folder."""
     outside = [path for path in SOURCE.rglob("*.py") if "_torch" not in path.relative_to(SOURCE).parts]
     assert len(outside) > 30
     used = {str(path.relative_to(SOURCE)): list(private_torch(ast.parse(path.read_text()))) for path in outside}
@@ -48,5 +48,5 @@ def test_private_torch_is_used_in_its_room_only() -> None:
     ],
 )
 def test_private_torch_is_found(code: str) -> None:
-    """The check sees imports and attributes."""
+    """The check finds imports and attributes."""
     assert list(private_torch(ast.parse(code)))

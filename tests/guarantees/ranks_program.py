@@ -1,7 +1,7 @@
 """One rank of a training run, for test_g01_ranks.py: `python ranks_program.py PORT RANK SIZE TIMEOUT SCENARIO...`.
 
-Each scenario trains weights in a decorated function and, beside it, their eager twin, while compiles fail on some rank.
-The last line of the output is what came of each, as JSON.
+Each scenario trains weights in a decorated function and in its eager twin, while compiles fail on some ranks. The last
+line of the output has the outcomes, as JSON.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def compile_nothing(graph_module: GraphModule, inputs: list[Any]) -> Callable[..
 
 
 class BackwardFaults:
-    """Makes compiles of the backward graph fail, while `left` is positive."""
+    """Makes compiles of the backward graph fail while `left` is positive."""
 
     left = 0.0
 
@@ -67,7 +67,7 @@ class BackwardFaults:
 
 
 backward_faults = BackwardFaults()
-# As inductor does, it removes a collective that is issued twice: eager and compiled code do not match.
+# Like Inductor, it removes a collective that is issued twice, so eager and compiled code do not match.
 backend = aot_autograd(
     fw_compiler=compile_nothing,
     bw_compiler=backward_faults,
@@ -77,7 +77,7 @@ backend = aot_autograd(
 
 @contextmanager
 def fail_in_dynamo(times: int) -> Iterator[None]:
-    """Make Dynamo fail before it has handed a graph to the backend."""
+    """Make Dynamo fail before it passes a graph to the backend."""
     from torch._dynamo.output_graph import OutputGraph
 
     real, left = OutputGraph.compile_and_call_fx_graph, [times]
@@ -102,7 +102,7 @@ def all_reduce(x: torch.Tensor) -> torch.Tensor:
 
 
 def body(x: torch.Tensor, w: torch.Tensor, scale: int) -> torch.Tensor:
-    """Three all-reduces of one size, of which compiled code issues two."""
+    """Issue three all-reduces of the same size; compiled code issues only two."""
     a = all_reduce(x @ w[0])
     b = all_reduce(torch.tanh(a) @ w[1])
     c = all_reduce(x @ w[0]) @ w[2]
@@ -110,14 +110,14 @@ def body(x: torch.Tensor, w: torch.Tensor, scale: int) -> torch.Tensor:
 
 
 def two_graphs(x: torch.Tensor, w: torch.Tensor, scale: int) -> torch.Tensor:
-    """The first moves nothing, but a frame that runs eagerly takes what follows its graph break with it."""
+    """Break the graph before the collectives. If the first frame runs eagerly, so does the rest."""
     y = torch.tanh(x)
     torch._dynamo.graph_break()
     return body(y, w, scale)
 
 
 class Twins:
-    """The same training twice: through a decorated function, and eagerly."""
+    """The same training twice: with a decorated function, and eagerly."""
 
     def __init__(
         self,
@@ -206,7 +206,7 @@ def broken(name: str, times: int | None = None) -> Faults:
 
 
 def healthy(name: str) -> Twins:
-    """No word of the ranks in the store."""
+    """Without a failure, the store is not used."""
     twins = functions(name)
     twins.step(8)
     keys = _get_default_store().num_keys()
@@ -287,7 +287,7 @@ def backward_shared(name: str) -> Twins:
 
 
 def recompile_shared_then_uneven(name: str) -> Twins:
-    """In the last step, rank 0 meets a value that it has compiled before, and the others a new one."""
+    """In the last step, rank 0 gets a value that it has compiled before, and the others a new one."""
     twins = functions(name)
     twins.step(8, scale=1)
     twins.step(8, broken(name), scale=2)

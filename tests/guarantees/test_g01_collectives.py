@@ -1,4 +1,4 @@
-"""G1 on many ranks: graphs that move data between ranks are recognised, and the default group is known."""
+"""G1 on many ranks: recognising graphs with collectives, and the default process group."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from compile_retry._torch.distributed import collectives_in, world
 
 @pytest.fixture
 def four_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.ProcessGroup]:
-    """A group whose other ranks do not exist, which the library is kept from noticing."""
+    """A group whose other ranks do not exist. Its backend's name is hidden from the library."""
     dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
     assert dist.group.WORLD is not None
@@ -43,7 +43,7 @@ X = torch.ones(4, 8, requires_grad=True)
 
 
 def seen(fn: Callable[..., object], *args: object) -> list[tuple[str, ...]]:
-    """Names of the collectives that are found in each graph that Dynamo captures."""
+    """Return the names of the collectives found in each graph that Dynamo captures."""
     found = []
 
     def backend(graph_module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -89,7 +89,7 @@ class ReducedGradient(torch.autograd.Function):
 
 
 def between_graphs(x: torch.Tensor) -> torch.Tensor:
-    """Dynamo breaks the graph at these, so they run eagerly either way."""
+    """Call collectives at which Dynamo breaks the graph, so they always run eagerly."""
     y = x.detach() * 2
     dist.broadcast(y, 0)
     y = y + 1
@@ -120,17 +120,18 @@ def from_local(x: torch.Tensor, mesh: Any) -> torch.Tensor:
     "ignore:.* should not be instantiated:DeprecationWarning",  # Dynamo instantiates autograd functions
 )
 def test_collectives(four_ranks: dist.ProcessGroup, fn: Callable[..., object], expected: list[tuple[str, ...]]) -> None:
-    """Functional ones, in-place ones, in a nested graph and in a backward; not what Dynamo leaves to eager."""
+    """Functional and in-place collectives are found, also in nested and backward graphs, but not at graph breaks."""
     assert seen(fn, X) == expected
 
 
 def test_groups_of_one_rank(four_ranks: dist.ProcessGroup) -> None:
+    """A collective in a group with one rank does not count."""
     alone = dist.new_group([0])
     assert seen(lambda x: all_reduce(x, alone), X) == [()]
 
 
 def test_dtensor(four_ranks: dist.ProcessGroup) -> None:
-    """Dynamo does not know what a DTensor will send to other ranks, so every graph with one counts."""
+    """Every graph with a DTensor counts, because Dynamo does not know what a DTensor will send to other ranks."""
     mesh, alone = (
         init_device_mesh("cpu", (4,)),
         init_device_mesh("cpu", (4, 1), mesh_dim_names=("data", "model"))["model"],
@@ -140,8 +141,8 @@ def test_dtensor(four_ranks: dist.ProcessGroup) -> None:
     assert seen(lambda x: x * 2, distribute_tensor(torch.ones(8, 8), alone, [Shard(0)])) == [()]
 
 
-def test_nodes_of_other_kinds(four_ranks: dist.ProcessGroup) -> None:
-    """Operators with an overload, a group that is not known, a Python function that was not looked into."""
+def test_other_kinds_of_nodes(four_ranks: dist.ProcessGroup) -> None:
+    """Overloads, unknown groups and untraced Python functions are handled."""
     graph = Graph()
     x = graph.placeholder("x")
     x = graph.call_function(torch.ops._c10d_functional.broadcast.default, (x, 0, "no such group"))
@@ -154,18 +155,20 @@ def test_nodes_of_other_kinds(four_ranks: dist.ProcessGroup) -> None:
 
 
 def test_one_rank(one_rank: dist.ProcessGroup) -> None:
+    """In a run with one rank, no collective counts."""
     assert seen(all_reduce, X) == [()]
 
 
 def test_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a process group, or without torch.distributed, there are no collectives."""
     graph_module = symbolic_trace(nn.Linear(8, 8))
     assert collectives_in(graph_module) == ()
     monkeypatch.setattr(dist, "is_available", lambda: False)
     assert collectives_in(graph_module) == ()
 
 
-def test_a_dry_run() -> None:
-    """With torch's backend for these, there are other ranks only in name."""
+def test_the_fake_backend() -> None:
+    """A process group with the "fake" backend has no other ranks."""
     dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     try:
         assert seen(all_reduce, X) == [()]
@@ -174,6 +177,7 @@ def test_a_dry_run() -> None:
 
 
 def test_the_default_group(one_rank: dist.ProcessGroup) -> None:
+    """The default group's rank, size, timeout, counts and store are available."""
     default = world()
     assert (default.rank, default.size, default.timeout) == (0, 1, 40)
     before = default.issued()
@@ -185,8 +189,8 @@ def test_the_default_group(one_rank: dist.ProcessGroup) -> None:
     assert default.store.get("compile_retry/key") == b"value"
 
 
-def test_a_backend_that_tells_little(four_ranks: dist.ProcessGroup) -> None:
-    """It has no options and counts no collectives: then the shortest default time-out holds, and nobody can agree."""
+def test_a_backend_without_options_and_counts(four_ranks: dist.ProcessGroup) -> None:
+    """Without options and counts in the backend, the shortest default timeout applies, and ranks cannot agree."""
     default = world()
     assert default.timeout == 600
     assert default.issued() is None

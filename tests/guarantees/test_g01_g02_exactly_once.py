@@ -1,4 +1,4 @@
-"""G1 and G2: the call survives, and everything in it happens just as often as in eager. The oracle is an eager twin."""
+"""G1 and G2: the call survives, and everything in it happens exactly as often as in its eager twin."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def whole_step(t: Trainer, x: torch.Tensor) -> torch.Tensor:
 
 
 def broken_step(t: Trainer, x: torch.Tensor) -> torch.Tensor:
-    """Graph breaks before and after the forward pass."""
+    """Break the graph before and after the forward pass."""
     t.optimizer.zero_grad()
     t.steps += 1
     h = x * 2
@@ -66,23 +66,23 @@ def run(
 
 
 def assert_same(ours: list[float], theirs: list[float]) -> None:
-    """Equal but for the last digit: some versions of Dynamo capture the optimizer's operations in another order."""
+    """Compare all but the last digit: some versions of Dynamo capture the optimizer's operations in another order."""
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 STEPS = [(whole_step, False), (broken_step, False), (forward_only, True)]
 
 
-# The attempts that each of them makes.
-ATTEMPTS = [
-    *(pytest.param(whole_step, False, which, id=f"whole-{which}") for which in range(1, 5)),
-    *(pytest.param(broken_step, False, which, id=f"broken-{which}") for which in range(1, 8)),
-    *(pytest.param(forward_only, True, which, id=f"forward-{which}") for which in range(1, 3)),
-]
+# The number of attempts that each step makes.
+ATTEMPTS = [(whole_step, False, which, EVERY_CALL) for which in range(1, 5)]
+ATTEMPTS += [(broken_step, False, which, EVERY_CALL) for which in range(1, 8)]
+ATTEMPTS += [(forward_only, True, which, EVERY_CALL) for which in range(1, 3)]
+# An eager call between the failure and the retry.
+ATTEMPTS += [(whole_step, False, 2, SECOND_CALL), (broken_step, False, 3, SECOND_CALL)]
+ATTEMPTS += [(forward_only, True, 1, SECOND_CALL)]
 
 
-@pytest.mark.parametrize(("body", "optimize", "which"), ATTEMPTS)
-@pytest.mark.parametrize("policy", [EVERY_CALL, SECOND_CALL], ids=["next call", "second call"])
+@pytest.mark.parametrize(("body", "optimize", "which", "policy"), ATTEMPTS)
 def test_any_one_attempt_fails(body: Callable[..., Any], optimize: bool, which: int, policy: RetryPolicy) -> None:
     """Whichever attempt of a step fails, the run equals its eager twin's and ends up compiled."""
     asked = 0
@@ -105,7 +105,7 @@ def test_any_one_attempt_fails(body: Callable[..., Any], optimize: bool, which: 
 @pytest.mark.parametrize(("body", "optimize"), STEPS, ids=["whole", "broken", "forward"])
 @pytest.mark.parametrize("dynamic", [False, True, None])
 def test_attempts_fail_often(body: Callable[..., Any], optimize: bool, dynamic: bool | None) -> None:
-    """Every other attempt fails, over several shapes; nothing is lost or done twice."""
+    """Every other attempt fails, over several shapes, and nothing is lost or done twice."""
     asked = 0
 
     def fails(inputs: list[Any]) -> Exception | None:
@@ -124,7 +124,7 @@ def test_attempts_fail_often(body: Callable[..., Any], optimize: bool, dynamic: 
 
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_backward_graph_fails(fullgraph: bool) -> None:
-    """A failing backward compile is a failure of the forward's attempt, and reaches nobody."""
+    """A failing backward compile counts as a failure of the forward's attempt, and never raises in `backward()`."""
     left = 2
 
     def backward(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -136,7 +136,7 @@ def test_backward_graph_fails(fullgraph: bool) -> None:
 
     backend = aot_autograd(fw_compiler=lambda gm, inputs: make_boxed_func(gm.forward), bw_compiler=backward)
     ours = Trainer()
-    ours.net[2] = torch.nn.Identity()  # AOTAutograd draws other random numbers than eager
+    ours.net[2] = torch.nn.Identity()  # AOTAutograd draws different random numbers than eager
     twin = ours.twin()
     step = compile_with_fallback(forward_only, backend=backend, policy=EVERY_CALL, fullgraph=fullgraph)
     torch.testing.assert_close(run(step, ours, 5, optimize=True), run(forward_only, twin, 5, optimize=True))
@@ -159,7 +159,7 @@ def test_backward_is_not_compiled_without_gradients() -> None:
 
 
 def test_iterators_arguments_and_lists() -> None:
-    """An iterator advances once per call, an argument is written once, a list grows by one."""
+    """In a call with a failure, an iterator advances once, an argument is written once, and a list grows by one."""
 
     def step(batches: Iterator[torch.Tensor], total: torch.Tensor, seen: list[int]) -> torch.Tensor:
         x = next(batches)
@@ -176,8 +176,8 @@ def test_iterators_arguments_and_lists() -> None:
     torch.testing.assert_close(go(ours), go(step))
 
 
-def test_a_compiler_that_changes_the_graph_before_it_fails() -> None:
-    """The fallback is the graph as it was captured."""
+def test_a_backend_that_modifies_the_graph_and_fails() -> None:
+    """A backend that modifies the graph and then fails does not affect the eager call."""
 
     def vandal(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         for node in list(gm.graph.nodes):
@@ -193,8 +193,8 @@ def test_a_compiler_that_changes_the_graph_before_it_fails() -> None:
         torch.testing.assert_close(step(x), x.sin() + 1)
 
 
-def test_control_flow_in_the_graph_survives_as_well() -> None:
-    """Subgraphs of higher-order operators are kept as they were captured, too."""
+def test_a_backend_that_modifies_subgraphs_and_fails() -> None:
+    """A backend that modifies subgraphs of higher-order operators and then fails does not affect the eager call."""
 
     def vandal(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         for child in gm.children():
@@ -216,8 +216,8 @@ def test_control_flow_in_the_graph_survives_as_well() -> None:
 
 
 @pytest.mark.long
-def test_inductor_for_real() -> None:
-    """Inductor fails forward, then backward, then works; the run equals its twin's."""
+def test_real_inductor() -> None:
+    """Inductor fails in the forward, then in the backward, then works, and the run equals its eager twin's."""
     ours = Trainer()
     ours.net[2] = torch.nn.Identity()
     twin = ours.twin()

@@ -1,4 +1,4 @@
-"""G1 on many ranks, from end to end: training on gloo, one process for each rank, beside its eager twin."""
+"""G1 on many ranks, end to end: training with gloo, one process per rank, next to an eager twin."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch._C._distributed_c10d import TCPStore
 
 SECONDS = 60.0
 PROGRAM = Path(__file__).with_name("ranks_program.py")
-# By scenario: the kinds of calls of the last rank, which fails, and of the others. c: compiled, e: eager.
+# For each scenario, the kinds of calls on the last rank, which fails, and on the others. c: compiled, e: eager.
 AS_EAGER = {
-    # On the last rank a compile fails, and passes.
+    # A compile fails on the last rank, and a retry succeeds.
     "healthy": ("ccc", "ccc"),
     "first_attempt_passes": ("cc", "cc"),
     "recompile_passes": ("cccc", "cccc"),
@@ -24,23 +24,23 @@ AS_EAGER = {
     "recompile_before_a_graph_break_passes": ("ccc", "ccc"),
     "backward_passes": ("cc", "cc"),
     "dtensor_passes": ("cc", "cc"),
-    # It fails on all ranks.
+    # All ranks fail.
     "first_attempt_shared": ("eee", "eee"),
     "recompile_shared": ("ceeeee", "ceeeee"),
     "recompile_shared_then_uneven": ("cee", "cee"),
     "backward_shared": ("ee", "ee"),
-    # It fails on the last rank, and nothing moves between ranks in the graph.
+    # The last rank fails, in a graph without collectives.
     "plain_module": ("ee", "cc"),
     "ddp": ("ee", "cc"),
 }
 
 
-# By rank and by scenario.
+# By rank and scenario.
 Results = list[dict[str, Any]]
 
 
 def train(size: int, timeout: float, *scenarios: str) -> Results:
-    """One process for each rank, with the store in this one, as an agent of torchrun has it."""
+    """Start one process per rank, with the store in this process, as torchrun's agent does."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
@@ -84,11 +84,10 @@ def assert_raised_on_last_rank(results: Results, scenario: str) -> None:
 
 @pytest.mark.usefixtures("measured")
 def test_two_ranks(subtests: pytest.Subtests) -> None:
-    """A failure of one rank that passes or is shared changes no value, and one that stays raises on that rank.
+    """A transient or shared failure changes no value, and a permanent failure of one rank raises on that rank.
 
-    One that passes is tried again while the other rank waits. One that is shared has both run the frame eagerly from
-    then on, also with values for which one of them has compiled code. Where nothing moves in the graph, a rank falls
-    back alone.
+    A transient failure is retried while the other rank waits. After a shared failure, both ranks run the frame eagerly,
+    even for values for which one of them has compiled code. Without collectives in the graph, a rank falls back alone.
     """
     results = train(2, 10, *AS_EAGER, "first_attempt_stays")
     for scenario in AS_EAGER:
@@ -100,7 +99,7 @@ def test_two_ranks(subtests: pytest.Subtests) -> None:
 
 @pytest.mark.long
 def test_four_ranks() -> None:
-    """As with two."""
+    """Four ranks behave like two."""
     results = train(4, 12, "recompile_passes", "recompile_shared", "recompile_stays")
     assert_as_eager(results, "recompile_passes")
     assert_as_eager(results, "recompile_shared")

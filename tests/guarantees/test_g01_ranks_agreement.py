@@ -1,6 +1,6 @@
-"""G1 on many ranks: what they agree on, on simulated ranks and a simulated clock.
+"""G1 on many ranks: their agreement, with simulated ranks and a simulated clock.
 
-A frame that moves data between ranks is compiled on all of them, or eager on all, or an error.
+A frame with collectives is compiled on all ranks, runs eagerly on all ranks, or raises.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ TIMEOUT = 16.0
 
 
 class Simulation:
-    """Ranks as threads of which one runs at a time, on a clock that jumps to whoever wakes next.
+    """Ranks as threads that run one at a time, on a clock that jumps to the next wake-up.
 
-    Every operation on the store is a moment at which others may go first, for as long as `chance` makes it take.
+    Before and after every operation on the store, other ranks may run, for as long as `chance` decides.
     """
 
     def __init__(self, chance: random.Random, slowest: float) -> None:
@@ -73,7 +73,7 @@ class Simulation:
 
 
 class SimulatedStore:
-    """A store in which other ranks get ahead, and that may fail before or after it has done what it was asked."""
+    """A store whose operations let other ranks run, and may fail before or after they have taken effect."""
 
     def __init__(self, simulation: Simulation, store: Store, fails: Callable[[], bool] = lambda: False) -> None:
         self._simulation = simulation
@@ -105,7 +105,7 @@ class SimulatedWorld(World):
 
 @dataclass
 class Rank:
-    """One rank: it comes to the frame, its tries fail so many times, and each takes a while."""
+    """One rank: when it reaches the frame, how many of its tries fail, and how long each takes."""
 
     failures: float
     comes: float = 0.0
@@ -176,7 +176,7 @@ ALWAYS = float("inf")
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_all_ranks_fail_and_agree_on_eager(size: int) -> None:
-    """Not before each has failed three more times, each time healed; and not much later."""
+    """They agree after each has failed three more times, healing before each try, and soon after that."""
     ranks = [Rank(ALWAYS, comes=0.2 * number) for number in range(size)]
     simulate(*ranks)
     assert results(ranks) == [["eager"]] * size
@@ -185,8 +185,8 @@ def test_all_ranks_fail_and_agree_on_eager(size: int) -> None:
 
 
 @pytest.mark.parametrize("failures", [0, 1, 2])
-def test_a_failure_that_passes(failures: int) -> None:
-    """The ranks that fail compile in the end, and have asked the store for nothing."""
+def test_a_transient_failure(failures: int) -> None:
+    """Ranks with a transient failure compile in the end, without using the store."""
     ranks = [Rank(failures), Rank(failures)]
     simulate(*ranks)
     assert results(ranks) == [["compiled"]] * 2
@@ -194,8 +194,8 @@ def test_a_failure_that_passes(failures: int) -> None:
     assert ranks[1].operations == 0
 
 
-def test_a_failure_that_passes_late() -> None:
-    """A rank that has been ready to run eagerly with the others still prefers code that it can get."""
+def test_a_transient_failure_that_lasts() -> None:
+    """A rank that was ready to run eagerly with the others still prefers compiled code if it gets any."""
     ranks = [Rank(ALWAYS), Rank(4)]
     simulate(*ranks)
     assert results(ranks) in ([["eager"], ["eager"]], [["raised"], ["compiled"]])
@@ -205,8 +205,8 @@ def test_a_failure_that_passes_late() -> None:
 
 
 @pytest.mark.parametrize("alone", [0, 1])
-def test_a_failure_that_stays_on_one_rank(alone: int) -> None:
-    """The others compile, so it raises within half the time-out and says what to do."""
+def test_a_permanent_failure_on_one_rank(alone: int) -> None:
+    """If the others compile, the failing rank raises within half the timeout, and the error says what to do."""
     ranks = [Rank(0), Rank(0)]
     ranks[alone] = Rank(ALWAYS)
     simulate(*ranks)
@@ -221,22 +221,23 @@ def test_a_failure_that_stays_on_one_rank(alone: int) -> None:
     assert "`timeout`" in str(error)
 
 
-def test_the_time_that_the_first_attempt_took_counts() -> None:
+def test_the_duration_of_the_first_attempt_counts() -> None:
+    """If the first attempt has used up the time, a rank tries once more and raises."""
     ranks = [Rank(ALWAYS), Rank(0, comes=SECONDS)]
     simulate(*ranks, spent=TIMEOUT)
     assert ranks[0].results == ["raised"]
     assert ranks[0].tries == 1
 
 
-def test_slow_tries_do_not_keep_ranks_from_agreeing() -> None:
-    """Two of three seconds each are all that fits."""
+def test_ranks_agree_although_tries_are_slow() -> None:
+    """In each round, there is time for only two tries of three seconds."""
     ranks = [Rank(ALWAYS, seconds=3, comes=0.1 * number) for number in range(3)]
     simulate(*ranks)
     assert results(ranks) == [["eager"]] * 3
 
 
-def test_a_rank_that_leaves_sends_the_others_back_to_trying() -> None:
-    """Rank 2 compiles just as the others wait for it. They do not wait until their time is up, and compile later."""
+def test_a_rank_that_compiles_makes_the_others_retry() -> None:
+    """Rank 2 compiles while the others wait for it. They notice before their time is up, and compile later."""
     ranks = [Rank(4, comes=3.2), Rank(4, comes=3.2), Rank(3, seconds=1)]
     simulate(*ranks)
     assert results(ranks) == [["compiled"]] * 3
@@ -244,11 +245,11 @@ def test_a_rank_that_leaves_sends_the_others_back_to_trying() -> None:
 
 
 def test_the_leader_dies() -> None:
-    """A rank that has accepted an invitation waits for its outcome until its time is up, and then calls it off."""
+    """A rank that has accepted an invitation waits for the outcome until its time is up, and then cancels it."""
     store = HashStore()
 
     def dies() -> bool:
-        return store.check(["invitation"])  # once it has invited, nothing comes from it any more
+        return store.check(["invitation"])  # after inviting, the leader is gone
 
     ranks = [Rank(ALWAYS, store_fails=dies), Rank(ALWAYS)]
     simulate(*ranks, store=store)
@@ -258,30 +259,31 @@ def test_the_leader_dies() -> None:
     assert store.get(f"{invitation}/outcome") == b"off"
 
 
-def test_a_store_that_fails_does_not_keep_a_rank_from_compiling() -> None:
+def test_ranks_compile_although_the_store_fails() -> None:
+    """A failing store does not prevent a transient failure from being retried."""
     ranks = [Rank(5, store_fails=lambda: True), Rank(5, store_fails=lambda: True)]
     simulate(*ranks)
     assert results(ranks) == [["compiled"]] * 2
 
 
 @pytest.mark.parametrize("counts", [({"0": 3}, {"0": 4}), ({"0": 3}, {"0": 3, "1": 7}, {"1": 8}), ({"0": 3}, None)])
-def test_ranks_that_are_not_at_the_same_point_of_the_program(counts: tuple[dict[str, int] | None, ...]) -> None:
-    """The same frame in the same call, but one has issued a collective more; or nobody can tell."""
+def test_ranks_at_different_points_of_the_program(counts: tuple[dict[str, int] | None, ...]) -> None:
+    """Ranks in the same frame of the same call do not agree if their numbers of collectives differ or are unknown."""
     ranks = [Rank(ALWAYS, issued=issued) for issued in counts]
     simulate(*ranks)
     assert results(ranks) == [["raised"]] * len(counts)
 
 
 def test_members_of_different_groups() -> None:
-    """Two pairs with a group each beside the one of all: each group is compared with itself."""
+    """With two pairs of ranks in groups of their own, the counts of each group are compared separately."""
     issued = [{"0": 3, "1": 5}, {"0": 3, "1": 5}, {"0": 3, "2": 9}, {"0": 3, "2": 9}]
     ranks = [Rank(ALWAYS, issued=counts) for counts in issued]
     simulate(*ranks)
     assert results(ranks) == [["eager"]] * 4
 
 
-def test_errors_that_are_no_compile_failures() -> None:
-    """A dead accelerator and Ctrl-C reach the caller; the others do not wait for that rank."""
+def test_errors_other_than_compile_failures() -> None:
+    """A dead accelerator and Ctrl-C reach the caller, and the others do not wait for that rank."""
 
     class AcceleratorError(RuntimeError):
         pass
@@ -300,8 +302,8 @@ STALE = {
 
 @pytest.mark.parametrize("left", [("hello",), ("invitation",), ("agreed",), ("hello", "agreed")])
 @pytest.mark.parametrize("third", [0, ALWAYS])
-def test_keys_of_a_former_life(left: tuple[str, ...], third: float) -> None:
-    """A job that was killed in a meeting and restarted on the same store: what it has left persuades nobody."""
+def test_keys_of_a_former_run(left: tuple[str, ...], third: float) -> None:
+    """A restarted job ignores keys that its predecessor left in the same store during an agreement."""
     store = HashStore()
     for name in left:
         for key, value in STALE[name].items():
@@ -311,8 +313,8 @@ def test_keys_of_a_former_life(left: tuple[str, ...], third: float) -> None:
     assert results(ranks) == [["eager"]] * 3 if third else [["raised"], ["raised"], ["compiled"]]
 
 
-def test_the_hello_of_a_former_life_does_not_keep_ranks_from_trying() -> None:
-    """Rank 2 has compiled in this life. Without it there is nobody to wait for."""
+def test_a_hello_of_a_former_run() -> None:
+    """Rank 2 has compiled in this run. Its key from a former run does not make the others wait for it."""
     store = HashStore()
     store.set("hello/2", STALE["hello"]["hello/2"])
     ranks = [Rank(5), Rank(5), Rank(0)]
@@ -321,7 +323,7 @@ def test_the_hello_of_a_former_life_does_not_keep_ranks_from_trying() -> None:
 
 
 def test_a_file_store(tmp_path: Path) -> None:
-    """Without a server: what `init_method="file://..."` makes."""
+    """A store made by `init_method="file://..."` works too."""
     ranks = [Rank(ALWAYS), Rank(ALWAYS)]
     simulate(*ranks, store=FileStore(str(tmp_path / "store"), -1))
     assert results(ranks) == [["eager"]] * 2
@@ -329,7 +331,7 @@ def test_a_file_store(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(150))
 def test_never_eager_beside_compiled(seed: int) -> None:
-    """Whatever the ranks do and in whatever order: if one runs eagerly, all do."""
+    """Whatever the ranks do, in any order: if one runs eagerly, none runs compiled code."""
     chance = random.Random(seed)
     broken = chance.random() < 0.2
     ranks = [

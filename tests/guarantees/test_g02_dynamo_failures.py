@@ -1,4 +1,4 @@
-"""Failures inside Dynamo itself, which no backend sees: at the entry frame, after a graph break, in a nested frame."""
+"""Failures inside Dynamo, before any backend: in the entry frame, after a graph break, in a nested frame."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def step(x: torch.Tensor, log: list[str]) -> torch.Tensor:
 @pytest.mark.parametrize("frame", ["step", "nested", "resume_in_step", "resume_in_nested"])
 @pytest.mark.parametrize("wait", [1, 3])
 def test_a_frame_fails_in_dynamo(frame: str, wait: int) -> None:
-    """The step completes, everything in it happens once, the frame is tried again and compiled in the end."""
+    """The step completes, everything in it happens once, and a retry compiles the frame."""
     fn = compile_with_fallback(step, backend=Compiler(), policy=RetryPolicy(wait=None, wait_calls=wait))
     with dynamo_fails_in(frame, MemoryError("simulated")) as failed:
         for _ in range(7):
@@ -50,7 +50,7 @@ def test_a_frame_fails_in_dynamo(frame: str, wait: int) -> None:
 
 
 def test_a_new_shape_fails_in_dynamo() -> None:
-    """The compiled shape stays compiled, and other shapes are not starved."""
+    """The compiled shape stays compiled, and other shapes are still attempted."""
     compiler = Compiler()
     fn = compile_with_fallback(
         lambda x: x.sin(), backend=compiler, dynamic=False, policy=RetryPolicy(wait=None, wait_calls=2)
@@ -69,7 +69,7 @@ def test_a_new_shape_fails_in_dynamo() -> None:
 
 
 def test_a_frame_that_dynamo_can_never_compile() -> None:
-    """Runs eagerly without being tried again; from the next call on, frames below it are compiled."""
+    """The frame runs eagerly without a retry, and from the next call on the frames below it are compiled."""
     compiler = Compiler()
     fn = compile_with_fallback(step, backend=compiler, policy=EVERY_CALL)
     with dynamo_fails_in("step", torch._dynamo.exc.UncapturedHigherOrderOpError("cannot")) as failed:
@@ -81,7 +81,7 @@ def test_a_frame_that_dynamo_can_never_compile() -> None:
 
 
 def test_dynamo_fails_and_the_program_raises() -> None:
-    """Then it was no compile failure."""
+    """If the program raises too, the failure does not count as a compile failure."""
 
     def bad(x: torch.Tensor) -> torch.Tensor:
         raise ValueError("the program's")
@@ -93,7 +93,7 @@ def test_dynamo_fails_and_the_program_raises() -> None:
 
 
 def test_a_retry_fails_in_dynamo_and_the_program_raises() -> None:
-    """The graph waits as it did before that call, and is compiled in the next one."""
+    """The graph keeps waiting, and is compiled in the next call."""
     raises = False
 
     def trouble() -> None:
@@ -118,7 +118,7 @@ def test_a_retry_fails_in_dynamo_and_the_program_raises() -> None:
 
 
 def test_a_failure_that_was_forgotten_before_it_could_be_withdrawn() -> None:
-    """The program resets the function in the middle of a step, and then raises."""
+    """The program resets the function in the middle of a step and then raises."""
 
     def trouble() -> None:
         fn.reset()
@@ -136,7 +136,7 @@ def test_a_failure_that_was_forgotten_before_it_could_be_withdrawn() -> None:
 
 @pytest.mark.parametrize("where", ["backend", "dynamo"])
 def test_the_user_suppresses_errors(where: str) -> None:
-    """torch._dynamo.config.suppress_errors would skip the function for good; here it is retried all the same."""
+    """With `suppress_errors`, Dynamo would skip the function for good. It is retried anyway."""
     compiler = Compiler(first(3) if where == "backend" else lambda inputs: None)
     fn = compile_with_fallback(lambda x: x.sin(), backend=compiler, policy=RetryPolicy(wait=None, wait_calls=2))
     times = 3 if where == "dynamo" else 0

@@ -1,10 +1,11 @@
-"""G2: the kinds of failures. A table of what fails in the wild, class by class, and is worth another attempt or not."""
+"""G2: the kinds of failures. A table of real failures, class by class, transient or permanent."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import concurrent.futures.process
 import errno
+import subprocess
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from support import Compiler
 
 
 def named(name: str, *bases: type[Exception]) -> Exception:
-    """An exception of a class that only a machine with a GPU has."""
+    """Return an exception of a class that exists only on machines with a GPU."""
     cls: type[Exception] = type(name, bases or (RuntimeError,), {})
     return cls("simulated")
 
@@ -70,7 +71,7 @@ FATAL = [
 
 
 def wrapped(exc: Exception) -> list[BaseException]:
-    """The ways in which torch hands an exception on."""
+    """Return the exception in each of torch's wrappers."""
     by_cause = RuntimeError("wrapper")
     by_cause.__cause__ = exc
     internal = dynamo.InternalTorchDynamoError("wrapper")
@@ -91,7 +92,7 @@ def ids(value: Any) -> str:
 
 @pytest.mark.parametrize("exc", TRANSIENT, ids=ids)
 def test_transient(exc: Exception) -> None:
-    """May pass, however it is wrapped."""
+    """These failures are transient, whatever wraps them."""
     for way in wrapped(exc):
         assert root_cause(way) is exc
         assert is_transient(way)
@@ -99,7 +100,7 @@ def test_transient(exc: Exception) -> None:
 
 @pytest.mark.parametrize("exc", PERMANENT, ids=ids)
 def test_permanent(exc: Exception) -> None:
-    """Cannot end differently, however it is wrapped."""
+    """These failures are permanent, whatever wraps them."""
     for way in wrapped(exc):
         assert not is_transient(way)
         assert not is_fatal(way)
@@ -107,7 +108,7 @@ def test_permanent(exc: Exception) -> None:
 
 @pytest.mark.parametrize("exc", FATAL, ids=ids)
 def test_fatal(exc: Exception) -> None:
-    """Eager cannot run either."""
+    """After these failures, eager execution cannot continue either."""
     for way in wrapped(exc):
         assert is_fatal(way)
         assert not is_transient(way)
@@ -118,7 +119,7 @@ def test_fatal(exc: Exception) -> None:
 
 
 def test_fatal_in_torch_compile_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Surfaces there, too."""
+    """A fatal error in torch.compile() reaches the caller, too."""
 
     def broken(*args: object, **kwargs: object) -> None:
         raise FATAL[0]
@@ -128,8 +129,8 @@ def test_fatal_in_torch_compile_itself(monkeypatch: pytest.MonkeyPatch) -> None:
         compile_with_fallback(lambda x: x.sin(), backend="eager")(torch.ones(2))
 
 
-def test_a_lowering_that_failed_for_a_passing_reason() -> None:
-    """Inductor wraps what went wrong while it tuned; the cause decides."""
+def test_a_lowering_that_failed_for_a_transient_reason() -> None:
+    """If Inductor wraps an error that occurred during autotuning, the cause decides."""
 
     def lower() -> None:
         try:
@@ -142,8 +143,8 @@ def test_a_lowering_that_failed_for_a_passing_reason() -> None:
     assert is_transient(caught.value)
 
 
-def test_causes_that_go_in_circles() -> None:
-    """Are survived."""
+def test_cyclic_causes() -> None:
+    """A cycle of causes does not hang the classification."""
     a, b = RuntimeError("a"), RuntimeError("b")
     a.__cause__, b.__cause__ = b, a
     assert root_cause(a) is b
@@ -151,7 +152,7 @@ def test_causes_that_go_in_circles() -> None:
 
 @pytest.mark.parametrize("exc", [*TRANSIENT, *PERMANENT], ids=ids)
 def test_every_failure_is_survived(exc: Exception) -> None:
-    """By its kind: held off and recovered, or given up for this graph."""
+    """Every failure is survived: a transient one is retried, and a permanent one is given up."""
     left = 2
 
     def fails(inputs: list[Any]) -> Exception | None:
@@ -170,8 +171,8 @@ def test_every_failure_is_survived(exc: Exception) -> None:
 
 
 @pytest.mark.long
-def test_a_broken_compiler_for_real(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor without a working C++ compiler; after the repair the code has its vector instructions."""
+def test_a_really_broken_compiler(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a working C++ compiler, Inductor fails. After the repair, the code uses vector instructions."""
     from torch._inductor import cpu_vec_isa
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -194,7 +195,7 @@ def test_a_broken_compiler_for_real(tmp_path: Any, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.long
 def test_a_compiler_that_breaks_later(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor remembers a kernel whose compile has failed; after the repair the next attempt compiles it."""
+    """Inductor caches the failure of a kernel. After the repair, the next attempt compiles it anyway."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     compiler, broken = tmp_path / "c++", tmp_path / "broken"
     compiler.write_text(
@@ -216,8 +217,18 @@ def test_a_compiler_that_breaks_later(tmp_path: Any, monkeypatch: pytest.MonkeyP
     assert (fn.state, fn.stats.recoveries) == (CompileState.COMPILED, 1)
 
 
+def test_the_broken_compiler() -> None:
+    """Inductor calls one that fails, while the block runs."""
+    before = torch._inductor.config.cpp.cxx
+    with broken_compiler():
+        compiler = str(torch._inductor.config.cpp.cxx[-1])
+        done = subprocess.run([compiler], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "compile_retry: this compiler is broken\n")
+    assert torch._inductor.config.cpp.cxx == before
+
+
 def test_fake_clock() -> None:
-    """Moves when told to, and only forward."""
+    """The clock moves only when advanced, and only forward."""
     clock = FakeClock(5)
     clock.advance(2.5)
     assert clock() == 7.5

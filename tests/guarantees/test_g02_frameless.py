@@ -1,4 +1,4 @@
-"""G2 without a frame of ours: stances that compile later, compiled autograd, guards that are switched off."""
+"""G2 for graphs without a frame: stances that compile later, compiled autograd, and disabled guards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _reset() -> Iterator[None]:
 
 @pytest.mark.parametrize("stance", ["eager_then_compile", "aot_eager_then_compile"])
 def test_a_graph_without_a_frame_is_retried(stance: Any) -> None:
-    """It runs eagerly, the state and the log say until when, and no recovery is told while it does."""
+    """The graph runs eagerly, the state and the log say until when, and no recovery is reported meanwhile."""
     compiler = Compiler(first(2))
     fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=RetryPolicy(wait=None, wait_calls=3))
     states, waits = [], []
@@ -45,7 +45,7 @@ def test_a_graph_without_a_frame_is_retried(stance: Any) -> None:
             states.append(fn.state)
             waits.append(fn.next_retry and fn.next_retry.calls)
     assert [event.kind for event in events] == ["failed", "retry scheduled"] * 2 + ["recovered"]
-    start = 1 if stance.startswith("aot") else 2  # the call in which torch asks the backend first
+    start = 1 if stance.startswith("aot") else 2  # the first call in which torch runs the backend
     assert [event.call for event in events] == [start, start, start + 3, start + 3, start + 6]
     assert states[start - 1 : start + 5] == [CompileState.FALLBACK] * 6
     assert waits[start - 1 : start + 5] == [3, 2, 1, 3, 2, 1]
@@ -57,14 +57,14 @@ def test_a_graph_without_a_frame_is_retried(stance: Any) -> None:
 
 
 def test_code_from_a_retry_is_used_for_arguments_that_look_the_same() -> None:
-    """Others that the graph was captured for get code of their own."""
+    """Code from a retry runs for arguments that look the same; others get their own code."""
     compiler = Compiler(first(1))
     fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=EVERY_CALL)
     with torch.compiler.set_stance("eager_then_compile"):
         for _ in range(4):
             torch.testing.assert_close(fn(X), X.sin())
         assert (compiler.asked, fn.state) == (2, CompileState.COMPILED)
-        y = torch.ones(6)[::2]  # the same size, other strides
+        y = torch.ones(6)[::2]  # the same size, but other strides
         for _ in range(2):
             torch.testing.assert_close(fn(y), y.sin())
         with torch.no_grad():
@@ -72,7 +72,7 @@ def test_code_from_a_retry_is_used_for_arguments_that_look_the_same() -> None:
 
 
 def test_a_graph_that_takes_sizes_is_not_retried() -> None:
-    """Code made for one size would be run for others. It stays eager until a reset, and the state says so."""
+    """It stays eager until a reset, and the state says so, because code for one size must not run for others."""
     compiler = Compiler(first(1, MemoryError))
     fn = compile_with_fallback(sine, backend=compiler, dynamic=True, policy=EVERY_CALL)
     with torch.compiler.set_stance("eager_then_compile"), record_events(kinds={"gave up", "recovered"}) as events:
@@ -89,7 +89,7 @@ def test_a_graph_that_takes_sizes_is_not_retried() -> None:
 
 
 def test_a_graph_that_takes_sizes_and_was_held_off_is_given_up() -> None:
-    """PyTorch asks about it once, so no retry can come, and the log and the state say so."""
+    """PyTorch passes it to the backend only once, so no retry can come, and the log and the state say so."""
     compiler = Compiler(first(1))
     fn = compile_with_fallback(sine, backend=compiler, dynamic=True, policy=RetryPolicy(wait=None, wait_calls=4))
     fn(X)
@@ -111,7 +111,7 @@ def test_a_graph_that_takes_sizes_and_was_held_off_is_given_up() -> None:
 
 
 def test_a_graph_that_takes_sizes_is_given_up_again_after_a_reset_of_the_function() -> None:
-    """PyTorch still does not ask about it, so the state does not claim that it could be compiled."""
+    """PyTorch still does not pass it to the backend again, so the state is still GAVE_UP."""
     compiler = Compiler(first(1, MemoryError))
     fn = compile_with_fallback(sine, backend=compiler, dynamic=True, policy=EVERY_CALL)
     with torch.compiler.set_stance("eager_then_compile"):
@@ -122,8 +122,8 @@ def test_a_graph_that_takes_sizes_is_given_up_again_after_a_reset_of_the_functio
     assert (compiler.asked, fn.state) == (1, CompileState.GAVE_UP)
 
 
-def test_a_graph_with_graphs_and_tensors_of_its_own() -> None:
-    """Its copy runs, too: a branch of `torch.cond` is a graph within the graph."""
+def test_a_graph_that_contains_graphs_and_tensors() -> None:
+    """A graph that contains graphs, such as branches of `torch.cond`, and tensors falls back and recovers."""
     weight = torch.tensor([1.0, 2.0, 3.0])
 
     def step(x: torch.Tensor) -> torch.Tensor:
@@ -139,8 +139,8 @@ def test_a_graph_with_graphs_and_tensors_of_its_own() -> None:
     assert (fn.stats.failures, fn.stats.recoveries) == (1, 1)
 
 
-def test_held_off_there_too() -> None:
-    """A graph that is new while the function is held off is not attempted before that is due."""
+def test_a_graph_without_a_frame_is_held_off() -> None:
+    """During the hold-off, a new graph is not attempted before it is due."""
     clock, compiler = FakeClock(), Compiler(first(1))
     fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=RetryPolicy(wait=100, clock=clock))
     fn(X)
@@ -154,8 +154,8 @@ def test_held_off_there_too() -> None:
     assert compiler.asked == 2
 
 
-def test_a_program_that_raises_there() -> None:
-    """The error is the program's, and nothing is counted."""
+def test_a_program_that_raises_in_a_graph_without_a_frame() -> None:
+    """The error is the program's own, and nothing is counted."""
 
     def softmax(x: torch.Tensor, dim: int) -> torch.Tensor:
         return torch.softmax(x, dim=dim)
@@ -171,8 +171,8 @@ def test_a_program_that_raises_there() -> None:
     assert (fn.stats.failures, fn.last_failure) == (0, None)
 
 
-def test_what_is_a_graph_break_in_stock_is_one_there() -> None:
-    """An exception that Dynamo interprets leaves the backend as it is."""
+def test_graph_breaks_stay_graph_breaks() -> None:
+    """An exception that Dynamo interprets leaves the backend unchanged."""
     from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
     asked: list[int] = []
@@ -194,9 +194,9 @@ def test_what_is_a_graph_break_in_stock_is_one_there() -> None:
     assert fn.stats.failures == 0  # type: ignore[attr-defined]  # a CompiledFunction
 
 
-@pytest.mark.parametrize("failing", [(), (1,), (2,), (3,), (1, 2, 3), (1, 2, 3, 4, 5, 6)])
+@pytest.mark.parametrize("failing", [(), (1,), (2,), (3,), (1, 2, 3, 4, 5, 6)])
 def test_compiled_autograd(failing: tuple[int, ...]) -> None:
-    """The backward pass is captured at run time, with the function's backend; the twin's parameters are ours."""
+    """The backward pass, captured at run time and compiled with the function's backend, equals the twin's."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
     twin = copy.deepcopy(net)
@@ -235,7 +235,7 @@ def test_compiled_autograd(failing: tuple[int, ...]) -> None:
 
 
 def test_a_torch_compile_that_returns_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Users may patch it: what it returns is called."""
+    """If torch.compile is patched, whatever it returns is called."""
     monkeypatch.setattr(torch, "compile", lambda fn, **options: functools.partial(fn))
     fn = compile_with_fallback(sine, backend=Compiler())
     torch.testing.assert_close(fn(X), X.sin())
@@ -243,8 +243,8 @@ def test_a_torch_compile_that_returns_something_else(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("dynamic", [False, None])
-def test_guards_that_are_switched_off(dynamic: bool | None) -> None:
-    """They keep no due attempt from being made, and no shape that is held off runs another one's code."""
+def test_disabled_guards(dynamic: bool | None) -> None:
+    """Due attempts are made, and a held-off shape does not run another shape's code."""
     compiler = Compiler(lambda inputs: full_disk() if compiler.asked == 2 else None)
     fn = compile_with_fallback(sine, backend=compiler, dynamic=dynamic, policy=RetryPolicy(wait=None, wait_calls=3))
     a, b = torch.ones(4), torch.ones(5)
@@ -257,8 +257,8 @@ def test_guards_that_are_switched_off(dynamic: bool | None) -> None:
         assert (fn.state, fn.stats.recoveries) == (CompileState.COMPILED, 1)
 
 
-def test_guards_that_are_switched_off_beside_what_is_given_up() -> None:
-    """Frames that can never be compiled go on running eagerly."""
+def test_disabled_guards_and_given_up_frames() -> None:
+    """Frames that were given up keep running eagerly."""
     compiler = Compiler(lambda inputs: NotImplementedError() if inputs[0].shape[0] == 5 else None)
     fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=EVERY_CALL)
     a, b = torch.ones(4), torch.ones(5)

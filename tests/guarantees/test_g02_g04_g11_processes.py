@@ -1,4 +1,4 @@
-"""G2, G4 and G11 across processes: forked and spawned children, whatever the parent was doing at that moment."""
+"""G2, G4 and G11 across processes: forked and spawned children, at any moment of the parent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from compile_retry import CompiledFunction, CompileState, RetryPolicy, compile_w
 from compile_retry.testing import FakeClock, fail_compiles
 from support import Compiler, first, full_disk
 
-# Since Python 3.12, and true: that is what the tests are about.
+# Python's warning, since 3.12, describes exactly the situation under test.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
 
 X = torch.ones(3)
@@ -40,7 +40,7 @@ def sine(x: torch.Tensor) -> torch.Tensor:
 
 
 def in_child(work: Callable[[], Any], seconds: int = HANGS) -> Any:
-    """Return the result of `work` in a forked child, which is killed if it takes longer than that."""
+    """Return the result of `work` in a forked child. The child is killed after the time limit."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -64,7 +64,7 @@ def in_child(work: Callable[[], Any], seconds: int = HANGS) -> Any:
 
 
 class Elsewhere:
-    """A thread that comes to a gate and stays there until the block is over, while the main thread forks."""
+    """A thread that waits at a gate inside the library while the main thread forks."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
         self._inside, self._go_on = threading.Event(), threading.Event()
@@ -86,7 +86,7 @@ class Elsewhere:
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Four items, each computed by a decorated function, which collates them too."""
+    """Four items, each computed by a decorated function, which also collates them."""
 
     def __init__(self, fn: Function) -> None:
         self._fn = fn
@@ -119,7 +119,7 @@ def assert_loaded(batches: list[dict[str, Any]], eager: Callable[[torch.Tensor],
 
 @pytest.mark.parametrize("before", ["nothing", "success", "failure, then due", "failure, held off"])
 def test_data_loader_workers_that_are_forked(before: str) -> None:
-    """They go on from where the parent was, with right results; what they count and attempt is their own."""
+    """Workers continue from the parent's state with correct results, and count and attempt on their own."""
     compiler = Compiler(first(1) if before.startswith("failure") else lambda inputs: None)
     policy = RetryPolicy(wait=None, wait_calls=2) if before == "failure, then due" else HELD_OFF
     fn = compile_with_fallback(sine, backend=compiler, policy=policy)
@@ -139,7 +139,7 @@ def test_data_loader_workers_that_are_forked(before: str) -> None:
 
 
 def test_a_loader_inside_a_decorated_function() -> None:
-    """Its workers are forked in the middle of a retry; they and the parent both end up compiled."""
+    """Workers that are forked in the middle of a retry end up compiled, and so does the parent."""
     inner = compile_with_fallback(sine, backend=Compiler(first(1)), policy=EVERY_CALL)
     inner(X)
     loaded: list[dict[str, Any]] = []
@@ -161,7 +161,7 @@ def test_a_loader_inside_a_decorated_function() -> None:
 
 
 def test_spawned_processes() -> None:
-    """A decorated function passed by reference starts afresh there, whatever has become of it here."""
+    """A decorated function passed by reference starts from scratch in a spawned process."""
     with fail_compiles(OSError, function="double"):
         module_level.double(X)
     parent = module_level.double.stats, module_level.double.state
@@ -181,7 +181,7 @@ def test_spawned_processes() -> None:
 
 
 def calls(fn: Function, *shapes: int) -> Callable[[], tuple[bool, CompileState]]:
-    """Work for a child: are all results right, and how does the function stand then?"""
+    """Return, from a child, if all results are correct, and the function's state."""
 
     def work() -> tuple[bool, CompileState]:
         xs = [torch.ones(n) for n in shapes]
@@ -191,7 +191,7 @@ def calls(fn: Function, *shapes: int) -> Callable[[], tuple[bool, CompileState]]
 
 
 def test_forked_while_another_thread_is_in_the_backend() -> None:
-    """In the child, what is compiled runs compiled, and what is held off runs eagerly."""
+    """In the child, compiled code runs compiled, and held-off code runs eagerly."""
 
     def fails(inputs: list[Any]) -> Exception | None:
         elsewhere.gate()
@@ -213,7 +213,7 @@ def test_forked_while_another_thread_is_in_the_backend() -> None:
 
 
 def test_forked_while_another_thread_is_in_the_backend_and_a_new_shape() -> None:
-    """The child compiles it. With stock torch.compile it waits for ever for a lock that nobody holds."""
+    """The child compiles the new shape. With stock torch.compile it would wait forever for a lock that nobody holds."""
 
     def fails(inputs: list[Any]) -> None:
         if os.getpid() == parent:
@@ -227,7 +227,7 @@ def test_forked_while_another_thread_is_in_the_backend_and_a_new_shape() -> None
 
 
 def test_forked_while_another_thread_runs_its_retry() -> None:
-    """The thread that was let through is not there in the child, which must not wait for it."""
+    """The child does not wait for the probe, whose thread does not exist there."""
 
     def step(x: torch.Tensor) -> torch.Tensor:
         y = x * 1
@@ -243,7 +243,7 @@ def test_forked_while_another_thread_runs_its_retry() -> None:
 
 
 def test_forked_while_another_thread_is_in_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first call of all, elsewhere: the child makes its own."""
+    """The parent's first call is inside torch.compile(); the child makes its own."""
     stock = torch.compile
 
     def slow(*args: Any, **kwargs: Any) -> Any:
@@ -258,8 +258,8 @@ def test_forked_while_another_thread_is_in_torch_compile(monkeypatch: pytest.Mon
 
 
 def test_forked_while_another_thread_reads_the_stats() -> None:
-    """A thread that scrapes metrics, as exporters do, does not leave the stats locked in a child."""
-    # In a process of its own: coverage's tracer has a lock that a thread like this one leaves taken in a fork.
+    """A thread that reads the stats, as metrics exporters do, does not leave them locked in a child."""
+    # In a separate process, because coverage's tracer has a lock that such a thread may leave locked in a fork.
     code = """
 import os, signal, threading, torch
 from compile_retry import compile_with_fallback

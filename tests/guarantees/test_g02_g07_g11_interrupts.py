@@ -29,7 +29,7 @@ def sine(x: torch.Tensor) -> torch.Tensor:
 
 
 class CtrlC:
-    """Sends this process a real SIGINT the next time that an armed place is passed."""
+    """Sends a real SIGINT to this process the next time an armed place is passed."""
 
     def __init__(self) -> None:
         self.armed = ""
@@ -46,7 +46,7 @@ class CtrlC:
 @pytest.mark.parametrize("place", ["backend 1", "backend 2", "tracing", "between graphs"])
 @pytest.mark.parametrize("failures", [0, 1, 2])
 def test_an_interrupt(place: str, failures: int) -> None:
-    """In a first attempt or a retry: it reaches the caller; the next call attempts; all is compiled in the end."""
+    """An interrupt of an attempt reaches the caller, the next call attempts, and everything is compiled in the end."""
     ctrl_c = CtrlC()
     asked = failed = 0
 
@@ -77,7 +77,7 @@ def test_an_interrupt(place: str, failures: int) -> None:
         torch.testing.assert_close(fn(X), expected)
     ctrl_c.armed = place
     with pytest.raises(KeyboardInterrupt):
-        [fn(X) for _ in range(3)]  # a retry may come to the second graph one call later
+        [fn(X) for _ in range(3)]  # a retry may reach the second graph one call later
     assert fn.stats.failures == failures
     assert fn.state is not CompileState.GAVE_UP
     for _ in range(4):
@@ -93,8 +93,8 @@ def test_an_interrupt(place: str, failures: int) -> None:
 
 
 @pytest.mark.parametrize("after", range(4))
-def test_an_interrupt_while_the_policy_is_asked(after: int) -> None:
-    """Whichever reading of the clock it falls into: the due call is made again, by any thread, and recovers."""
+def test_an_interrupt_while_the_policy_is_evaluated(after: int) -> None:
+    """After an interrupt at any reading of the clock, any thread can make the due call, and the function recovers."""
     ctrl_c = CtrlC()
 
     def clock() -> float:
@@ -114,7 +114,7 @@ def test_an_interrupt_while_the_policy_is_asked(after: int) -> None:
 
 
 def test_an_interrupt_of_a_due_call() -> None:
-    """At whatever moment: what is left of it lets nobody attempt once another thread's attempt has failed."""
+    """After an interrupt at any moment, no thread may attempt once another thread's attempt has failed."""
 
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -134,8 +134,8 @@ def test_an_interrupt_of_a_due_call() -> None:
         assert (compiler.asked, fn.stats.failures) == (3, 2)
 
 
-def test_an_interrupt_does_not_concern_other_threads() -> None:
-    """The main thread is interrupted in its retry; a call of another thread goes on, and may recover the function."""
+def test_an_interrupt_leaves_other_threads_alone() -> None:
+    """If the main thread is interrupted in its retry, another thread's calls continue, and may recover the function."""
     ctrl_c, other_done = CtrlC(), threading.Event()
 
     def fails(inputs: list[Any]) -> Exception | None:
@@ -163,7 +163,7 @@ def test_an_interrupt_does_not_concern_other_threads() -> None:
     assert (fn.state, fn.stats.calls, fn.stats.failures, fn.stats.recoveries) == (CompileState.COMPILED, 5, 1, 1)
 
 
-# As long as `slow` exists, it hangs; a Ctrl-C at the terminal, after which `slow` is gone, reaches the compiler too.
+# It hangs while the file `slow` exists. A Ctrl-C at the terminal, after which `slow` is gone, reaches the compiler too.
 SLOW_COMPILER = """#!/bin/sh
 if [ -e {folder}/slow ]; then
     touch {folder}/started
@@ -214,7 +214,7 @@ print(json.dumps({when: interrupted(when, torch.ones(8)) for when in ("first pro
 
 @pytest.mark.long
 def test_an_interrupt_while_inductor_waits_for_its_compiler(tmp_path: Path) -> None:
-    """A real compile, a slow C++ compiler, a real Ctrl-C: the next call compiles, and all after it run compiled."""
+    """After a real Ctrl-C during a slow compile, the next call compiles, and all later calls run compiled code."""
     compiler, script = tmp_path / "slow-c++", tmp_path / "script.py"
     compiler.write_text(SLOW_COMPILER.format(folder=tmp_path))
     compiler.chmod(0o755)
@@ -228,7 +228,7 @@ def test_an_interrupt_while_inductor_waits_for_its_compiler(tmp_path: Path) -> N
     command = [sys.executable, str(script), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
-    # Interrupts, the state, the calls after them that ran compiled, all calls, and failures.
+    # Interrupts, the state, compiled calls after the interrupts, all calls, and failures.
     assert json.loads(done.stdout) == {
         "first probe": [1, "compiled", 3, 4, 0],
         "kernel": [1, "compiled", 3, 4, 0],

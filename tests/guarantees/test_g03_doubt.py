@@ -1,4 +1,4 @@
-"""G3: a failure at any stage is in doubt until its call is over, and then it was a compile failure or the program's."""
+"""G3: a failure at any stage is in doubt until its call is over, and then counts as a compile failure or not at all."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def largest(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("function", [softmax, largest])
 @pytest.mark.parametrize("backend", [pytest.param("inductor", marks=pytest.mark.long), "aot_eager"])
-def test_an_index_that_only_the_backend_notices(function: Callable[..., torch.Tensor], backend: str) -> None:
-    """It is raised as the program's, nothing is counted or held off, and the next good call is compiled."""
+def test_an_index_that_only_the_backend_rejects(function: Callable[..., torch.Tensor], backend: str) -> None:
+    """An invalid index raises as in eager, nothing is counted or held off, and the next valid call is compiled."""
     fn = compile_with_fallback(function, backend=backend, policy=RetryPolicy(wait=3600))
     with pytest.raises(IndexError) as ours:
         fn(X, 10)
@@ -41,14 +41,14 @@ def test_an_index_that_only_the_backend_notices(function: Callable[..., torch.Te
     assert ours.value.args == eager.value.args
     assert (fn.stats.failures, fn.last_failure, fn.next_retry) == (0, None, None)
     torch.testing.assert_close(fn(X, 0), function(X, 0))
-    assert fn.stats.compiled_calls >= 1  # aot_eager compiles some such graphs, which raise when they run
+    assert fn.stats.compiled_calls >= 1  # aot_eager compiles some of these graphs, which then raise when they run
     assert fn.state is CompileState.COMPILED
 
 
 @pytest.mark.parametrize("stage", ["backend", "trace"])
 @pytest.mark.parametrize("error", [Trouble, KeyboardInterrupt])
 def test_a_program_that_raises_after_a_failure(stage: str, error: type[BaseException]) -> None:
-    """Nothing is told, counted or held off; the next call is an attempt."""
+    """If the program raises, nothing is reported, counted or held off, and the next call attempts."""
     raises = True
 
     def step(x: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,7 @@ def test_a_program_that_raises_after_a_failure(stage: str, error: type[BaseExcep
 
 
 def test_a_retry_that_the_program_interrupts() -> None:
-    """The frame goes on waiting, and its retry is still due."""
+    """The frame keeps waiting, and its retry is still due."""
     raises = False
 
     def step(x: torch.Tensor) -> torch.Tensor:
@@ -100,7 +100,7 @@ def test_a_retry_that_the_program_interrupts() -> None:
 
 
 def test_no_other_attempt_is_made_in_the_meantime() -> None:
-    """Neither by frames below, nor by a call within the call, nor by another thread."""
+    """While in doubt, neither frames below, nor a nested call, nor another thread attempts."""
     compiler = Compiler(first(1))
     asked: list[int] = []
 
@@ -130,8 +130,8 @@ def test_no_other_attempt_is_made_in_the_meantime() -> None:
     assert fn.state is CompileState.COMPILED
 
 
-def test_told_when_the_call_is_over() -> None:
-    """Not before: until then nobody knows whether it was a failure."""
+def test_reported_when_the_call_is_over() -> None:
+    """A failure is reported when its call is over, not before."""
     seen: list[tuple[int, int]] = []
 
     def step(x: torch.Tensor) -> torch.Tensor:
@@ -151,7 +151,7 @@ def test_told_when_the_call_is_over() -> None:
 
 @pytest.mark.parametrize("stage", ["backend", "trace", "torch.compile"])
 def test_strict_mode_raises_when_the_call_is_over(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The body has run once by then; if it raises, that is what the caller sees."""
+    """Strict mode raises after the body has run once. If the body raises, the caller sees that exception instead."""
     ran = 0
 
     def step(x: torch.Tensor, fails: bool = False) -> torch.Tensor:
@@ -177,7 +177,7 @@ def test_strict_mode_raises_when_the_call_is_over(stage: str, monkeypatch: pytes
 
 
 def test_nothing_of_the_call_is_kept_while_in_doubt() -> None:
-    """The root cause alone is, without the frames and the exceptions round it."""
+    """Only the root cause is kept, without frames and without the exceptions around it."""
     import gc
     import weakref
 

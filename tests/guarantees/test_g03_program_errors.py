@@ -1,4 +1,4 @@
-"""G3: the program's errors stay the program's. What eager raises too was not a compile failure."""
+"""G3: the program's errors stay the program's. If eager raises too, it was not a compile failure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Trouble(Exception):
 
 
 def test_value_error_under_fullgraph() -> None:
-    """Arrives as itself, though Dynamo dresses it up; the body runs once; nothing is counted or held off."""
+    """The error reaches the caller as itself, although Dynamo wraps it, and nothing is counted or held off."""
     ran = 0
 
     def step(x: torch.Tensor, bad: bool) -> torch.Tensor:
@@ -45,7 +45,7 @@ def test_value_error_under_fullgraph() -> None:
 
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_the_first_calls_raise(fullgraph: bool) -> None:
-    """A function whose first calls raise is compiled by its first good one."""
+    """A function whose first calls raise is compiled in its first call that does not."""
 
     def step(x: torch.Tensor, bad: bool) -> torch.Tensor:
         y = x.sin()
@@ -70,7 +70,7 @@ def test_the_first_calls_raise(fullgraph: bool) -> None:
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("compiled_before", [False, True])
 def test_shape_mismatch(fullgraph: bool, compiled_before: bool) -> None:
-    """Arrives as eager's own error, word for word, and counts nothing."""
+    """The caller gets eager's own error, word for word, and nothing is counted."""
 
     def step(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return x @ w
@@ -106,7 +106,7 @@ def test_shape_mismatch(fullgraph: bool, compiled_before: bool) -> None:
 )
 @pytest.mark.parametrize("when", ["before", "between", "after"])
 def test_any_error_anywhere(error: BaseException, when: str) -> None:
-    """Same object, raised once, body run once, at every place of a step with a graph break."""
+    """At every place of a step with a graph break, the error is the same object, and the body runs once."""
     places: list[str] = []
     armed = False
 
@@ -139,7 +139,7 @@ def test_any_error_anywhere(error: BaseException, when: str) -> None:
 
 
 def test_error_while_held_off() -> None:
-    """A program error changes nothing about a hold-off."""
+    """A program error does not change a hold-off."""
 
     def step(x: torch.Tensor, bad: bool = False) -> torch.Tensor:
         if bad:
@@ -157,18 +157,18 @@ def test_error_while_held_off() -> None:
 
 
 def test_wrong_arguments() -> None:
-    """A call that does not fit the signature is the caller's TypeError."""
+    """A call that does not match the signature raises TypeError in the caller."""
     fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler())
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
-        fn()  # type: ignore[call-arg]  # too few on purpose
+        fn()  # type: ignore[call-arg]  # too few arguments, on purpose
     with pytest.raises(TypeError):
-        fn(X, X)  # type: ignore[call-arg]  # too many on purpose
+        fn(X, X)  # type: ignore[call-arg]  # too many arguments, on purpose
     fn(X)
     assert (fn.stats.failures, fn.state) == (0, CompileState.COMPILED)
 
 
 def test_graph_break_under_fullgraph() -> None:
-    """Is a permanent failure: the call runs eagerly, once, and the log says why, once."""
+    """It is a permanent failure: the call runs eagerly, once, and the log gives the reason, once."""
     ran = 0
 
     def step(x: torch.Tensor) -> torch.Tensor:
@@ -195,7 +195,7 @@ def test_graph_break_under_fullgraph() -> None:
 
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_errors_of_the_compiled_code_itself(fullgraph: bool) -> None:
-    """An error that compiled code raises while it runs is the program's: no compile failure, no reason to run again."""
+    """An error raised by running compiled code is the program's: it is no compile failure, and nothing is rerun."""
     ran = 0
 
     def backend(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
@@ -215,7 +215,7 @@ def test_errors_of_the_compiled_code_itself(fullgraph: bool) -> None:
 
 
 def test_fatal_errors_surface() -> None:
-    """After a sticky device error eager cannot run either: it is surfaced, and not a failure to be retried."""
+    """After a fatal device error eager cannot run either, so the error reaches the caller and is not retried."""
     error = RuntimeError("CUDA error: an illegal memory access was encountered")
     fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: error))
     with pytest.raises(RuntimeError, match="illegal memory access"):

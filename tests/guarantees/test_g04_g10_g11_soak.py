@@ -1,4 +1,4 @@
-"""G4, G10 and G11 in the long run: what is left after many calls and failures, and eight threads amid faults."""
+"""G4, G10 and G11 in long runs: leaks after many calls and failures, and eight threads amid faults."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _no_log_records() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[Pool]:
-    """Another process, in which no other test has left anything that grows."""
+    """A separate process, without anything that grows because of other tests."""
     with multiprocessing.get_context("spawn").Pool(1, initializer=logging.disable) as pool:
         yield pool
 
@@ -32,7 +32,7 @@ def process() -> Iterator[Pool]:
 @pytest.mark.long
 @pytest.mark.parametrize("regime", soak.REGIMES)
 def test_held_off_calls_leave_nothing_behind(process: Pool, regime: soak.Regime) -> None:
-    """A hundred thousand of them: no file, thread, callback or object, and no memory to speak of."""
+    """A hundred thousand held-off calls leave no file, thread, callback or object behind, and hardly any memory."""
     growth = process.apply(soak.held_off, (regime, 100_000))
     print(growth)  # noqa: T201  # for the docs
     assert (growth.files, growth.threads, growth.callbacks) == (0, 0, 0)
@@ -44,17 +44,17 @@ def test_held_off_calls_leave_nothing_behind(process: Pool, regime: soak.Regime)
 @pytest.mark.long
 @pytest.mark.parametrize("position", soak.POSITIONS)
 def test_failed_attempts_leave_no_more_behind_than_torch_does(process: Pool, position: soak.Position) -> None:
-    """Hundreds of them: no file, thread or callback, and no more objects than stock torch.compile keeps."""
+    """Hundreds of failed attempts leave no file, thread or callback behind, and no more objects than under stock."""
     ours, stock = process.apply(soak.failed_attempts, (position, 200))
     print(f"{position}\n  ours  {ours}\n  stock {stock}")  # noqa: T201  # for the docs
     assert (ours.files, ours.threads, ours.callbacks) == (0, 0, 0)
-    assert ours.objects < stock.objects + 3  # torch's own vary by one or two
+    assert ours.objects < stock.objects + 3  # torch's own number varies by one or two
     assert ours.blocks < stock.blocks + 5
 
 
 @pytest.mark.long
 def test_eight_threads() -> None:
-    """They get eager's results whatever fails meanwhile, take turns during an episode, and the books are right."""
+    """Eight threads get eager's results amid faults, one of them attempts at a time, and the counters add up."""
     ran = soak.eight_threads(8)
     assert (ran.wrong, ran.stuck) == ([], 0)
     assert ran.states == {CompileState.COMPILED}
@@ -67,7 +67,7 @@ def test_eight_threads() -> None:
 
 @pytest.mark.parametrize("position", ["first graph", "inside Dynamo"])
 def test_threads_that_begin_together(position: soak.Position) -> None:
-    """Those who wait for Dynamo while the first of them fails are held off like everybody else: one failure."""
+    """Threads that wait for Dynamo while the first of them fails are held off too, so there is only one failure."""
     x, begun = torch.ones(3), threading.Barrier(4)
     failed: list[str] = []
 
@@ -102,8 +102,8 @@ def test_threads_that_begin_together(position: soak.Position) -> None:
     assert fn.stats.failures == len(failed) == 1
 
 
-def test_another_thread_compiles_what_then_fails_in_dynamo() -> None:
-    """Its code is there for both: no state of falling back remains in which every call runs compiled."""
+def test_another_thread_compiles_the_failing_frame() -> None:
+    """If the other thread's compile succeeds, both run its code, and the state is not FALLBACK."""
     x = torch.ones(3)
     second = threading.Thread(target=lambda: fn(x))
 

@@ -1,7 +1,10 @@
-"""G4 and the schedule: when attempts happen, by calls, by seconds, by threads, and when they stop."""
+"""G4: the schedule of attempts, by calls, by seconds and under threads, and its end."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import math
 import threading
 from typing import Any
 
@@ -23,7 +26,7 @@ def sine(x: torch.Tensor) -> torch.Tensor:
 
 
 def attempts_in(fn: CompiledFunction[..., Any], calls: int, x: torch.Tensor = X) -> list[int]:
-    """In which of the next calls there was an attempt."""
+    """Return the numbers of the next calls in which there was an attempt."""
     made = []
     for call in range(1, calls + 1):
         before = fn.stats.attempts
@@ -34,7 +37,7 @@ def attempts_in(fn: CompiledFunction[..., Any], calls: int, x: torch.Tensor = X)
 
 
 def test_the_schedule_of_a_cifar_step() -> None:
-    """Two failing attempts, waits of 2 and 4 calls: attempts in calls 1, 3 and 7, though batches differ in size."""
+    """After two failures with waits of 2 and 4 calls, attempts occur in calls 1, 3 and 7, whatever the batch sizes."""
     compiler = Compiler(first(2))
     policy = RetryPolicy(wait=None, wait_calls=wait_exponential(multiplier=2, max=64), stop=stop_after_attempt(6))
 
@@ -84,7 +87,7 @@ def test_the_schedule_of_a_cifar_step() -> None:
 )
 @pytest.mark.parametrize("cost", [0.5, 3.0, 40.0])
 def test_failed_attempts_take_no_more_than_their_share(arguments: dict[str, Any], cost: float) -> None:
-    """However the wait is chosen, and no less than that where nothing else makes them wait."""
+    """Failed attempts stay within `max_overhead`, whatever the wait, and exhaust it if nothing else limits them."""
     clock, failed_at = FakeClock(), list[float]()
 
     def compiler(graph_module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
@@ -102,12 +105,12 @@ def test_failed_attempts_take_no_more_than_their_share(arguments: dict[str, Any]
     for number, now in enumerate(failed_at[1:], 2):
         assert number * cost <= share * (now - failed_at[0]) + 1e-6
     if arguments.get("wait") in (0, None) and arguments:
-        assert 6 * cost >= share * (failed_at[-1] - failed_at[0] - cost / 10) - 1e-6  # a call too late, at most
+        assert 6 * cost >= share * (failed_at[-1] - failed_at[0] - cost / 10) - 1e-6  # at most one call late
     assert fn.stats.compile_seconds == pytest.approx(6 * cost)
 
 
 def test_a_share_of_the_time_is_announced() -> None:
-    """A retry that is due in calls, but not yet allowed, says so; `retry_now()` lifts that."""
+    """If `max_overhead` delays a due retry, `next_retry` and the log say so; `retry_now()` lifts the delay."""
     clock = FakeClock()
 
     def compiler(graph_module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
@@ -118,16 +121,54 @@ def test_a_share_of_the_time_is_announced() -> None:
     fn = compile_with_fallback(sine, backend=compiler, policy=policy)
     with record_events() as events:
         fn(X)
-    assert fn.next_retry == NextRetry(calls=2, seconds=None, at_least=190)
-    assert events[1].message.endswith("next attempt in 2 calls and 190 s")
+    assert fn.next_retry == NextRetry(calls=2, seconds=None, at_least=190, max_overhead=0.1)
+    assert events[1].message.endswith("next attempt in 2 calls and 190 s (delayed by max_overhead=0.1)")
     clock.advance(100)
     assert attempts_in(fn, 5) == []
-    assert fn.next_retry == NextRetry(calls=1, seconds=None, at_least=90)
+    assert fn.next_retry == NextRetry(calls=1, seconds=None, at_least=90, max_overhead=0.1)
     fn.retry_now()
     assert fn.next_retry == NextRetry(calls=1, seconds=None)
     assert attempts_in(fn, 1) == [1]
     clock.advance(500)
     assert attempts_in(fn, 3) == [2]
+
+
+@pytest.mark.parametrize(
+    ("cost", "arguments", "expected"),
+    [
+        (60, {"wait": 30}, "in 540 s (delayed by max_overhead=0.2)"),
+        (60, {"wait": 540}, "in 540 s"),
+        (60, {"wait": 600}, "in 600 s"),
+        (60, {"wait": 30, "max_overhead": 0.5}, "in 180 s (delayed by max_overhead=0.5)"),
+        (60, {"wait": 30, "max_overhead": math.inf}, "in 30 s"),
+        (60, {"wait": 30, "wait_calls": 5}, "in 5 calls or in 30 s"),
+        (60, {"wait": 30, "wait_calls": 5, "max_overhead": 0.2}, "in 540 s (delayed by max_overhead=0.2)"),
+        (
+            60,
+            {"wait": 900, "wait_calls": 5, "max_overhead": 0.2},
+            "in 5 calls and 540 s (delayed by max_overhead=0.2) or in 900 s",
+        ),
+        (0, {"wait": None, "wait_calls": 5, "max_overhead": 0.2}, "in 5 calls"),
+    ],
+)
+def test_the_reason_for_a_long_wait(
+    cost: float, arguments: dict[str, Any], expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the share delays an attempt beyond the policy's wait, `next_retry` and the log line say so."""
+    clock = FakeClock()
+
+    def compiler(graph_module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        clock.advance(cost)
+        raise full_disk()
+
+    fn = compile_with_fallback(sine, backend=compiler, policy=RetryPolicy(clock=clock, **arguments))
+    with caplog.at_level(logging.WARNING, logger="compile_retry"):
+        fn(X)
+    assert str(fn.next_retry) == expected
+    assert caplog.messages[-1].endswith(f"; running eagerly, next attempt {expected}")
+    clock.advance(1000)
+    assert fn.next_retry is not None
+    assert "delayed" not in str(fn.next_retry)
 
 
 @pytest.mark.parametrize(("clock_per_call", "expected"), [(1.0, [1, 6, 11]), (4.0, [1, 4, 7, 10]), (0.0, [1, 6, 11])])
@@ -145,7 +186,7 @@ def test_calls_or_seconds_whichever_comes_first(clock_per_call: float, expected:
 
 
 def test_seconds_only() -> None:
-    """No number of calls makes an attempt due before its time."""
+    """Without wait_calls, no number of calls makes an attempt due early."""
     clock = FakeClock()
     fn = compile_with_fallback(sine, backend=Compiler(first(2)), policy=RetryPolicy(wait=10.0, clock=clock))
     assert attempts_in(fn, 200) == [1]
@@ -177,7 +218,7 @@ def test_next_retry_counts_down() -> None:
 
 
 def test_giving_up_and_coming_back() -> None:
-    """After `stop` nothing is attempted, until retry_now() or reset()."""
+    """After `stop`, nothing is attempted until retry_now() or reset()."""
     compiler = Compiler(lambda inputs: full_disk())
     policy = RetryPolicy(wait=None, wait_calls=2, stop=stop_after_attempt(3))
     fn = compile_with_fallback(sine, backend=compiler, policy=policy)
@@ -220,7 +261,7 @@ def test_stop_after_delay_counts_from_the_first_failure() -> None:
 
 
 def test_a_new_episode_starts_afresh() -> None:
-    """After a recovery the backoff begins at its beginning."""
+    """After a recovery, the backoff starts again with the first wait."""
     compiler = Compiler(first(3))
     fn = compile_with_fallback(
         sine, backend=compiler, policy=RetryPolicy(wait=None, wait_calls=wait_exponential(multiplier=2)), dynamic=False
@@ -233,7 +274,7 @@ def test_a_new_episode_starts_afresh() -> None:
 
 
 def test_retry_now_when_nothing_is_held_off() -> None:
-    """It changes nothing."""
+    """retry_now() changes nothing if nothing is held off."""
     fn = compile_with_fallback(sine, backend=Compiler())
     fn.retry_now()
     fn(X)
@@ -243,14 +284,15 @@ def test_retry_now_when_nothing_is_held_off() -> None:
 
 
 def test_a_tenacity_retrying_is_a_policy() -> None:
-    """Its wait, stop and retry are used; it is not run."""
+    """The wait, stop and retry of a tenacity.Retrying are used, but it is never run."""
     clock = FakeClock()
     retrying = tenacity.Retrying(
         wait=wait_fixed(5), stop=stop_after_attempt(2), retry=tenacity.retry_if_exception_type(OSError)
     )
     fn = compile_with_fallback(sine, backend=Compiler(lambda inputs: full_disk()), policy=retrying)
     assert (fn.policy.wait, fn.policy.stop, fn.policy.retry) == (retrying.wait, retrying.stop, retrying.retry)
-    object.__setattr__(fn.policy, "clock", clock)
+    timed = dataclasses.replace(fn.policy, clock=clock)
+    fn = compile_with_fallback(sine, backend=Compiler(lambda inputs: full_disk()), policy=timed)
     assert attempts_in(fn, 4) == [1]
     clock.advance(5)
     assert attempts_in(fn, 4) == [1]
@@ -258,7 +300,7 @@ def test_a_tenacity_retrying_is_a_policy() -> None:
 
 
 def test_new_shapes_are_not_attempted_during_hold_off() -> None:
-    """Not while nothing is compiled, and not while something is."""
+    """New shapes are held off too, with and without compiled code."""
     clock = FakeClock()
     compiler = Compiler(rows(3))
     fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=RetryPolicy(wait=10, clock=clock))
@@ -280,7 +322,7 @@ def test_new_shapes_are_not_attempted_during_hold_off() -> None:
 
 @pytest.mark.parametrize("compiled_before", [False, True])
 def test_one_attempt_per_due_moment_under_eight_threads(compiled_before: bool) -> None:
-    """However many threads call at a due moment, one of them attempts."""
+    """At a due moment, only one thread attempts, however many call."""
     clock, compiler = FakeClock(), Compiler(rows(3))
     fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=RetryPolicy(wait=10, clock=clock))
     if compiled_before:
@@ -318,8 +360,8 @@ def test_one_attempt_per_due_moment_under_eight_threads(compiled_before: bool) -
     assert (stats.failures, stats.attempts) == (6, 6 + compiled_before)
 
 
-def test_transitions_are_told_once() -> None:
-    """Failure, failure, recovery: three events for many calls."""
+def test_transitions_are_reported_once() -> None:
+    """Two failures and a recovery are reported once each, however many calls there are."""
     fn = compile_with_fallback(sine, backend=Compiler(first(2)), policy=RetryPolicy(wait=None, wait_calls=10), name="f")
     with record_events("f") as events:
         attempts_in(fn, 50)
@@ -330,8 +372,8 @@ def test_transitions_are_told_once() -> None:
 
 
 @pytest.mark.parametrize("action", ["retry_now", "reset"])
-def test_whatever_another_thread_does_at_whatever_moment(action: str) -> None:
-    """The clock is read between all decisions: what it does there another thread may do. The function recovers."""
+def test_another_thread_acts_at_any_moment(action: str) -> None:
+    """The function recovers, even if retry_now() or reset() comes between any two decisions."""
     for moment in range(1, 40):
         fn, compiler = during_which_another_thread_acts(action, moment)
         assert fn.state is CompileState.COMPILED, moment
@@ -339,7 +381,7 @@ def test_whatever_another_thread_does_at_whatever_moment(action: str) -> None:
 
 
 def during_which_another_thread_acts(action: str, moment: int) -> tuple[CompiledFunction[..., Any], Compiler]:
-    """Eight calls, a second apart, the first two attempts failing. At a reading of the clock something else happens."""
+    """Make eight calls, one second apart; two attempts fail. At one reading of the clock, another thread acts."""
     readings, now = 0, 0.0
 
     def clock() -> float:
@@ -359,7 +401,7 @@ def during_which_another_thread_acts(action: str, moment: int) -> tuple[Compiled
 
 @pytest.mark.parametrize("action", ["retry_now", "reset"])
 def test_a_strategy_during_which_another_thread_acts(action: str) -> None:
-    """Its answer for an episode that is over is not used: it is asked again."""
+    """If the episode changes while the strategy runs, its answer is discarded, and it is evaluated again."""
     asked: list[int] = []
 
     def wait(retry_state: tenacity.RetryCallState) -> float:
@@ -375,7 +417,7 @@ def test_a_strategy_during_which_another_thread_acts(action: str) -> None:
 
 
 def test_an_attempt_fails_while_another_frame_is_traced() -> None:
-    """Dynamo calls a function of the program's for a constant, which calls the step with another shape: held off."""
+    """A call from within Dynamo's tracing fails, and the frame being traced is then held off."""
     compiler = Compiler(rows(5))
 
     def call_another_shape() -> float:

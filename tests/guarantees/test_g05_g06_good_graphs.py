@@ -1,4 +1,4 @@
-"""G5 and G6: a failure costs no other graph its compiled code, and nobody starves."""
+"""G5 and G6: a failure costs no other graph its compiled code, and no graph starves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def two_graphs(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("retries", [0, 15, pytest.param(300, marks=pytest.mark.long)])
 def test_the_compiled_shape_stays_compiled(retries: int) -> None:
-    """Through any number of failed retries of another shape; and the next retry can still succeed."""
+    """It stays compiled through any number of failed retries of another shape, and the next retry can succeed."""
     compiler = Compiler(rows(4))
     fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=EVERY_CALL)
     a, b = torch.ones(3), torch.ones(4)
@@ -47,7 +47,7 @@ def test_the_compiled_shape_stays_compiled(retries: int) -> None:
 
 @pytest.mark.parametrize("failing", ["sin", "cos"])
 def test_the_graph_before_a_failing_one_stays_compiled(failing: str) -> None:
-    """Through fifteen retries. The graph behind it runs eagerly with it: the whole of its frame does."""
+    """It stays compiled through fifteen retries; the rest of the failing graph's frame runs eagerly."""
     compiled: list[str] = []
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -72,7 +72,7 @@ def test_the_graph_before_a_failing_one_stays_compiled(failing: str) -> None:
 @pytest.mark.parametrize("wait", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("pattern", ["AB", "AAB", "AAAB", "ABB"])
 def test_nobody_starves(wait: int, pattern: str) -> None:
-    """Of two waiting shapes, the one that would compile is compiled within two due moments of its being called."""
+    """Of two waiting shapes, the one that can be compiled is compiled within two due moments in which it is called."""
     compiler = Compiler(rows(3))
     fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=RetryPolicy(wait=None, wait_calls=wait))
     shapes = {"A": torch.ones(3), "B": torch.ones(4)}
@@ -96,8 +96,8 @@ def test_nobody_starves(wait: int, pattern: str) -> None:
         assert compiler.ran == before + (shape == "B")
 
 
-def test_who_failed_once_does_not_starve_either() -> None:
-    """A shape that failed while everything did is compiled, though another one goes on failing at every due moment."""
+def test_a_shape_that_failed_once_does_not_starve() -> None:
+    """A shape that failed once is compiled, even if another shape fails at every due moment."""
     compiler = Compiler(lambda inputs: full_disk())
     fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=RetryPolicy(wait=None, wait_calls=3))
     a, b = torch.ones(3), torch.ones(4)
@@ -114,7 +114,7 @@ def test_who_failed_once_does_not_starve_either() -> None:
 
 
 def test_all_graphs_of_a_step_recover_in_one_call() -> None:
-    """When the cause is gone, the due call compiles the graph that failed and those behind it."""
+    """After the repair, one due call compiles the graph that failed and those after it."""
     fn = compile_with_fallback(two_graphs, backend=Compiler(first(2)), policy=RetryPolicy(wait=None, wait_calls=2))
     for _ in range(8):
         fn(torch.ones(3))
@@ -124,7 +124,7 @@ def test_all_graphs_of_a_step_recover_in_one_call() -> None:
 
 
 def test_one_graph_that_cannot_be_compiled() -> None:
-    """A NotImplementedError in one graph is not retried; its frame runs eagerly."""
+    """A NotImplementedError in one graph is not retried, and its frame runs eagerly."""
     asked: list[str] = []
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -155,7 +155,7 @@ def test_one_graph_that_cannot_be_compiled() -> None:
 
 
 def test_a_hopeless_graph_does_not_hold_off_the_others_of_its_call() -> None:
-    """A retry that shows it to be hopeless ends the episode; what its frame calls is compiled from the next call on."""
+    """A retry that fails permanently ends the episode, and from the next call on the frame's callees are compiled."""
     asked: list[str] = []
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -190,7 +190,7 @@ def test_one_shape_that_cannot_be_compiled() -> None:
 
 
 def test_a_failure_that_turns_permanent_ends_the_episode() -> None:
-    """A retry that shows that a graph cannot be compiled is the last one."""
+    """A retry that fails permanently is the last one."""
     compiler = Compiler(lambda inputs: full_disk())
     fn = compile_with_fallback(sine, backend=compiler, policy=EVERY_CALL)
     x = torch.ones(3)
@@ -205,7 +205,7 @@ def test_a_failure_that_turns_permanent_ends_the_episode() -> None:
 
 
 def test_failures_do_not_use_up_the_recompile_limit() -> None:
-    """Eight shapes that all fall back once are all compiled in the end."""
+    """Eight shapes that each fall back once are all compiled in the end."""
     compiler = Compiler(lambda inputs: full_disk())
     fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=EVERY_CALL)
     shapes = [torch.ones(n) for n in range(3, 11)]
@@ -221,7 +221,7 @@ def test_failures_do_not_use_up_the_recompile_limit() -> None:
 
 
 def test_another_shapes_code_may_cover_a_fallback() -> None:
-    """With automatic dynamic shapes, the shape that fell back may never need its own code; that is a recovery too."""
+    """With automatic dynamic shapes, another shape's code may serve the failed shape; that is a recovery too."""
     compiler = Compiler(lambda inputs: full_disk())
     fn = compile_with_fallback(sine, backend=compiler, policy=RetryPolicy(wait=None, wait_calls=2))
     fn(torch.ones(3))
@@ -235,7 +235,7 @@ def test_another_shapes_code_may_cover_a_fallback() -> None:
 
 
 def test_reset_by_the_user_at_any_moment() -> None:
-    """torch._dynamo.reset() drops all code; what was held off stays held off, and recovers."""
+    """After torch._dynamo.reset(), which drops all code, held-off frames stay held off, and recover."""
     compiler = Compiler(rows(4))
     fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=RetryPolicy(wait=None, wait_calls=3))
     a, b = torch.ones(3), torch.ones(4)
@@ -253,7 +253,7 @@ def test_reset_by_the_user_at_any_moment() -> None:
 
 
 def test_many_shapes_wait() -> None:
-    """However many are turned away, the one that fails stays held off and the others get their turn."""
+    """However many shapes are turned away, the failing one stays held off and the others get their turn."""
     compiler = Compiler(rows(3))
     fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=RetryPolicy(wait=None, wait_calls=100))
     fn(torch.ones(2))
@@ -270,7 +270,7 @@ def test_many_shapes_wait() -> None:
 
 @pytest.mark.parametrize("exc", [full_disk, NotImplementedError])
 def test_a_fallback_that_fits_other_shapes_too(exc: Callable[[], Exception]) -> None:
-    """With automatic dynamic shapes the second shape's graph fits the first one as well, which keeps its code."""
+    """With automatic dynamic shapes, the second shape's graph fits the first one too, which keeps its code."""
     compiler = Compiler(rows(4, exc))
     fn = compile_with_fallback(sine, backend=compiler, policy=RetryPolicy(wait=None, wait_calls=100))
     for n in (3, 4, 3, 4, 3):

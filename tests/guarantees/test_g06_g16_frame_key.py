@@ -1,4 +1,4 @@
-"""Arguments are told apart without running anybody's code, and what fails for good costs nothing else its code."""
+"""Telling arguments apart runs no user code, and permanent failures cost no other calls their compiled code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ X = torch.ones(3)
 
 
 class LazyList(list[Any]):
-    """Decodes an item when it is asked for it. Slices are not supported."""
+    """A list that counts item accesses and rejects slices."""
 
     asked: int = 0
 
@@ -32,15 +32,15 @@ class LazyList(list[Any]):
         return super().__getitem__(index)
 
 
-class Angry(dict[str, Any]):
-    """Must be read item by item."""
+class NoValues(dict[str, Any]):
+    """A dict whose values() raises."""
 
     def values(self) -> Any:
         raise RuntimeError("read the items one by one")
 
 
-class Secretive:
-    """Tells nothing about itself."""
+class NoDict:
+    """An object whose __dict__ raises."""
 
     def __getattribute__(self, name: str) -> Any:
         if name == "__dict__":
@@ -48,8 +48,8 @@ class Secretive:
         return super().__getattribute__(name)
 
 
-class Moody(torch.Tensor):
-    """A tensor that will not tell its device."""
+class NoDevice(torch.Tensor):
+    """A tensor whose device raises."""
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]  # a property that raises
@@ -57,7 +57,7 @@ class Moody(torch.Tensor):
 
 
 class Output(OrderedDict[str, Any]):
-    """A model output, whose keys are attributes."""
+    """A model output, whose keys are also attributes."""
 
     def __getattr__(self, key: str) -> Any:
         try:
@@ -73,18 +73,18 @@ class Meta(type):
 
 
 class NoHash(type):
-    __hash__ = None  # type: ignore[assignment]  # what Python itself does where only `__eq__` is defined
+    __hash__ = None  # type: ignore[assignment]  # as Python does if only `__eq__` is defined
 
     def __eq__(cls, other: object) -> bool:
         raise RuntimeError("not telling")
 
 
 class Unhashable(metaclass=NoHash):
-    """An object whose class cannot be a key."""
+    """An object whose class cannot be hashed."""
 
 
 class Odd(metaclass=Meta):
-    """An object whose class is of no use."""
+    """An object whose class raises for __mro__."""
 
 
 def add(batch: Any, x: torch.Tensor) -> torch.Tensor:
@@ -95,18 +95,18 @@ def add(batch: Any, x: torch.Tensor) -> torch.Tensor:
     "make",
     [
         lambda: LazyList([X, X]),
-        lambda: Angry(x=X),
-        Secretive,
+        lambda: NoValues(x=X),
+        NoDict,
         lambda: Output(x=X),
-        lambda: X.as_subclass(Moody),
+        lambda: X.as_subclass(NoDevice),
         Odd,
         lambda: {"a": {"b": {"c": [X]}}},
         lambda: slice(None),
     ],
     ids=["list", "dict", "object", "output", "tensor", "class", "nested", "built-in"],
 )
-def test_values_with_ideas_of_their_own(make: Callable[[], Any]) -> None:
-    """They pass through a failure, the hold-off and the recovery, and raise nothing into the call."""
+def test_values_that_resist_inspection(make: Callable[[], Any]) -> None:
+    """They go through a failure, the hold-off and the recovery without an exception."""
     fn = compile_with_fallback(add, backend=Compiler(first(2)), policy=HELD_OFF)
     for _ in range(9):
         torch.testing.assert_close(fn(make(), X), X + 1)
@@ -114,7 +114,7 @@ def test_values_with_ideas_of_their_own(make: Callable[[], Any]) -> None:
 
 
 def test_a_class_that_cannot_be_hashed() -> None:
-    """Dynamo cannot compile it. The call survives that, in the hold-off too."""
+    """Dynamo cannot compile it. The call succeeds anyway, also during the hold-off."""
     fn = compile_with_fallback(add, backend=Compiler(), policy=HELD_OFF)
     for _ in range(9):
         torch.testing.assert_close(fn(Unhashable(), X), X + 1)
@@ -122,8 +122,8 @@ def test_a_class_that_cannot_be_hashed() -> None:
 
 
 @pytest.mark.parametrize("fails", [0, 2])
-def test_a_batch_is_touched_as_often_as_by_stock(fails: int) -> None:
-    """In calls that run compiled code; in the others, as often as by eager."""
+def test_batch_items_are_accessed_as_often_as_under_stock(fails: int) -> None:
+    """Compiled calls access items as often as under stock torch.compile, and eager ones as often as in eager."""
 
     def step(batch: LazyList) -> Any:
         return batch[0] * batch[1]
@@ -140,13 +140,13 @@ def test_a_batch_is_touched_as_often_as_by_stock(fails: int) -> None:
     torch._dynamo.reset()
     fn = compile_with_fallback(step, backend=Compiler(first(fails)), policy=EVERY_CALL)
     ours = touched(fn)
-    # An attempt that fails has traced the step before the step runs; Dynamo's tracing asks for no item.
+    # A failed attempt has traced the step before the step runs, but Dynamo's tracing accesses no item.
     assert ours[:fails] == [2] * fails
     assert ours[fails:] == stock[: 5 - fails]
 
 
 class Notes(TorchFunctionMode):
-    """Notes what runs under it."""
+    """A mode that records the functions that run under it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class Notes(TorchFunctionMode):
 
 @pytest.mark.parametrize("fails", [0, 2])
 def test_a_users_mode(fails: int) -> None:
-    """It sees what it sees in eager, and causes no recompiles."""
+    """The mode sees the same functions as in eager, and causes no recompiles."""
     weight = torch.ones(3, 3)
 
     def step(x: torch.Tensor) -> torch.Tensor:
@@ -219,7 +219,7 @@ BAD_AND_GOOD = [
 @pytest.mark.parametrize(("bad", "good"), BAD_AND_GOOD)
 @pytest.mark.parametrize("bad_first", [True, False])
 def test_what_cannot_be_traced_costs_only_itself(bad: Any, good: Any, bad_first: bool) -> None:
-    """Under fullgraph, whichever comes first."""
+    """Under fullgraph, a call that cannot be traced costs other calls nothing, whichever comes first."""
     fn = compile_with_fallback(step, backend=Compiler(), fullgraph=True, dynamic=False)
     for how in (bad, good, good, bad) if bad_first else (good, bad, good, bad):
         torch.testing.assert_close(fn(X, how), X.sin())
@@ -229,7 +229,7 @@ def test_what_cannot_be_traced_costs_only_itself(bad: Any, good: Any, bad_first:
 
 @pytest.mark.parametrize("prefill_first", [True, False])
 def test_a_prefill_that_cannot_be_traced(prefill_first: bool) -> None:
-    """Decoding is compiled all the same."""
+    """Decoding is compiled although prefill cannot be traced."""
     prefill, decode = torch.ones(6), torch.ones(1)
     fn = compile_with_fallback(step, backend=Compiler(), fullgraph=True, policy=EVERY_CALL)
     for x in (prefill, decode, decode) if prefill_first else (decode, prefill, decode):
@@ -237,8 +237,8 @@ def test_a_prefill_that_cannot_be_traced(prefill_first: bool) -> None:
     assert (fn.stats.eager_calls, fn.stats.compiled_calls) == (1, 2)
 
 
-def test_after_eight_looks_the_code_is_given_up() -> None:
-    """With a line in the log that says so. What is compiled stays."""
+def test_after_eight_permanent_failures_the_code_is_given_up() -> None:
+    """After eight kinds of calls, the code is given up, and the log says so. Compiled code stays."""
     fn = compile_with_fallback(step, backend=Compiler(), fullgraph=True, dynamic=False, policy=EVERY_CALL)
     fn(X, 0)
     with record_events(kinds={"gave up"}) as events:
@@ -246,7 +246,7 @@ def test_after_eight_looks_the_code_is_given_up() -> None:
             fn(torch.ones(n), 0)
     assert len(events) == fn.stats.failures == 8
     assert ["for all arguments" in event.message for event in events] == [False] * 7 + [True]
-    fn(torch.ones(4), 0)  # it could be compiled, but nobody asks any more
+    fn(torch.ones(4), 0)  # it could be compiled, but is no longer attempted
     fn(X, 0)
     assert (fn.stats.eager_calls, fn.stats.compiled_calls) == (13, 2)
     fn.reset()
@@ -254,8 +254,8 @@ def test_after_eight_looks_the_code_is_given_up() -> None:
     assert fn.stats.compiled_calls == 3
 
 
-def test_calls_that_are_counted_look_the_same() -> None:
-    """A number in an enclosing function, and a module that is made anew in each call, are no reason to try again."""
+def test_counted_calls_look_the_same() -> None:
+    """A call counter in a closure and a module created for each call do not cause new attempts."""
     calls = 0
 
     def train(x: torch.Tensor, criterion: torch.nn.Module) -> torch.Tensor:
@@ -271,8 +271,8 @@ def test_calls_that_are_counted_look_the_same() -> None:
 
 
 @pytest.mark.parametrize("changing", [int, Holder, lambda n: torch.ones(n + 2)], ids=["number", "attribute", "size"])
-def test_a_recovery_though_calls_differ(changing: Callable[[int], Any]) -> None:
-    """A number or a size that is another one in each call keeps nothing waiting for the call that failed."""
+def test_a_recovery_although_calls_differ(changing: Callable[[int], Any]) -> None:
+    """A number or a size that changes with each call does not prevent the recovery."""
 
     def scaled(x: torch.Tensor, how: Any) -> torch.Tensor:
         return x * how.sum() if isinstance(how, torch.Tensor) else x + 1

@@ -1,4 +1,4 @@
-"""G6a: the callees of a frame that can never be compiled are compiled on their own, within bounds."""
+"""G6a: if a frame can never be compiled, its callees are compiled on their own, within bounds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Cosine(nn.Module):
 
 
 class Block(nn.Module):
-    """A block; a bad one holds a cosine, in one of several ways."""
+    """A block. A bad one computes a cosine, in one of several ways."""
 
     def __init__(self, *, is_bad: bool, how: str) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Model(nn.Module):
 
 
 class NoCosine(Compiler):
-    """A backend that has no lowering for a cosine."""
+    """A backend without a lowering for cosine."""
 
     def __call__(self, graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         if "cos" in graph_module.code:
@@ -65,7 +65,7 @@ class NoCosine(Compiler):
 @pytest.mark.parametrize("how", ["flag", "part", "function"])
 @pytest.mark.parametrize("bad", [0, 7])
 def test_eleven_of_twelve_blocks(bad: int, how: str, policy: RetryPolicy, caplog: pytest.LogCaptureFixture) -> None:
-    """One operation that the backend cannot lower costs one block its code; the log names it, nothing is retried."""
+    """An operation without a lowering keeps only its block eager. The log names the block, and nothing is retried."""
     torch.manual_seed(0)
     model = Model(bad, how)
     twin, compiler = copy.deepcopy(model), NoCosine()
@@ -84,7 +84,7 @@ def test_eleven_of_twelve_blocks(bad: int, how: str, policy: RetryPolicy, caplog
         torch.testing.assert_close(ours.grad, eager.grad)
     before, ran = fn.stats, compiler.ran
     fn(model, x)
-    # A part that is a module is narrowed down to: then the rest of its block is compiled too.
+    # If the part is a module, only the part is given up, and the rest of its block is compiled too.
     assert compiler.ran - ran >= 11
     assert (fn.stats.mixed_calls - before.mixed_calls, fn.stats.attempts - before.attempts) == (1, 0)
     assert (fn.state, fn.next_retry) == (CompileState.GAVE_UP, None)
@@ -93,7 +93,7 @@ def test_eleven_of_twelve_blocks(bad: int, how: str, policy: RetryPolicy, caplog
 
 
 def test_a_module_that_is_decorated_itself() -> None:
-    """Its blocks are compiled, too."""
+    """The blocks of a decorated module are compiled, too."""
     model, compiler = Model(5, "flag"), NoCosine()
     twin = copy.deepcopy(model)
     fn = compiled_function(compile_with_fallback(model, backend=compiler, policy=EVERY_CALL))
@@ -105,7 +105,7 @@ def test_a_module_that_is_decorated_itself() -> None:
 
 
 def test_one_failure_in_a_call() -> None:
-    """In the call that failed nothing else is attempted. From the next one on, the frame's callees are compiled."""
+    """In the call that failed nothing else is attempted. From the next call on, the frame's callees are compiled."""
     compiler = NoCosine()
 
     def inner(x: torch.Tensor) -> torch.Tensor:
@@ -124,7 +124,7 @@ def test_one_failure_in_a_call() -> None:
 
 
 def test_a_compiler_that_refuses_everything() -> None:
-    """It is asked for a few functions at once, and for the rest within the policy's share of the time."""
+    """A few functions are attempted at once, and the rest within `max_overhead`."""
     clock = FakeClock()
     namespace: dict[str, Any] = {}
     depth = 30
@@ -151,8 +151,8 @@ def test_a_compiler_that_refuses_everything() -> None:
     assert all(share <= 0.1 for share in shares[900:])
 
 
-def test_a_success_ends_the_row_of_refusals() -> None:
-    """Functions that can be compiled do not wait for the sake of those that cannot."""
+def test_a_success_ends_a_series_of_permanent_failures() -> None:
+    """A success lets the next functions be attempted at once, in spite of earlier permanent failures."""
     clock, compiler = FakeClock(), NoCosine()
     namespace: dict[str, Any] = {"torch": torch}
     functions = 40

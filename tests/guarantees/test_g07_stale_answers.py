@@ -1,4 +1,4 @@
-"""G7: what torch remembers of a failure, in the process and on disk, does not outlive it."""
+"""G7: whatever torch remembers of a failure, in the process and on disk, is cleared before the next attempt."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ needs_vectors = pytest.mark.skipif(
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache directory, and no precompiled headers, which take 150 MB each."""
+    """Set an empty cache directory, and disable precompiled headers, which take 150 MB each."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     with torch._inductor.config.patch(cpp_cache_precompile_headers=False):
         yield tmp_path / "cache"
@@ -44,7 +44,7 @@ def waves(x: torch.Tensor) -> torch.Tensor:
 
 
 def empty(files: set[Path]) -> None:
-    """Replace files by empty ones. To cut short what this process has loaded would kill it."""
+    """Replace files by empty ones. Truncating files that this process has loaded would kill it."""
     assert files
     for file in files:
         file.unlink()
@@ -52,14 +52,14 @@ def empty(files: set[Path]) -> None:
 
 
 def forget_compiled() -> None:
-    """As in a new process: what is compiled has to be read from disk again."""
+    """Drop all compiled code, so that it is read from disk again, as in a new process."""
     torch._dynamo.reset()
     torch._inductor.utils.clear_caches()
 
 
 @pytest.mark.long
 def test_a_damaged_cache(cache: Path) -> None:
-    """The next attempt uses another directory, says which one is damaged, and leaves it and the environment alone."""
+    """The next attempt uses another directory, reports the damaged one, and leaves it and the environment unchanged."""
     code = """
 import torch
 from compile_retry import compile_with_fallback
@@ -70,18 +70,18 @@ compile_with_fallback(lambda x: x.sin() * x.exp() + x)(torch.ones(64))
     empty({*cache.rglob("*.main.so")})
     files = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
     fn = compile_with_fallback(waves, policy=EVERY_CALL)
-    with record_events(kinds={"failed", "compiled", "damaged cache", "recovered"}) as events:
+    with record_events(kinds={"failed", "compiled", "cache moved", "recovered"}) as events:
         torch.testing.assert_close(fn(torch.ones(64)), waves(torch.ones(64)))
         assert fn.stats.failures == 1
         environment = dict(os.environ)
         torch.testing.assert_close(fn(torch.ones(64)), waves(torch.ones(64)))
     assert fn.state is CompileState.COMPILED
     assert dict(os.environ) == environment
-    assert [t.kind for t in events] == ["failed", "compiled", "damaged cache", "recovered"]
-    (moved,) = (t for t in events if t.kind == "damaged cache")
+    assert [t.kind for t in events] == ["failed", "compiled", "cache moved", "recovered"]
+    (moved,) = (t for t in events if t.kind == "cache moved")
     assert str(cache) in moved.message
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")}.items() >= files.items()
-    # From now on this process goes elsewhere at once.
+    # From now on, this process uses the other directory at once.
     other = compile_with_fallback(waves, policy=EVERY_CALL)
     forget_compiled()
     other(torch.ones(64))
@@ -90,7 +90,7 @@ compile_with_fallback(lambda x: x.sin() * x.exp() + x)(torch.ones(64))
 
 @pytest.mark.long
 def test_an_unusable_cache_directory(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first attempt fails; the next one compiles in another directory."""
+    """The first attempt fails, and the next one compiles in another directory."""
     cache.touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache / "below a file"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache / "triton"))
@@ -104,8 +104,8 @@ def test_an_unusable_cache_directory(cache: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.long
-def test_an_unusable_directory_that_nobody_has_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the environment names none, it does not name another one afterwards. (Torch itself puts its default in.)"""
+def test_an_unusable_default_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment names no other directory afterwards. (Torch itself may set its default.)"""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     Path(default_cache_dir()).touch()
     fn = compile_with_fallback(waves, policy=EVERY_CALL)
@@ -120,7 +120,7 @@ def test_an_unusable_directory_that_nobody_has_chosen(tmp_path: Path, monkeypatc
 @pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize("variable", ["a file", "unset"])
 def test_importing_dynamo_without_a_cache_directory(tmp_path: Path, variable: str) -> None:
-    """Works, and changes nothing; with stock torch it could never be imported again in that process."""
+    """The import succeeds and changes nothing. With stock torch, this process could never import it again."""
     (tmp_path / "file").touch()
     code = """
 import os, sys, torch
@@ -140,10 +140,10 @@ assert fn.state is CompileState.COMPILED, fn.last_failure
 
 
 @pytest.mark.usefixtures("measured")
-def test_dynamo_cannot_be_imported_for_want_of_room(tmp_path: Path) -> None:
-    """If no directory at all can be made, nothing is imported by halves; it recovers when there is room.
+def test_dynamo_cannot_be_imported_without_any_directory(tmp_path: Path) -> None:
+    """If no directory can be created, nothing is imported, not even partly. It recovers once there is room.
 
-    Nor can options be checked then. That is left to the first attempt.
+    Options cannot be checked either. That is left to the first attempt.
     """
     code = """
 import pathlib, sys, tempfile, torch
@@ -167,13 +167,13 @@ assert fn.state is CompileState.COMPILED, fn.last_failure
 @pytest.mark.long
 @needs_vectors
 def test_a_damaged_probe(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A probe's file that was cut short says "no vector instructions" without an error; it is asked again elsewhere."""
+    """A truncated probe says "no vector instructions" without an error. The library probes again elsewhere."""
     fn = compile_with_fallback(waves, policy=EVERY_CALL)
     with fail_compiles(times=1):
-        fn(torch.ones(66)), fn(torch.ones(66))  # the retry probes anew, in this cache
+        fn(torch.ones(66)), fn(torch.ones(66))  # the retry probes again, in this cache
     expected = [str(isa) for isa in cpu_vec_isa.valid_vec_isa_list()]
     empty({*cache.rglob("*.so")} - {*cache.rglob("*.main.so")})
-    for marker in cache.rglob("*.load_ok"):  # with it torch (since 2.14) does not load that file again
+    for marker in cache.rglob("*.load_ok"):  # with this file, torch (since 2.14) does not load the library again
         marker.unlink()
     fn = compile_with_fallback(lambda x: x.cos() * x.exp(), policy=EVERY_CALL)
     with fail_compiles(times=1), caplog.at_level(logging.WARNING, "compile_retry"):
@@ -185,8 +185,8 @@ def test_a_damaged_probe(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.long
 @needs_vectors
-def test_a_probe_that_failed_without_a_word(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Among others that did not: torch goes on with lesser instructions, and no attempt fails. It is asked again."""
+def test_a_probe_that_failed_silently(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of several probes fails silently, so torch would use lesser instructions. The library probes again."""
     expected = [str(isa) for isa in cpu_vec_isa.valid_vec_isa_list()]
     sets, fails = type(cpu_vec_isa.valid_vec_isa_list()[0]), [True]
     check = sets.check_build
@@ -206,7 +206,7 @@ def test_a_probe_that_failed_without_a_word(cache: Path, monkeypatch: pytest.Mon
 @pytest.mark.long
 @needs_vectors
 def test_a_processor_without_vector_instructions(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A compiler is asked three times, and no more, for instructions that it does not have, and nobody is blamed."""
+    """On such a processor the library probes three times and no more, and does not report damage."""
     asked: list[None] = []
 
     @functools.cache
@@ -225,7 +225,7 @@ def test_a_processor_without_vector_instructions(cache: Path, monkeypatch: pytes
 @pytest.mark.long
 @needs_vectors
 def test_probes_that_raise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their compiler flags do not stay behind, and an attempt that follows fails by itself if it has to."""
+    """Compiler flags of such probes are removed, and the next attempt may fail with the same error."""
     isa = next(isa for isa in cpu_vec_isa.supported_vec_isa_list if hasattr(type(isa), "_arch_flags"))
     monkeypatch.setitem(vars(isa), "_arch_flags", "-left-behind")
 
@@ -241,8 +241,8 @@ def test_probes_that_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     isa.__dict__.setdefault("_arch_flags", "")
 
 
-def test_tuned_timings_are_looked_up_anew() -> None:
-    """The path of the file that keeps them is asked again after a failure: it may lead to a damaged place."""
+def test_the_file_of_tuned_timings_is_looked_up_again() -> None:
+    """After a failure, the path of their file is looked up again, because it may lead to a damaged place."""
     codecache.CacheBase.get_local_cache_path()
     fn = compile_with_fallback(waves, backend=Compiler(first(1)), policy=EVERY_CALL)
     fn(torch.ones(3)), fn(torch.ones(3))
@@ -266,13 +266,13 @@ def test_tuned_timings_are_looked_up_anew() -> None:
         (type("CppCompileError", (RuntimeError,), {})("Killed signal terminated program cc1plus"), 2, False),
     ],
 )
-def test_what_suggests_a_damaged_cache(exc: Exception, attempt: int, damaged: bool) -> None:
-    """Messages as of a file cut short, or of a directory that is none; a compiler's complaint, every other time."""
+def test_signs_of_a_damaged_cache(exc: Exception, attempt: int, damaged: bool) -> None:
+    """Errors of truncated files and unusable directories count as damage; a compiler error does every second time."""
     assert suggests_damaged_cache(exc, attempt) is damaged
 
 
 class Pool:
-    """Stands for a pool of compile workers: a dead one would keep whoever asks it waiting for ever."""
+    """A fake pool of compile workers. A dead real one would never answer."""
 
     def __init__(self, **state: Any) -> None:
         self.__dict__.update(state)
@@ -284,7 +284,7 @@ class Pool:
 
 
 def dead_process() -> subprocess.Popen[bytes]:
-    """A real one, killed as for want of memory: torch's pool holds such an object, and we ask it how it ended."""
+    """Return a real process that was killed: torch's pool holds such an object, which knows how it ended."""
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     process.send_signal(signal.SIGKILL)
     process.wait(60)
@@ -301,7 +301,7 @@ def dead_process() -> subprocess.Popen[bytes]:
     ids=["its process is gone", "a worker is gone", "alive"],
 )
 def test_dead_compile_workers(make: Callable[[], Pool], dead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Are replaced before an attempt is made, whoever they compile for."""
+    """Dead pools are replaced before an attempt, for both kinds of workers."""
     from torch._inductor import async_compile, compile_fx_subproc
 
     for owner in (async_compile.AsyncCompile, compile_fx_subproc._SubprocessFxCompile):
@@ -322,7 +322,7 @@ def test_dead_compile_workers(make: Callable[[], Pool], dead: bool, monkeypatch:
 
 
 def test_a_graph_compiler_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Is made anew after a failure, dead or not: what it remembers cannot be reached."""
+    """The pool is replaced after a failure, dead or not, because its caches cannot be reached."""
     from torch._inductor import compile_fx_subproc
 
     pool = Pool(_broken=False)
@@ -337,8 +337,8 @@ def test_a_graph_compiler_in_another_process(monkeypatch: pytest.MonkeyPatch) ->
     assert process_pool.cache_info().currsize == 0
 
 
-def test_the_other_directory_goes_with_the_process(tmp_path: Path) -> None:
-    """It is removed at exit, but not by a fork that exits first."""
+def test_the_other_directory_is_removed_at_exit(tmp_path: Path) -> None:
+    """The directory is removed at exit, but not by a forked child that exits first."""
     code = """
 import os, sys, tempfile, torch
 from compile_retry import RetryPolicy, compile_with_fallback

@@ -1,4 +1,4 @@
-"""G8: what ran eagerly in a forward pass runs eagerly when the backward pass runs it again, and the other way round."""
+"""G8: a recomputation in the backward pass runs eagerly what the forward pass ran eagerly, and vice versa."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
 
 
 class AheadOfTime(Compiler):
-    """Saves other tensors for the backward pass than eager does: a flip between the two does not go unnoticed."""
+    """A backend whose code saves other tensors for the backward pass than eager does, so that every mix is detected."""
 
     def __call__(self, graph_module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         run = super().__call__(graph_module, inputs)
@@ -31,7 +31,7 @@ class AheadOfTime(Compiler):
 
 
 def region(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    (x * 3).exp().sin()  # no graph has it, but eager saves tensors for it
+    (x * 3).exp().sin()  # no graph contains it, but eager saves tensors for it
     h = torch.tanh(x @ w) * torch.sigmoid(x)
     return torch.tanh(h @ w) + h.sin() * h.cos()
 
@@ -63,7 +63,7 @@ class Training:
     def step(
         self, between: Callable[[], object] = lambda: None, *, micro_batches: int = 1, retain: bool = False
     ) -> None:
-        """One step of both; the gradients must be the same."""
+        """Run one step of both; the gradients must be equal."""
         for _ in range(micro_batches):
             loss = self.forward(self.fn, self.ours)
             between()
@@ -83,7 +83,7 @@ class Training:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("body", [region, broken_region])
 def test_a_retry_that_comes_due_before_the_recomputation(reentrant: bool, body: Callable[..., torch.Tensor]) -> None:
-    """Waits for the next step; gradients equal eager's throughout."""
+    """The retry waits for the next step, and gradients equal eager's throughout."""
     clock = FakeClock()
     fn = compile_with_fallback(body, backend=AheadOfTime(first(1)), policy=RetryPolicy(wait=10, clock=clock))
     training = Training(fn, (4,), reentrant)
@@ -97,7 +97,7 @@ def test_a_retry_that_comes_due_before_the_recomputation(reentrant: bool, body: 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("widths", [(4, 4, 4), (4, 5, 4)])
 def test_layers_that_share_a_function(reentrant: bool, dynamic: bool, widths: tuple[int, ...]) -> None:
-    """A retry that is due in the middle of a forward pass does not flip the layers that ran before it."""
+    """A retry that becomes due during a forward pass does not affect layers that ran before it."""
     compiler = AheadOfTime(first(3))
     fn = compile_with_fallback(region, backend=compiler, policy=EVERY_CALL, dynamic=dynamic)
     training = Training(fn, widths, reentrant)
@@ -110,14 +110,14 @@ def test_layers_that_share_a_function(reentrant: bool, dynamic: bool, widths: tu
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_layers_that_share_a_function_that_has_been_held_off_for_long(reentrant: bool) -> None:
-    """Also where calls have gone straight to the eager function, until the last ones before the due moment."""
+def test_layers_that_share_a_function_held_off_for_long(reentrant: bool) -> None:
+    """The same holds if calls have bypassed Dynamo up to the last ones before the due moment."""
     policy = RetryPolicy(wait=None, wait_calls=201)
     fn = compile_with_fallback(region, backend=AheadOfTime(first(1)), policy=policy)
     for _ in range(200):
         fn(torch.ones(7, 4, requires_grad=True), torch.nn.Parameter(torch.ones(4, 4)))
     training = Training(fn, (4, 4, 4), reentrant)
-    for _ in range(4):  # call 202, the first one due, is the second of the first step
+    for _ in range(4):  # call 202, the first due one, is the second of the first step
         training.step()
     assert fn.state is CompileState.COMPILED
     assert fn.stats.eager_calls >= 206
@@ -126,7 +126,7 @@ def test_layers_that_share_a_function_that_has_been_held_off_for_long(reentrant:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_any_schedule_of_failures(seed: int) -> None:
-    """Failures, due moments, micro-batches, retained graphs and `retry_now` at random: gradients stay equal."""
+    """With random failures, due moments, micro-batches, retained graphs and `retry_now`, gradients stay equal."""
     draw = random.Random(seed)
     rate = [0.7]
     compiler = AheadOfTime(lambda inputs: full_disk() if draw.random() < rate[0] else None)
@@ -148,8 +148,8 @@ def test_any_schedule_of_failures(seed: int) -> None:
     assert fn.state is CompileState.COMPILED
 
 
-def test_new_code_does_not_take_over_what_ran_before_it() -> None:
-    """Code for one width that would fit another one too leaves that alone for the rest of the step."""
+def test_new_code_is_not_used_for_layers_that_ran_before_it() -> None:
+    """New code for one width that would also fit another one is not used for the other in the same step."""
     fn = compile_with_fallback(region, backend=AheadOfTime(rows(4)), policy=EVERY_CALL, dynamic=True)
 
     def forward(f: Callable[..., torch.Tensor], weights: list[torch.Tensor]) -> torch.Tensor:
@@ -166,7 +166,7 @@ def test_new_code_does_not_take_over_what_ran_before_it() -> None:
 
 
 def test_all_calls_under_an_autograd_function() -> None:
-    """With reentrant checkpointing a retry comes through after an optimizer's step, and not before."""
+    """With reentrant checkpointing, a retry is made after an optimizer step, and not before."""
     fn = compile_with_fallback(region, backend=AheadOfTime(first(1)), policy=EVERY_CALL)
     w = torch.nn.Parameter(torch.randn(4, 4))
     sgd = torch.optim.SGD([w], lr=0.1)
@@ -179,7 +179,7 @@ def test_all_calls_under_an_autograd_function() -> None:
 
 
 def test_a_loop_without_an_optimizer() -> None:
-    """`mark_step_end` is the boundary for loops that update their weights in another way."""
+    """In loops that update their weights in another way, `mark_step_end` ends the step."""
     fn = compile_with_fallback(region, backend=AheadOfTime(first(1)), policy=EVERY_CALL)
     w = torch.randn(4, 4, requires_grad=True)
 
@@ -195,7 +195,7 @@ def test_a_loop_without_an_optimizer() -> None:
 
 
 def test_an_optimizer_that_steps_within_the_backward_pass() -> None:
-    """Does not end the step: other layers have yet to be run again."""
+    """Such an optimizer does not end the step, because other layers still have to be recomputed."""
     fn = compile_with_fallback(region, backend=AheadOfTime(first(1)), policy=EVERY_CALL)
     weights = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
     for w in weights:
@@ -213,7 +213,7 @@ def test_an_optimizer_that_steps_within_the_backward_pass() -> None:
 
 
 def test_a_plain_call_between_forward_and_backward() -> None:
-    """A call outside of checkpointing does not get code that the recomputation would then run."""
+    """A call outside checkpointing does not get code that the recomputation would then run."""
     fn = compile_with_fallback(region, backend=AheadOfTime(first(1)), policy=EVERY_CALL)
     w, v = (torch.eye(4).requires_grad_() for _ in range(2))
     x = torch.ones(7, 4)
@@ -228,7 +228,7 @@ def test_a_plain_call_between_forward_and_backward() -> None:
 
 
 def test_a_reset_between_forward_and_backward() -> None:
-    """Neither `reset` nor a reset of Dynamo makes the recomputation run compiled what ran eagerly."""
+    """After `reset` or a reset of Dynamo, the recomputation still runs eagerly what ran eagerly."""
     for reset in ("ours", "torch's"):
         fn = compile_with_fallback(torch.sin, backend=AheadOfTime(first(1)), policy=EVERY_CALL, name=reset)
         x = torch.ones(4).requires_grad_()
@@ -241,7 +241,7 @@ def test_a_reset_between_forward_and_backward() -> None:
 
 
 def test_another_threads_optimizer() -> None:
-    """Ends that thread's step, not this one's."""
+    """Another thread's optimizer ends that thread's step, not this one's."""
     fn = compile_with_fallback(region, backend=AheadOfTime(first(1)), policy=EVERY_CALL)
     w = torch.nn.Parameter(torch.eye(4))
     loss = checkpoint(fn, torch.ones(7, 4).requires_grad_(), w, use_reentrant=True).sum()
@@ -258,8 +258,8 @@ def test_another_threads_optimizer() -> None:
     assert fn.stats.attempts == 2
 
 
-def test_the_step_of_a_thread_that_is_gone() -> None:
-    """Holds nothing off any more."""
+def test_the_step_of_a_thread_that_has_ended() -> None:
+    """The step of a thread that has ended holds nothing off."""
     fn = compile_with_fallback(region, backend=AheadOfTime(first(1)), policy=EVERY_CALL)
     w = torch.eye(4).requires_grad_()
     thread = threading.Thread(target=lambda: checkpoint(fn, torch.ones(7, 4), w, use_reentrant=True))
@@ -270,8 +270,8 @@ def test_the_step_of_a_thread_that_is_gone() -> None:
     mark_step_end()
 
 
-def test_no_optimizer_is_watched_but_when_it_matters() -> None:
-    """The hook on all optimizers is there only while a step has to end before a retry."""
+def test_optimizers_are_watched_only_when_necessary() -> None:
+    """The hook on all optimizers exists only while a retry waits for the end of a step."""
     hooks = optimizers._global_optimizer_post_hooks
     fn = compile_with_fallback(region, backend=AheadOfTime(first(1)), policy=EVERY_CALL)
     w = torch.nn.Parameter(torch.eye(4))
@@ -282,7 +282,7 @@ def test_no_optimizer_is_watched_but_when_it_matters() -> None:
 
 
 def test_a_compile_that_fails_in_the_backward_pass() -> None:
-    """A function that is only ever called there falls back, and is tried again there."""
+    """A function that is called only in backward passes falls back, and is retried there."""
     fn = compile_with_fallback(torch.cos, backend=Compiler(first(1)), policy=EVERY_CALL)
 
     class Sine(torch.autograd.Function):
@@ -305,10 +305,10 @@ def test_a_compile_that_fails_in_the_backward_pass() -> None:
 
 @pytest.mark.parametrize("hook_kind", ["save_on_cpu", "methods", "objects"])
 def test_other_saved_tensor_hooks(hook_kind: str) -> None:
-    """They are taken for checkpointing, and let go when the graph is."""
+    """Other hooks are treated like checkpointing's, and released with the graph."""
 
     class Hooks:
-        __slots__ = ()  # so that it cannot be referred to weakly
+        __slots__ = ()  # so that it cannot be weakly referenced
 
         def keep(self, x: torch.Tensor) -> torch.Tensor:
             return x
@@ -334,7 +334,7 @@ def test_other_saved_tensor_hooks(hook_kind: str) -> None:
 
 
 def test_checkpoint_on_top_of_save_on_cpu_while_held_off() -> None:
-    """Both kinds of hooks at once."""
+    """Both kinds of hooks work together."""
     fn = compile_with_fallback(region, backend=AheadOfTime(lambda inputs: full_disk()), policy=EVERY_CALL)
     training = Training(fn, (4, 4), reentrant=False)
     with torch.autograd.graph.save_on_cpu():
@@ -344,7 +344,7 @@ def test_checkpoint_on_top_of_save_on_cpu_while_held_off() -> None:
 
 
 def test_checkpoint_sequential() -> None:
-    """A decorated module used as several segments."""
+    """A decorated module can be used as several segments."""
     compiler = AheadOfTime(first(2))
     layers = [compile_with_fallback(torch.nn.Linear(4, 4), backend=compiler, policy=EVERY_CALL) for _ in range(4)]
     net = torch.nn.Sequential(*layers)
@@ -362,7 +362,7 @@ def test_checkpoint_sequential() -> None:
 
 @pytest.mark.long
 def test_a_retained_graph() -> None:
-    """`backward(retain_graph=True)` works on compiled code though its backward was compiled ahead."""
+    """`backward(retain_graph=True)` works on compiled code although its backward was compiled ahead of time."""
     fn = compile_with_fallback(lambda x: torch.tanh(x.sin() * x).exp())
     x = torch.randn(4, 4, requires_grad=True)
     loss = fn(x).sum()
@@ -374,7 +374,7 @@ def test_a_retained_graph() -> None:
 
 
 def test_double_backward_while_held_off() -> None:
-    """Works as in eager. Compiled ahead of time, torch supports none, and says so."""
+    """Double backward works while held off, as in eager. On code compiled ahead of time, torch raises an error."""
     fn = compile_with_fallback(lambda x: x.sin() * x, backend=AheadOfTime(first(1)), policy=EVERY_CALL)
     x = torch.randn(4, requires_grad=True)
     (grad,) = torch.autograd.grad(fn(x).sum(), x, create_graph=True)

@@ -1,4 +1,4 @@
-"""G11: the books are honest. Silent eager counts as eager, and the figures add up, under threads too."""
+"""G11: the statistics are honest. Silent eager execution counts as eager, and the numbers add up, under threads too."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sine(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_past_the_recompile_limit(fullgraph: bool) -> None:
-    """Calls count as eager, their results are right, and it is said once."""
+    """Calls beyond the limit count as eager, their results are correct, and one log line says so."""
     compiler = Compiler()
     fn = compile_with_fallback(sine, backend=compiler, dynamic=False, fullgraph=fullgraph)
     limit = torch._dynamo.config.recompile_limit
@@ -41,7 +41,7 @@ def test_past_the_recompile_limit(fullgraph: bool) -> None:
 
 
 def test_past_the_limit_of_all_recompiles() -> None:
-    """It is kept from counting other wrappers, and failures; what one wrapper has compiled counts."""
+    """The limit counts only what this wrapper has compiled, not other wrappers or failures."""
     fn = compile_with_fallback(sine, backend=Compiler(first(4)), dynamic=False, policy=EVERY_CALL)
     with torch._dynamo.config.patch(accumulated_recompile_limit=3), record_events(kinds={"recompile limit"}) as events:
         for n in (2, 3, 4, 5, 2, 3, 4):
@@ -53,7 +53,7 @@ def test_past_the_limit_of_all_recompiles() -> None:
 
 
 def test_the_recompile_limit_in_a_later_graph() -> None:
-    """A call of which one graph is over the limit is mixed; after torch._dynamo.reset() the limit is fresh."""
+    """A call with one graph over the limit is mixed. After torch._dynamo.reset() the count starts again."""
 
     def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         x.sin()
@@ -74,7 +74,7 @@ def test_the_recompile_limit_in_a_later_graph() -> None:
 
 
 def test_the_limit_that_the_user_wants_to_raise() -> None:
-    """torch._dynamo.config.fail_on_recompile_limit_hit is honoured."""
+    """torch._dynamo.config.fail_on_recompile_limit_hit is respected."""
     fn = compile_with_fallback(sine, backend=Compiler(), dynamic=False)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=1):
         fn(torch.ones(2))
@@ -84,7 +84,7 @@ def test_the_limit_that_the_user_wants_to_raise() -> None:
 
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_stances(fullgraph: bool) -> None:
-    """force_eager and eager_on_recompile count as eager; fail_on_recompile raises what the user asked for."""
+    """force_eager and eager_on_recompile count as eager; fail_on_recompile raises, as the user asked."""
     fn = compile_with_fallback(sine, backend=Compiler(), fullgraph=fullgraph, dynamic=False)
     with torch.compiler.set_stance("force_eager"):
         fn(X)
@@ -99,10 +99,7 @@ def test_stances(fullgraph: bool) -> None:
 
 
 def test_the_stances_that_compile_later() -> None:
-    """eager_then_compile asks our backend behind the frame callback's back; failures are survived there, too.
-
-    What falls back there is retried as anything else.
-    """
+    """eager_then_compile calls the backend without the frame callback. Failures there are survived and retried, too."""
     policy = RetryPolicy(wait=None, wait_calls=2)
     fn = compile_with_fallback(sine, backend=Compiler(first(1)), dynamic=False, policy=policy)
     states = []
@@ -116,7 +113,7 @@ def test_the_stances_that_compile_later() -> None:
 
 
 def test_the_stances_that_compile_later_while_held_off() -> None:
-    """A new shape is not attempted there, either."""
+    """While held off, a new shape is not attempted under these stances either."""
     compiler = Compiler(first(1))
     fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=RetryPolicy(wait=10, clock=FakeClock()))
     with torch.compiler.set_stance("eager_then_compile"):
@@ -128,7 +125,7 @@ def test_the_stances_that_compile_later_while_held_off() -> None:
 
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_disabled_dynamo(fullgraph: bool) -> None:
-    """torch._dynamo.config.disable counts as eager while it lasts, also where it was on in the first call."""
+    """While torch._dynamo.config.disable is set, calls count as eager, even if it was set in the first call."""
     fn = compile_with_fallback(sine, backend=Compiler(), fullgraph=fullgraph)
     with torch._dynamo.config.patch(disable=True):
         for _ in range(3):
@@ -138,7 +135,7 @@ def test_disabled_dynamo(fullgraph: bool) -> None:
 
 
 def test_disable_true_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile(disable=True) and TORCHDYNAMO_DISABLE=1 are honoured and counted as eager."""
+    """torch.compile(disable=True) and TORCHDYNAMO_DISABLE=1 are respected, and calls count as eager."""
     fn = compile_with_fallback(sine, disable=True)
     fn(X)
     assert (fn.stats.eager_calls, fn.stats.calls, fn.state) == (1, 1, CompileState.PENDING)
@@ -150,7 +147,7 @@ def test_disable_true_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_nothing_to_compile(fullgraph: bool) -> None:
-    """A function without tensors runs once per call and gives its result, with fullgraph=True too."""
+    """A function without tensors runs once per call and returns its result, with fullgraph=True too."""
     ran = 0
 
     def add(a: int, b: int) -> int:
@@ -166,7 +163,7 @@ def test_nothing_to_compile(fullgraph: bool) -> None:
 
 
 def test_a_frame_that_torch_skips() -> None:
-    """A graph break that Dynamo cannot resume from makes it skip the frame; that counts as eager, call after call."""
+    """If a graph break that Dynamo cannot resume makes it skip the frame, every call counts as eager."""
 
     def step(x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -188,7 +185,7 @@ def test_a_frame_that_torch_skips() -> None:
 
 
 def test_control_flow_through_the_backend() -> None:
-    """Dynamo restarts its analysis by raising through the backend: neither a failure nor a second attempt."""
+    """If Dynamo restarts its analysis by raising through the backend, that is no failure and no second attempt."""
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
     fn = compile_with_fallback(lambda x: net(x).sum(), backend="aot_eager", dynamic=True)
     for _ in range(3):
@@ -197,7 +194,7 @@ def test_control_flow_through_the_backend() -> None:
 
 
 def test_a_backend_that_skips_frames() -> None:
-    """SkipFrame is a backend's word for "leave this one alone", not a failure."""
+    """A backend that raises SkipFrame to leave a frame alone has not failed."""
 
     def backend(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
         raise torch._dynamo.exc.SkipFrame("not this one")
@@ -209,7 +206,7 @@ def test_a_backend_that_skips_frames() -> None:
 
 
 def test_nested_calls_are_part_of_their_callers_graph() -> None:
-    """A function that Dynamo traces into makes no call; one that runs on its own does."""
+    """A function that Dynamo inlines counts no calls; one that is called directly does."""
     inner = compile_with_fallback(sine, backend=Compiler(), name="inner")
     outer = compile_with_fallback(lambda x: inner(x) + 1, backend=Compiler(), name="outer")
     for _ in range(3):
@@ -220,7 +217,7 @@ def test_nested_calls_are_part_of_their_callers_graph() -> None:
 
 
 def test_recursion() -> None:
-    """A decorated function that calls itself where Dynamo does not look."""
+    """A decorated function can call itself where Dynamo does not trace."""
 
     def step(x: torch.Tensor, depth: int) -> torch.Tensor:
         if depth:
@@ -239,7 +236,7 @@ def test_recursion() -> None:
 
 
 def test_a_call_within_a_call() -> None:
-    """Its caller has run what it runs; and what its caller does after it goes by the caller's number."""
+    """Graphs of the nested call count for the outer call too, and later attempts have the outer call's number."""
 
     def step(x: torch.Tensor, depth: int) -> torch.Tensor:
         x = x + 1
@@ -265,7 +262,7 @@ def test_a_call_within_a_call() -> None:
 
 
 def test_a_call_within_a_probe() -> None:
-    """It runs what the probe compiles, however long the function has been held off before."""
+    """A call nested in the probe runs the code that the probe compiles, however long the hold-off was."""
 
     def step(x: torch.Tensor, depth: int) -> torch.Tensor:
         if depth:
@@ -277,7 +274,7 @@ def test_a_call_within_a_probe() -> None:
 
     fn = compile_with_fallback(step, backend=Compiler(first(1)), policy=RetryPolicy(wait=None, wait_calls=151))
     again = torch.compiler.disable(call)
-    while fn.stats.calls < 152:  # the inner call is number 2 and fails: 153 is due, and 154 runs within it
+    while fn.stats.calls < 152:  # the inner call has number 2 and fails, so 153 is due, and 154 runs within it
         fn(X, 1)
     held_off = fn.stats
     assert (held_off.compiled_calls, held_off.attempts) == (0, 1)
@@ -287,7 +284,7 @@ def test_a_call_within_a_probe() -> None:
 
 @pytest.fixture
 def frequent_switches() -> Iterator[None]:
-    """Threads take turns a hundred times as often: without its guards being kept, Dynamo crashes within seconds."""
+    """Switch threads a hundred times as often. If guards were not kept alive, Dynamo would crash within seconds."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(interval / 100)
     yield
@@ -296,7 +293,7 @@ def frequent_switches() -> Iterator[None]:
 
 @pytest.mark.usefixtures("frequent_switches")
 def test_eight_threads_four_shapes() -> None:
-    """Failures coming and going: every result is right and the books add up."""
+    """While failures come and go, every result is correct and the counters add up."""
     rng = random.Random(0)
     compiler = Compiler(lambda inputs: full_disk() if rng.random() < 0.5 else None)
     fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=RetryPolicy(wait=None, wait_calls=5))
@@ -328,7 +325,7 @@ def test_eight_threads_four_shapes() -> None:
 
 
 def test_two_threads_compile_the_same_frame() -> None:
-    """If one of them fails, the other one's code is there for both; nothing is left to wait for."""
+    """If one of the threads fails, both run the other one's code, and nothing is waiting."""
     second = threading.Thread(target=lambda: fn(X))
     asked: list[int] = []
 
@@ -349,7 +346,7 @@ def test_two_threads_compile_the_same_frame() -> None:
 
 
 def test_stats_are_a_snapshot() -> None:
-    """`as_dict` holds every figure; a snapshot does not change."""
+    """A snapshot does not change, and `as_dict` has all values."""
     fn = compile_with_fallback(sine, backend=Compiler(first(1)), policy=EVERY_CALL)
     empty = fn.stats
     for _ in range(4):

@@ -1,6 +1,6 @@
-"""G11 and G12: after many calls a call goes through next to nothing, and what is unusual is noticed all the same.
+"""G11 and G12: later calls go through almost no code of the library, and everything unusual is still noticed.
 
-Times are for the benchmarks. Here it is counted which of the library's functions a call goes through.
+The benchmarks measure times. These tests count the library's functions that a call goes through.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def sine(x: torch.Tensor) -> torch.Tensor:
 
 
 def gone_through(fn: CompiledFunction[..., Any], calls: int = 200) -> int:
-    """Count the library's Python functions that most of so many calls go through."""
+    """Count the library's Python functions that most of these calls go through."""
     seen: list[int] = []
 
     def note(frame: FrameType, event: str, arg: object) -> None:
@@ -48,12 +48,12 @@ def gone_through(fn: CompiledFunction[..., Any], calls: int = 200) -> int:
     return usual
 
 
-HELD_OFF = 1  # the call
-COMPILED = 2  # the call and its graph
+HELD_OFF = 1  # the call itself
+COMPILED = 2  # the call itself and its graph
 
 
 class Pause:
-    """A graph break in which a thread stays that is told to, until it may go on."""
+    """A graph break at which a chosen thread waits until it may continue."""
 
     def __init__(self) -> None:
         self.thread: threading.Thread | None = None
@@ -87,14 +87,14 @@ def pause() -> Iterator[Pause]:
 
 
 def test_a_compiled_call() -> None:
-    """It goes through one function, and each graph through one, which calls the compiled code itself."""
+    """A compiled call goes through one function, and one more per graph, which calls the compiled code directly."""
     fn = compile_with_fallback(sine, backend=Compiler())
     assert gone_through(fn) == COMPILED
     assert fn.stats.compiled_calls == fn.stats.calls == 200
 
 
 def test_a_held_off_call() -> None:
-    """It goes through one function, and that asks nobody but the clock."""
+    """A held-off call goes through one function, which reads only the clock."""
     fn = compile_with_fallback(sine, backend=Compiler(first(1)), policy=RetryPolicy(wait=1e9))
     for _ in range(70):
         fn(X)
@@ -103,7 +103,7 @@ def test_a_held_off_call() -> None:
 
 
 def test_after_a_recovery() -> None:
-    """As cheap as if nothing had failed."""
+    """After a recovery, calls are as cheap as if nothing had failed."""
     policy = RetryPolicy(wait=None, wait_calls=2)
     fn = compile_with_fallback(sine, backend=Compiler(first(2)), policy=policy)
     for _ in range(5):
@@ -113,7 +113,7 @@ def test_after_a_recovery() -> None:
 
 
 def test_no_more_functions_than_without_the_library() -> None:
-    """A compiled call goes through no more Python functions, torch's own included, than under stock torch."""
+    """A compiled call goes through no more Python functions, including torch's own, than under stock torch."""
     fn, stock = compile_with_fallback(sine, backend="eager"), torch.compile(sine, backend="eager")
     counts = []
     for call in (fn, stock):
@@ -133,7 +133,7 @@ def test_no_more_functions_than_without_the_library() -> None:
 
 
 def test_after_threads(pause: Pause) -> None:
-    """As cheap while calls are under way in other threads; all are counted."""
+    """Calls stay cheap while other threads make calls, and all of them are counted."""
 
     def step(x: torch.Tensor) -> torch.Tensor:
         x = x.sin()
@@ -153,7 +153,7 @@ def test_after_threads(pause: Pause) -> None:
 
 
 def test_a_new_shape_after_many_calls() -> None:
-    """A failure in the second graph of call 301 says so, and that call is mixed."""
+    """A failure in the second graph of call 301 is reported with that number, and the call is mixed."""
 
     def step(x: torch.Tensor) -> torch.Tensor:
         x = x.sin()
@@ -178,7 +178,7 @@ def test_a_new_shape_after_many_calls() -> None:
 
 
 def test_a_call_within_a_call_after_many_calls() -> None:
-    """Both are counted, each with its number; what the inner one has run the outer one has run too."""
+    """Both calls are counted and numbered, and the nested call's graphs count for the outer call too."""
     length = 3
 
     def step(x: torch.Tensor, depth: int) -> torch.Tensor:
@@ -210,7 +210,7 @@ def test_a_call_within_a_call_after_many_calls() -> None:
 
 
 def test_a_call_within_a_held_off_call() -> None:
-    """It becomes due, and compiles, while its caller runs eagerly: only one of them counts as compiled."""
+    """The nested call becomes due and compiles while the outer one runs eagerly, so only one counts as compiled."""
     clock = FakeClock()
 
     def step(x: torch.Tensor, depth: int) -> torch.Tensor:
@@ -228,7 +228,7 @@ def test_a_call_within_a_held_off_call() -> None:
 
 
 def test_a_call_in_another_thread(pause: Pause) -> None:
-    """While one is in the middle of its call, others make theirs: each is counted by what it has run itself."""
+    """Concurrent calls are each counted by the graphs that they have run themselves."""
 
     def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         x = x.sin()
@@ -240,7 +240,7 @@ def test_a_call_in_another_thread(pause: Pause) -> None:
     for _ in range(300):
         fn(X, X)
     thread = pause.start(lambda: fn(X, X))
-    assert fn.stats.calls == 300  # those that are over
+    assert fn.stats.calls == 300  # finished calls only
     for _ in range(5):
         fn(X, X)
     pause.finish(thread)
@@ -256,7 +256,7 @@ def test_a_call_in_another_thread(pause: Pause) -> None:
 
 
 def test_a_call_that_runs_no_graph_in_another_thread(pause: Pause) -> None:
-    """The graphs that others run meanwhile are not taken for its own, nor the other way round."""
+    """A call without graphs and concurrent calls with graphs do not affect each other's counts."""
 
     def step(x: torch.Tensor | None) -> torch.Tensor | None:
         if x is None:
@@ -280,7 +280,7 @@ def test_a_call_that_runs_no_graph_in_another_thread(pause: Pause) -> None:
 
 
 def hold_up(call: Callable[[], object], moment: Moment, meanwhile: Callable[[], object]) -> None:
-    """Make a call in a thread that stops at this moment, and go on with it when others are over, or wait for it."""
+    """Make a call in a thread that stops at this moment. Continue when `meanwhile` is over, or waits for the thread."""
     stopped_or_over, go_on = threading.Event(), threading.Event()
 
     def stop() -> None:
@@ -304,18 +304,18 @@ def hold_up(call: Callable[[], object], moment: Moment, meanwhile: Callable[[], 
 
 
 def test_a_thread_that_is_held_up() -> None:
-    """Wherever it is in its call, and others make theirs: all are counted."""
+    """Calls made while a thread is held up at any moment are all counted."""
     for moment in moments():
         fn = compile_with_fallback(sine, backend=Compiler(), policy=RetryPolicy(clock=FakeClock()))
         fn(X)
-        hold_up(lambda: fn(X), moment, lambda: [fn(X) for _ in range(2)])  # noqa: B023  # over before the next round
+        hold_up(lambda: fn(X), moment, lambda: [fn(X) for _ in range(2)])  # noqa: B023  # ends with this round
         assert fn.stats.compiled_calls == fn.stats.calls == 4
         assert gone_through(fn) == COMPILED
         assert fn.stats.compiled_calls == fn.stats.calls == 204
 
 
 def test_a_failure_while_a_thread_is_held_up() -> None:
-    """The thread knows nothing of the failure yet; what becomes due is attempted all the same."""
+    """Although the held-up thread does not know of the failure, a retry is attempted when it is due."""
     for moment in moments():
         compiler = Compiler(rows(4))
         policy = RetryPolicy(wait=None, wait_calls=3, clock=FakeClock())
@@ -331,7 +331,7 @@ def test_a_failure_while_a_thread_is_held_up() -> None:
 
 
 def test_retry_now_while_a_thread_is_held_up() -> None:
-    """The thread knows nothing of it yet, and its calls are the last that are watched; the next call is an attempt."""
+    """Although the held-up thread does not know of `retry_now`, the next call that may attempt does so."""
     for moment in moments():
         fn = compile_with_fallback(sine, backend=Compiler(first(1)), policy=RetryPolicy(wait=100, clock=FakeClock()))
         for _ in range(65):
@@ -343,7 +343,7 @@ def test_retry_now_while_a_thread_is_held_up() -> None:
 
 
 def test_a_call_within_a_held_off_call_while_a_thread_is_in_its_own(pause: Pause) -> None:
-    """The function has recovered in the meantime. Each call is counted by what it has run itself."""
+    """Each of these calls is counted by the graphs that it has run itself, although the function has recovered."""
     outer_pause = Pause()
 
     def step(x: torch.Tensor, depth: int) -> torch.Tensor:
@@ -375,7 +375,7 @@ def test_a_call_within_a_held_off_call_while_a_thread_is_in_its_own(pause: Pause
 
 
 def test_the_programs_error_after_many_calls() -> None:
-    """It is raised as it is; the call is counted by what it has run, and those after it are compiled."""
+    """The error reaches the caller unchanged, the call is counted by what it ran, and later calls are compiled."""
 
     def step(x: torch.Tensor) -> torch.Tensor:
         y = x.sin()
@@ -400,7 +400,7 @@ def test_the_programs_error_after_many_calls() -> None:
 
 
 def test_silent_eager_after_many_calls() -> None:
-    """A stance, and a disabled Dynamo, are noticed at once, and also that they are over."""
+    """Stances and a disabled Dynamo are noticed at once, and so is their end."""
     fn = compile_with_fallback(sine, backend=Compiler())
     for _ in range(300):
         fn(X)
@@ -416,7 +416,7 @@ def test_silent_eager_after_many_calls() -> None:
 
 
 def test_recovery_from_another_thread() -> None:
-    """While calls go straight to the eager function, what makes an attempt due is noticed by the very next call."""
+    """If another thread makes an attempt due, the next call makes it, even if calls bypass Dynamo."""
     clock = FakeClock()
     compiler = Compiler(first(1))
     fn = compile_with_fallback(sine, backend=compiler, policy=RetryPolicy(wait=100, clock=clock))
@@ -431,7 +431,7 @@ def test_recovery_from_another_thread() -> None:
 
 
 def test_due_moments_after_many_held_off_calls() -> None:
-    """By time and by calls, to the call."""
+    """Attempts are due by time and by calls, exact to the call."""
     clock = FakeClock()
     compiler = Compiler(first(3))
     policy = RetryPolicy(wait=100, wait_calls=500, clock=clock)
@@ -448,8 +448,8 @@ def test_due_moments_after_many_held_off_calls() -> None:
     assert fn.stats.calls == 1299
 
 
-def test_due_moments_after_calls_of_which_nothing_was_compiled() -> None:
-    """They are calls like others: an attempt that is due after so many comes after so many."""
+def test_due_moments_after_calls_that_compiled_nothing() -> None:
+    """Calls that compiled nothing count towards `wait_calls` like all others."""
     compiler = Compiler(first(1))
     policy = RetryPolicy(wait=None, wait_calls=300)
 

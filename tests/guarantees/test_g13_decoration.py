@@ -1,4 +1,4 @@
-"""Callables and options that the decorator takes; failures of torch.compile() itself."""
+"""The callables and options that the decorator accepts, and failures of torch.compile() itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sine(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_three_ways() -> None:
-    """Bare, with arguments, and as a call."""
+    """The decorator works without arguments, with arguments, and as a function."""
 
     @compile_with_fallback
     def bare(x: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,7 @@ class Generating:
 )
 @pytest.mark.parametrize("with_arguments", [False, True])
 def test_what_cannot_be_decorated(fn: Any, message: str, with_arguments: bool) -> None:
-    """Raises at decoration and says what is allowed."""
+    """Objects that cannot be decorated raise at decoration, and the error says what is allowed."""
     with pytest.raises(TypeError, match=message):
         compile_with_fallback(dynamic=True)(fn) if with_arguments else compile_with_fallback(fn)
 
@@ -83,7 +83,35 @@ def test_what_cannot_be_decorated(fn: Any, message: str, with_arguments: bool) -
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"foo": 1}, TypeError, "argument 'foo'; known arguments: .*fullgraph"),
+        ({"foo": 1}, TypeError, "argument 'foo'; known arguments: policy, name, .*fullgraph"),
+        ({"dynamc": True}, TypeError, "unknown torch.compile argument 'dynamc'; did you mean 'dynamic'\\? known"),
+        ({"polcy": None}, TypeError, "unknown torch.compile argument 'polcy'; did you mean 'policy'\\? known"),
+        (
+            {"max_overhed": 0.1},
+            TypeError,
+            r"did you mean 'max_overhead'\? If so, use policy=RetryPolicy\(max_overhead=0.1\)\. known arguments",
+        ),
+        (
+            {"wait": 30},
+            TypeError,
+            r"^wait is not an argument of compile_with_fallback\(\); use policy=RetryPolicy\(wait=30\)$",
+        ),
+        ({"wait_calls": 5}, TypeError, r"use policy=RetryPolicy\(wait_calls=5\)$"),
+        ({"stop": []}, TypeError, r"use policy=RetryPolicy\(stop=\.\.\.\)$"),
+        ({"retry": bool}, TypeError, r"use policy=RetryPolicy\(retry=\.\.\.\)$"),
+        ({"max_overhead": 0.1}, TypeError, r"use policy=RetryPolicy\(max_overhead=0.1\)$"),
+        ({"clock": bool}, TypeError, r"use policy=RetryPolicy\(clock=\.\.\.\)$"),
+        ({"attempts": 3}, TypeError, r"use policy=RetryPolicy\(stop=stop_after_attempt\(3\)\), with .* from tenacity$"),
+        (
+            {"max_attempts": 3},
+            TypeError,
+            r"policy=RetryPolicy\(stop=stop_after_attempt\(3\)\), with stop_after_attempt f",
+        ),
+        (
+            {"timeout": 60},
+            TypeError,
+            r"policy=RetryPolicy\(stop=stop_after_delay\(60\)\), with stop_after_delay from t",
+        ),
         ({"fullgraph": "yes"}, TypeError, "fullgraph must be True or False, not 'yes'"),
         ({"disable": None}, TypeError, "disable must be True or False, not None"),
         ({"dynamic": "auto"}, TypeError, "dynamic must be True, False or None, not 'auto'"),
@@ -92,7 +120,12 @@ def test_what_cannot_be_decorated(fn: Any, message: str, with_arguments: bool) -
         ({"mode": 3}, TypeError, "mode must be a string or None, not 3"),
         ({"mode": "fastest"}, ValueError, "mode 'fastest'; .*known modes: .*max-autotune"),
         ({"options": [1]}, TypeError, "options must be a dict or None"),
-        ({"options": {"max_autotun": True}}, ValueError, "option 'max_autotun'; did you mean 'max_autotune'"),
+        (
+            {"options": {"max_autotun": True}},
+            ValueError,
+            r"'max_autotun'; did you mean 'max_autotune' or .{,80}\? torch\._inductor\.list_options\(\) returns all options$",
+        ),
+        ({"options": {"zz": 1}}, ValueError, r"^unknown torch\.compile option 'zz'; torch\._inductor.list_op.{,40}$"),
         ({"options": {"max_autotune": "yes"}}, ValueError, "max_autotune"),
         ({"mode": "max-autotune", "options": {"max_autotune": True}}, ValueError, "both given"),
         ({"name": 3}, TypeError, "name must be a string or None, not 3"),
@@ -101,7 +134,7 @@ def test_what_cannot_be_decorated(fn: Any, message: str, with_arguments: bool) -
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    """Raise at decoration, with and without a function, and name what is allowed."""
+    """Invalid arguments raise at decoration, with and without a function, and the error says what is allowed."""
     with pytest.raises(error, match=message):
         compile_with_fallback(sine, **options)
     with pytest.raises(error, match=message):
@@ -124,7 +157,7 @@ def test_wrong_arguments(options: dict[str, Any], error: type[Exception], messag
     ids=lambda options: " ".join([*options, *map(str, options.values())]).partition(" at 0x")[0],
 )
 def test_options_pass_through(options: dict[str, Any]) -> None:
-    """All that torch.compile takes is taken, arrives unchanged, and is left alone; the function compiles with it."""
+    """All options of torch.compile are accepted and passed on unchanged, and the function compiles with them."""
     seen: list[dict[str, Any]] = []
     real, given = torch.compile, {**options}
 
@@ -144,7 +177,7 @@ def test_options_pass_through(options: dict[str, Any]) -> None:
 
 
 def test_mode_and_options_reach_the_backend() -> None:
-    """A callable backend gets them as torch.compile hands them over, inductor as its configuration."""
+    """A callable backend gets mode and options as from torch.compile, and Inductor gets them as configuration."""
     seen: list[dict[str, Any]] = []
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any], **kwargs: Any) -> Any:
@@ -171,7 +204,7 @@ def test_mode_and_options_reach_the_backend() -> None:
 
 
 def test_a_backends_reset_and_config_are_kept() -> None:
-    """torch._dynamo.reset() reaches a backend's reset()."""
+    """torch._dynamo.reset() calls a backend's reset()."""
     compiler = Compiler()
     resets: list[int] = []
     compiler.reset = lambda: resets.append(1)
@@ -182,7 +215,7 @@ def test_a_backends_reset_and_config_are_kept() -> None:
 
 
 def test_torch_compile_itself_fails() -> None:
-    """It is survived and retried like any other failure; it is looked up when it is needed, so tests can patch it."""
+    """The failure is survived and retried like any other. Tests can patch torch.compile after the decoration."""
     real, left, calls = torch.compile, 2, []
 
     def flaky(*args: Any, **kwargs: Any) -> Any:
@@ -207,7 +240,7 @@ def test_torch_compile_itself_fails() -> None:
 
 
 def test_torch_compile_cannot_work() -> None:
-    """A permanent failure of torch.compile() is not retried, until the user says so."""
+    """A permanent failure of torch.compile() is not retried, unless the user asks for it."""
     calls: list[int] = []
 
     def broken(*args: Any, **kwargs: Any) -> Any:
@@ -226,7 +259,7 @@ def test_torch_compile_cannot_work() -> None:
 
 
 def test_torch_compile_is_patched_away() -> None:
-    """Users' tests replace torch.compile by the identity, or by anything else that can be called."""
+    """Tests may replace torch.compile by the identity or any other callable."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda fn, **options: fn)
         fn = compile_with_fallback(sine, dynamic=True, whatever=1)
@@ -234,8 +267,17 @@ def test_torch_compile_is_patched_away() -> None:
     assert (fn.stats.eager_calls, fn.state) == (1, CompileState.PENDING)
 
 
+def test_arguments_of_the_policy_while_torch_compile_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are refused by a torch.compile that takes anything, but not by one that has such an argument."""
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)
+    with pytest.raises(TypeError, match=r"use policy=RetryPolicy\(stop=stop_after_delay\(60\)\)"):
+        compile_with_fallback(sine, timeout=60)
+    monkeypatch.setattr(torch, "compile", lambda fn, *, backend, timeout: fn)
+    torch.testing.assert_close(compile_with_fallback(sine, timeout=60)(X), X.sin())
+
+
 def test_an_unknown_torch() -> None:
-    """If torch has changed under the library, functions run eagerly and the log says why."""
+    """If torch's internals have changed, functions run eagerly, and the log says why."""
 
     def unknown(x: torch.Tensor) -> torch.Tensor:
         return x
@@ -251,7 +293,7 @@ def test_an_unknown_torch() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_modules_that_cannot_be_compiled_in_place() -> None:
-    """TorchScript, and what torch.compile() has made of a module."""
+    """TorchScript modules and results of torch.compile() raise at decoration."""
     with pytest.raises(TypeError, match="TorchScript module"):
         compile_with_fallback(torch.jit.script(torch.nn.Linear(1, 1)))
     with pytest.raises(TypeError, match=r"returned by torch\.compile\(\)"):
@@ -259,7 +301,7 @@ def test_modules_that_cannot_be_compiled_in_place() -> None:
 
 
 def test_a_patched_torch_compile_that_knows_fewer_options() -> None:
-    """Is not given what it does not take."""
+    """A patched torch.compile gets only options that it accepts."""
     real = torch.compile
 
     def older(model: Any, *, backend: Any, dynamic: bool | None = None) -> Any:
@@ -289,7 +331,7 @@ def test_ahead_of_time_inductor() -> None:
 
 
 def test_two_threads_call_a_new_function() -> None:
-    """torch.compile() is called once."""
+    """Two threads call torch.compile() only once."""
     calls: list[int] = []
     real, results = torch.compile, list[torch.Tensor]()
     second = threading.Thread(target=lambda: results.append(fn(X)))
@@ -311,7 +353,7 @@ def test_two_threads_call_a_new_function() -> None:
 
 
 def test_torch_without_newer_internals() -> None:
-    """The check of fullgraph=True, which only newer versions have, is done without."""
+    """The check of fullgraph=True, which only newer versions have, is omitted."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(torch._C._dynamo.eval_frame, "set_fullgraph_compiled_frame_count", raising=False)
         fn = compile_with_fallback(sine, backend=Compiler(lambda inputs: full_disk()), dynamic=False)
@@ -321,7 +363,7 @@ def test_torch_without_newer_internals() -> None:
 
 
 def test_torch_without_isolated_recompiles() -> None:
-    """Below 2.12 each function is compiled in a copy, so that twenty closures of one factory all compile there, too."""
+    """Below 2.12, each function is compiled as a copy, so that twenty closures of one factory all compile."""
 
     def make(k: float) -> Any:
         def scale(x: torch.Tensor, *, by: float = k) -> torch.Tensor:

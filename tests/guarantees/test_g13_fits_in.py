@@ -27,7 +27,7 @@ EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
 
 
 class Holder:
-    """Decorated methods of every kind."""
+    """A class with all kinds of decorated methods."""
 
     factor = 3.0
 
@@ -57,7 +57,7 @@ class Holder:
 
 
 def test_methods() -> None:
-    """Bind as methods do, through instance and class, and count."""
+    """Methods bind through instance and class, and their calls are counted."""
     holder = Holder()
     cases: list[tuple[Callable[..., torch.Tensor], int]] = [
         (holder.method, 3),
@@ -70,7 +70,7 @@ def test_methods() -> None:
     for bound, factor in cases:
         torch.testing.assert_close(bound(X), X * factor)
     assert isinstance(Holder.method, CompiledFunction)
-    method: Any = holder.method  # to a type checker, a callable without attributes
+    method: Any = holder.method  # a callable without attributes, to a type checker
     class_outside: Any = Holder.class_outside
     assert method.stats.compiled_calls == 2
     assert class_outside.stats.compiled_calls == 1
@@ -83,7 +83,7 @@ class Sine:
 
 
 def test_other_callables() -> None:
-    """Lambdas, closures, partials, bound methods, callable objects, builtins."""
+    """Lambdas, closures, partials, bound methods, callable objects and builtins can be decorated."""
     shift = torch.ones(3)
 
     def closure(x: torch.Tensor) -> torch.Tensor:
@@ -107,7 +107,7 @@ def test_other_callables() -> None:
 
 
 def test_looks_like_the_function() -> None:
-    """Name, doc, signature, module and __wrapped__ are the function's."""
+    """Name, doc, signature, module and __wrapped__ are the function's own."""
     looks: Any = double
     assert looks.__name__ == "double"
     assert looks.__qualname__ == "double"
@@ -119,7 +119,7 @@ def test_looks_like_the_function() -> None:
 
 
 def test_pickle_and_copies() -> None:
-    """Pickles by reference, as functions do; copies are fresh."""
+    """Decorated functions are pickled by reference, as functions are; copies start from scratch."""
     assert pickle.loads(pickle.dumps(double)) is double
     double(X)
     for fresh in (copy.copy(double), copy.deepcopy(double)):
@@ -140,7 +140,7 @@ def make_module() -> torch.nn.Sequential:
 
 
 def test_module_in_place() -> None:
-    """Same object, class and state_dict keys; falls back and recovers; hooks run once."""
+    """The module keeps its object, class and state_dict keys, falls back and recovers, and its hooks run once."""
     module = make_module()
     keys, hooks = list(module.state_dict()), []
     module.register_forward_hook(lambda *args: hooks.append(1))
@@ -160,7 +160,7 @@ def test_module_in_place() -> None:
 
 
 def test_module_copies_and_files() -> None:
-    """A deep copy gets a compiled call of its own; a saved module loads as a plain one."""
+    """A deep copy gets its own compiled call; a saved module loads as a plain one."""
     module = compile_with_fallback(make_module(), backend="eager", policy=RetryPolicy(clock=lambda: 0.0))
     x = torch.randn(5, 3)
     module(x)
@@ -187,7 +187,7 @@ def test_module_copies_and_files() -> None:
 
 
 def test_module_decorated_twice() -> None:
-    """The second time counts."""
+    """The second decoration replaces the first."""
     module = compile_with_fallback(
         compile_with_fallback(make_module(), backend="eager", name="a"), backend="eager", name="b"
     )
@@ -196,7 +196,7 @@ def test_module_decorated_twice() -> None:
 
 
 def test_decorated_twice() -> None:
-    """Compiling what is decorated or compiled already compiles the plain function below it."""
+    """Decorating a decorated or compiled function compiles the plain function."""
     once = compile_with_fallback(lambda x: x.sin(), backend="eager")
     twice = compile_with_fallback(once, backend=Compiler(first(1)), policy=EVERY_CALL)
     after_torch = compile_with_fallback(torch.compile(once.eager), backend=Compiler(first(1)), policy=EVERY_CALL)
@@ -213,7 +213,7 @@ def test_decorated_twice() -> None:
 
 @pytest.mark.parametrize("held_off", [False, True])
 def test_inside_an_outer_compile(held_off: bool) -> None:
-    """Traced as the plain function, by torch.compile(fullgraph=True), as itself, as a method, and by torch.export."""
+    """An outer torch.compile(fullgraph=True) or torch.export traces the plain function, also as a method."""
     compiler = Compiler(first(10))
     inner = compile_with_fallback(lambda x: x.sin(), backend=compiler)
     holder = Holder()
@@ -247,15 +247,15 @@ def test_inside_an_outer_compile(held_off: bool) -> None:
 
 
 def test_class_methods_inside_an_outer_compile() -> None:
-    """Dynamo breaks the graph there, because it takes only plain functions for class methods; the result is right."""
-    cls: Any = Holder  # mypy binds a class method only if it is a plain function
+    """Dynamo breaks the graph there, because class methods must be plain functions to it; the result is correct."""
+    cls: Any = Holder  # mypy binds class methods only if they are plain functions
     outer = torch.compile(lambda x: cls.class_inside(x * 2) + cls.class_outside(x), backend="eager")
     for _ in range(2):
         torch.testing.assert_close(outer(X), X * 9)
 
 
 def test_an_outer_compile_that_breaks() -> None:
-    """If the outer compile cannot trace the decorated function, that one still runs, once."""
+    """If the outer compile cannot trace the decorated function, the function still runs, once."""
     ran: list[int] = []
 
     def step(x: torch.Tensor) -> torch.Tensor:
@@ -279,7 +279,7 @@ def test_a_compiled_module_inside_an_outer_compile() -> None:
 
 @pytest.mark.parametrize("fails", [0, 2])
 def test_ten_closures_of_one_factory(fails: int) -> None:
-    """All compile: they share no recompile limit, which is eight."""
+    """All ten compile, although the recompile limit is eight."""
 
     def make(k: float) -> CompiledFunction[[torch.Tensor], torch.Tensor]:
         return compile_with_fallback(lambda x: x * k, backend=Compiler(first(fails)), policy=EVERY_CALL)
@@ -301,7 +301,7 @@ def plus_one_after_a_graph_break(x: torch.Tensor) -> torch.Tensor:
 )
 @pytest.mark.parametrize("fails", [0, 3])
 def test_many_closures_of_one_factory(fails: int) -> None:
-    """More than torch's limit for all compiles of one code object, of which fallbacks take a share too."""
+    """They exceed torch's limit for all compiles of one code object, and fallbacks do not count towards it."""
 
     def make(k: float) -> CompiledFunction[[torch.Tensor], torch.Tensor]:
         def step(x: torch.Tensor) -> torch.Tensor:
@@ -339,7 +339,7 @@ def process_group(tmp_path: Any) -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore:.*barrier.*:UserWarning")
 @pytest.mark.parametrize("where", ["module inside DDP", "step round DDP"])
 def test_ddp(where: str) -> None:
-    """A module compiled in place under DDP, and a step that calls a DDP module: both fall back, recover, and train."""
+    """A module compiled in place under DDP, and a step that calls a DDP module, fall back, recover, and train."""
     torch.manual_seed(0)
     plain = Net()
     twin = copy.deepcopy(plain)
@@ -374,7 +374,7 @@ def test_ddp(where: str) -> None:
 
 @pytest.mark.long
 def test_modules_that_other_threads_call_during_an_attempt(tmp_path: Path) -> None:
-    """Inductor's first compile in a process traces with FX, which all threads' modules take part in."""
+    """Inductor's first compile in a process traces with FX, which affects modules in all threads."""
     code = """
 import threading, torch
 from compile_retry import compile_with_fallback
@@ -398,24 +398,24 @@ fn = compile_with_fallback(lambda x: x.sin() + 1)
 fn(torch.ones(2))
 assert fn.stats.compiled_calls == 1 and traced and not errors, errors
 """
-    # Nothing is cached, and without vector instructions it is compiled faster.
+    # The cache is off, and without vector instructions the compile is faster.
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_VEC_ISA_OK": "0"}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=200, env=environment)
 
 
 @pytest.mark.usefixtures("measured")
 def test_an_old_torch_is_refused() -> None:
-    """When the package is imported, before anything else fails for reasons that nobody understands."""
+    """Importing the package on an old torch raises an error that says so, before anything else can fail."""
     code = "import torch; torch.__version__ = type(torch.__version__)('2.9.1'); import compile_retry"
     process = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=200)
     assert process.returncode == 1
-    assert process.stderr.endswith("ImportError: compile_retry needs torch 2.10 or later, this is 2.9.1\n")
+    assert process.stderr.endswith("ImportError: compile_retry requires torch 2.10 or later, this is 2.9.1\n")
 
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.filterwarnings("ignore:.*barrier.*:UserWarning")
 def test_ddp_with_buckets_that_dynamo_cannot_divide() -> None:
-    """Torch raises before there is a graph, also in frames that Dynamo would have passed over: the step goes on."""
+    """The step continues although torch raises before there is a graph, even in frames that Dynamo would skip."""
     plain = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
     twin = copy.deepcopy(plain)
     model = torch.nn.parallel.DistributedDataParallel(plain, bucket_cap_mb=0.0001)

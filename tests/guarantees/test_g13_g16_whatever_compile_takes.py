@@ -1,4 +1,4 @@
-"""G13, G16: everything torch.compile takes, with as many compiles as torch.compile needs."""
+"""G13 and G16: everything that torch.compile accepts, with as many compiles as it needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Make = Callable[[Any, Compiler, Compiler], Any]
 
 
 class Stock:
-    """Compiles with torch.compile: functions, and modules in place."""
+    """Compiles functions, and modules in place, with torch.compile."""
 
     def function(self, fn: Any, backend: Compiler, **options: Any) -> Any:
         return torch.compile(fn, backend=backend, **options)
@@ -31,7 +31,7 @@ class Stock:
 
 
 class Ours:
-    """The same with compile_with_fallback."""
+    """Compiles functions, and modules in place, with compile_with_fallback."""
 
     def function(self, fn: Any, backend: Compiler, **options: Any) -> Any:
         return compile_with_fallback(fn, backend=backend, policy=EVERY_CALL, **options)
@@ -93,13 +93,13 @@ def doubled(self: Net, x: torch.Tensor) -> torch.Tensor:
 
 
 def assert_as_stock(make: Make) -> Any:
-    """Compile with both, call three times, and compare results, errors and the compiles that either backend was asked.
+    """Compile with both, call three times, and compare results, errors and the backends' compiles.
 
     Args:
-        make: Gets the compiler and two backends. The second is for what is compiled before the thing that is called.
+        make: Takes the compiler and two backends. The second is for parts compiled before the whole.
 
     Returns:
-        What `make` returned for compile_with_fallback.
+        The result of `make` for compile_with_fallback.
     """
     seen = []
     for kind in (Stock(), Ours()):
@@ -142,7 +142,7 @@ FUNCTIONS: dict[str, Callable[[], Any]] = {
 @pytest.mark.filterwarnings("ignore:.*lru_cache.*")
 @pytest.mark.parametrize("case", FUNCTIONS)
 def test_functions(case: str) -> None:
-    """All kinds of callables."""
+    """All kinds of callables behave as under torch.compile."""
     assert_as_stock(lambda kind, outer, inner: kind.function(FUNCTIONS[case](), outer))
 
 
@@ -166,7 +166,7 @@ FORWARDS: dict[str, Callable[[Net, Any, Compiler], Any]] = {
 @pytest.mark.parametrize("forward", FORWARDS)
 @pytest.mark.parametrize("how", ["in place", "in place before", "its forward", "its score", "its call"])
 def test_a_replaced_forward(forward: str, how: str) -> None:
-    """As inference scripts, adapters and device-placement hooks do: the module and its methods still compile."""
+    """If `forward` is replaced, as by inference scripts, adapters and placement hooks, module and methods compile."""
 
     def make(kind: Any, outer: Compiler, inner: Compiler) -> Any:
         net: Any = Net()
@@ -188,7 +188,7 @@ def test_a_replaced_forward(forward: str, how: str) -> None:
 
 @pytest.mark.parametrize("forward", ["partial", "callable object", "compiled"])
 def test_a_replaced_forward_falls_back_and_recovers(forward: str) -> None:
-    """Failures are counted for the function that is compiled."""
+    """Failures are counted for the compiled function."""
     net: Any = Net()
     expected = net(X)
     compiler = Compiler(first(2))
@@ -238,7 +238,7 @@ def hooked(net: nn.Module, hook: Callable[..., None]) -> nn.Module:
 
 
 def calling_its_parent(kind: Any, outer: Compiler) -> Any:
-    class Child(in_class(kind, outer)):  # type: ignore[misc]  # a class made for the occasion
+    class Child(in_class(kind, outer)):  # type: ignore[misc]  # a class defined for this test
         def forward(self, x: torch.Tensor) -> Any:
             return super().forward(x) + 1
 
@@ -293,12 +293,12 @@ MADE: dict[str, Make] = {
 
 @pytest.mark.parametrize("case", MADE)
 def test_compiled_in_compiled(case: str) -> None:
-    """Decorated methods and modules in and beside each other: traced in one graph, or each compiles for itself."""
+    """Decorated methods and modules in each other are traced in one graph, or each compiles on its own."""
     assert_as_stock(MADE[case])
 
 
-def test_a_decorated_forward_books_its_own_calls() -> None:
-    """If both a module and its forward are compiled, the forward runs compiled and the module has nothing to do."""
+def test_a_decorated_forward_counts_its_own_calls() -> None:
+    """If a module and its forward are both compiled, the forward's calls are compiled and the module's are eager."""
     net = Ours().module(in_class(Ours(), Compiler(first(1)))(), Compiler())
     for _ in range(3):
         net(X)
@@ -308,7 +308,7 @@ def test_a_decorated_forward_books_its_own_calls() -> None:
 
 
 def test_compiling_again_compiles_the_plain_function() -> None:
-    """Bound methods of a decorated or compiled function included, which torch.compile does not take a second time."""
+    """This includes bound methods of decorated or compiled functions, which torch.compile does not accept again."""
     decorators: tuple[Any, ...] = (compile_with_fallback(backend="eager"), torch.compile)
     for decorate in decorators:
 
@@ -320,8 +320,8 @@ def test_compiling_again_compiles_the_plain_function() -> None:
         assert again.stats.compiled_calls == 1
 
 
-def test_a_wrapper_round_a_compiled_function() -> None:
-    """Compiles in one graph; torch.compile refuses it, because functools.wraps copies its marks."""
+def test_a_wrapper_around_a_compiled_function() -> None:
+    """It compiles in one graph. torch.compile refuses it, because functools.wraps copies its marks."""
     inner = torch.compile(sine, backend="eager")
     compiler = Compiler()
     fn = compile_with_fallback(functools.wraps(inner)(lambda x: inner(x) * 2), backend=compiler)
@@ -344,7 +344,7 @@ class CallsSuper(Parent):
 
 
 def test_decorated_parents_under_fullgraph() -> None:
-    """Traced where they are called by name; Dynamo cannot trace super() there, and that call survives."""
+    """They are traced if called by name. Dynamo cannot trace super(), and that call falls back."""
     for net, state in ((CallsByName(), CompileState.COMPILED), (CallsSuper(), CompileState.GAVE_UP)):
         fn = compile_with_fallback(net.forward, backend="eager", fullgraph=True)
         torch.testing.assert_close(fn(X), Net()(X) + 1)

@@ -1,4 +1,4 @@
-"""G13: a decorated function keeps what the original has, in copies and in files too."""
+"""G13: a decorated function keeps the original's attributes, in copies and files too."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from compile_retry import CompiledFunction, CompileState, compile_with_fallback, compiled_function
+from compile_retry import CompiledFunction, CompileState, RetryPolicy, compile_with_fallback, compiled_function
 
 X = torch.arange(8.0).reshape(2, 4)
 
@@ -36,7 +36,7 @@ class Calls:
 
 
 def test_attributes() -> None:
-    """Those of the original are there, later ones stay apart, and the library's own names win."""
+    """It has the original's attributes, later ones do not reach the original, and the library's own names win."""
 
     def step(x: torch.Tensor, by: float = 2.0) -> torch.Tensor:
         return x * by
@@ -60,8 +60,42 @@ def test_attributes() -> None:
         torch.testing.assert_close(twin(X), X * 2)
 
 
+def test_compiled_function_of_anything() -> None:
+    """A module, a bound method and the decorated function itself; anything else is refused."""
+
+    class Model:
+        @compile_with_fallback(backend="eager")
+        def step(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    fn = compile_with_fallback(sine, backend="eager")
+    net = compile_with_fallback(nn.Linear(4, 4), backend="eager")
+    assert compiled_function(fn) is fn
+    assert compiled_function(Model().step) is compiled_function(Model.step) is vars(Model)["step"]
+    assert compiled_function(net).name == "Linear"
+    with pytest.raises(TypeError, match=r"fn must be a function or module from .*, not <function"):
+        compiled_function(sine)
+    with pytest.raises(TypeError, match=r"Linear has not been compiled by compile_with_fallback\(\)"):
+        compiled_function(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("attribute", ["policy", "name"])
+def test_what_cannot_be_assigned(attribute: str) -> None:
+    """The policy and the name: the error says what to do instead. Copies keep them."""
+    policy = RetryPolicy(wait=7)
+    fn: Any = compile_with_fallback(sine, backend="eager", policy=policy, name="mine")
+    for each in (fn, copy.copy(fn), copy.deepcopy(fn)):
+        with pytest.raises(AttributeError, match=rf"the {attribute} of mine cannot be .*\(fn, {attribute}=\.\.\.\)"):
+            setattr(each, attribute, getattr(each, attribute))
+        with pytest.raises(AttributeError):
+            delattr(each, attribute)
+        assert (each.policy, each.name) == (policy, "mine")
+    again = compile_with_fallback(fn, policy=RetryPolicy(wait=8), name="other")
+    assert (again.policy.wait, again.name, again.eager) == (8, "other", sine)
+
+
 def test_only_what_a_function_has_is_copied_by_wraps() -> None:
-    """A wrapper above gets the function's attributes and none of the library's, as does what is made of it."""
+    """A wrapper made with `wraps`, and wrappers of it, get the function's attributes and none of the library's."""
     inner: Any = compile_with_fallback(functools.wraps(sine)(lambda x: x * 2), backend="eager")
     inner.tag = 1
     wrapper = functools.wraps(inner)(lambda x: inner(x) + 1)
@@ -79,7 +113,7 @@ def test_only_what_a_function_has_is_copied_by_wraps() -> None:
 
 
 def test_a_deep_copy_of_a_callable_object() -> None:
-    """Its attributes are copied with it."""
+    """The object's attributes are copied with it."""
     fn: Any = compile_with_fallback(Calls(Calls(sine)), backend="eager")
     assert fn.fn is fn.eager.fn
     twin = copy.deepcopy(fn)
@@ -89,7 +123,7 @@ def test_a_deep_copy_of_a_callable_object() -> None:
 
 
 def test_abstract_methods() -> None:
-    """Stay abstract, in each order of decorators."""
+    """Abstract methods stay abstract, whatever the order of decorators."""
     decorate = compile_with_fallback(backend="eager")
 
     class Abstract(abc.ABC):
@@ -118,11 +152,11 @@ def test_abstract_methods() -> None:
 
     assert Abstract.__abstractmethods__ == {"inside", "outside", "static", "of_class", "value"}
     with pytest.raises(TypeError, match="abstract"):
-        Abstract()  # type: ignore[abstract]  # that is the point
+        Abstract()  # type: ignore[abstract]  # on purpose
 
 
 def test_attributes_of_static_and_class_methods() -> None:
-    """Kept on the method object, where decorators below have put them."""
+    """Attributes set by decorators below are kept on the method object."""
     kinds: tuple[Any, ...] = (staticmethod, classmethod)
     for kind in kinds:
         method = kind(sine)
@@ -131,7 +165,7 @@ def test_attributes_of_static_and_class_methods() -> None:
 
 
 def test_looks() -> None:
-    """Annotations, source, code and defaults are the function's; partials and objects have a name all the same."""
+    """Annotations, source, code and defaults are the function's. Partials and objects have a name, too."""
 
     def step(x: torch.Tensor, by: float = 2.0, *, shift: float = 1.0) -> torch.Tensor:
         return x * by + shift
@@ -166,7 +200,7 @@ class Decorated(Net):
 
 
 def test_modules_with_a_decorated_forward_are_copied_and_saved() -> None:
-    """As modules are: only a forward that sits on the instance cannot be pickled, which torch.compile's cannot, too."""
+    """They are copied and saved like other modules. A forward set on the instance cannot be pickled, as under stock."""
     net = Decorated()
     assert list(net.state_dict()) == list(Net().state_dict())
     file = io.BytesIO()
@@ -182,8 +216,8 @@ def test_modules_with_a_decorated_forward_are_copied_and_saved() -> None:
         pickle.dumps(other)
 
 
-def test_copies_of_a_module_that_is_not_ours_any_more() -> None:
-    """A module that is compiled by torch since, and a shallow copy: no copy of them is compiled by the library."""
+def test_copies_of_a_module_that_the_library_no_longer_compiles() -> None:
+    """Copies of a module that torch has compiled since, or of a shallow copy, are plain modules."""
     net = compile_with_fallback(Net(), backend="eager")
     shallow = copy.copy(net)
     assert isinstance(compiled_function(copy.deepcopy(net)), CompiledFunction)

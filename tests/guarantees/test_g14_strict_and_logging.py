@@ -1,4 +1,4 @@
-"""Strict mode, and G14: one log line per event, never one per call."""
+"""Strict mode, and G14: one log line per transition, never one per call."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sine(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_strict_raises_at_once() -> None:
-    """Every failing attempt raises; nothing is held off; after the block the fallback is back."""
+    """Every failed attempt raises and nothing is held off. After the block, failures fall back again."""
     compiler = Compiler(first(3))
     fn = compile_with_fallback(sine, backend=compiler, policy=RetryPolicy(wait=1e9))
     with set_strict(True):
@@ -38,8 +38,8 @@ def test_strict_raises_at_once() -> None:
     assert (fn.state, fn.stats.failures) == (CompileState.FALLBACK, 3)
 
 
-def test_strict_and_torch_compile_itself() -> None:
-    """A failing torch.compile() raises as it is."""
+def test_strict_mode_and_torch_compile_itself() -> None:
+    """A failing torch.compile() raises its own exception."""
 
     def broken(*args: object, **kwargs: object) -> None:
         raise full_disk()
@@ -54,7 +54,7 @@ def test_strict_and_torch_compile_itself() -> None:
 
 
 def test_strict_leaves_the_programs_errors_alone() -> None:
-    """They arrive as themselves in strict mode, too."""
+    """In strict mode too, the program's errors reach the caller as themselves."""
 
     def step(x: torch.Tensor) -> torch.Tensor:
         raise ValueError("the program's")
@@ -64,7 +64,7 @@ def test_strict_leaves_the_programs_errors_alone() -> None:
 
 
 def test_set_strict_as_a_function() -> None:
-    """Called for its effect alone, the mode stays; blocks nest."""
+    """As a plain call it sets the mode for good; as a context manager it nests."""
     fn = compile_with_fallback(sine, backend=Compiler(lambda inputs: full_disk()), policy=EVERY_CALL)
     set_strict(True)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
@@ -80,12 +80,12 @@ def test_set_strict_as_a_function() -> None:
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
         fn(X)
     with pytest.raises(TypeError, match="takes True or False, not 1"):
-        set_strict(1)  # type: ignore[arg-type]  # the wrong type on purpose
+        set_strict(1)  # type: ignore[arg-type]  # the wrong type, on purpose
 
 
 @pytest.mark.parametrize(("value", "strict"), [("1", True), ("0", False), ("", False)])
 def test_strict_from_the_environment(value: str, strict: bool) -> None:
-    """COMPILE_RETRY_STRICT=1 switches it on from the start."""
+    """COMPILE_RETRY_STRICT=1 enables strict mode from the start."""
     code = f"from {is_strict.__module__} import is_strict; print(is_strict())"
     out = subprocess.run(
         [sys.executable, "-c", code],
@@ -98,7 +98,7 @@ def test_strict_from_the_environment(value: str, strict: bool) -> None:
 
 
 def test_one_line_per_transition(caplog: pytest.LogCaptureFixture) -> None:
-    """A line tells what failed, what runs instead, and when the next attempt is due; another one the recovery."""
+    """A failure's line says what failed, what runs now, and when the next attempt is due. A recovery has a line too."""
     policy = RetryPolicy(wait=None, wait_calls=10, stop=tenacity.stop_after_attempt(3))
     fn = compile_with_fallback(sine, backend=Compiler(first(2)), policy=policy, name="train_step")
     with caplog.at_level(logging.DEBUG, logger="compile_retry"):
@@ -115,7 +115,7 @@ def test_one_line_per_transition(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_the_level_of_an_event_is_that_of_its_line(caplog: pytest.LogCaptureFixture) -> None:
-    """Events without a line have none; and hooks are called when the line is written, the function's own first."""
+    """Events without a line have no level. Hooks are called after the line is written, the function's own first."""
     fn = compile_with_fallback(sine, backend=Compiler(first(1)), policy=EVERY_CALL, name="f")
     told = list[tuple[str, Event, int]]()
 
@@ -137,7 +137,7 @@ def test_the_level_of_an_event_is_that_of_its_line(caplog: pytest.LogCaptureFixt
 
 
 def test_giving_up_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
-    """Nobody will try again: the line says how to change that."""
+    """The line says how to attempt again."""
     policy = RetryPolicy(wait=None, wait_calls=1, stop=tenacity.stop_after_attempt(1))
     fn = compile_with_fallback(sine, backend=Compiler(first(9)), policy=policy)
     with caplog.at_level(logging.DEBUG, logger="compile_retry"):
@@ -149,7 +149,7 @@ def test_giving_up_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_faults_by_function_and_graph() -> None:
-    """`fail_compiles` picks its attempts by name, by graph and by number."""
+    """`fail_compiles` selects attempts by function, by graph and by number."""
 
     def three_graphs(x: torch.Tensor) -> torch.Tensor:
         x = x.sin()
@@ -174,8 +174,8 @@ def test_faults_by_function_and_graph() -> None:
         pass
 
 
-def test_recorded_transitions_by_function() -> None:
-    """`record_events` can look at one function alone."""
+def test_recorded_events_by_function() -> None:
+    """`record_events` can record one function only."""
     a = compile_with_fallback(sine, backend=Compiler(), name="a")
     b = compile_with_fallback(lambda x: x.cos(), backend=Compiler(), name="b")
     with record_events("b") as events:

@@ -1,4 +1,4 @@
-"""G15: what runs while held off is the program itself, with its modes, its random state and its own types."""
+"""G15: while held off, the program itself runs, with its modes, its random state and its own types."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def modes() -> tuple[object, ...]:
 
 
 def test_an_error_inside_a_mode_leaves_no_mode_behind() -> None:
-    """Neither while the function is held off nor when it has been compiled."""
+    """No mode stays behind, neither while the function is held off nor after it has been compiled."""
     table, weight, before = torch.randn(10, 8), torch.randn(8, 8), modes()
 
     def step(index: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ def test_an_error_inside_a_mode_leaves_no_mode_behind() -> None:
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_dropout_inside_a_checkpointed_block(use_reentrant: bool) -> None:
-    """The backward pass sees the masks of the forward pass: gradients fit the loss in every call."""
+    """The backward pass uses the forward pass's masks, so gradients match the loss in every call."""
     weight = torch.randn(6, 6, requires_grad=True)
 
     def block(x: torch.Tensor) -> torch.Tensor:
@@ -71,7 +71,7 @@ def test_dropout_inside_a_checkpointed_block(use_reentrant: bool) -> None:
 
     fn = compile_with_fallback(step, backend=aot(2), policy=RetryPolicy(wait=None, wait_calls=2))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Dynamo breaks the graph at a reentrant checkpoint, with a warning
+        warnings.simplefilter("ignore")  # Dynamo breaks the graph at a reentrant checkpoint, and warns
         for seed in range(8):
             torch.manual_seed(seed)
             weight.grad = None
@@ -120,7 +120,7 @@ def test_the_policy_of_a_selective_checkpoint() -> None:
 
 
 def test_a_nested_region() -> None:
-    """`nested_compile_region` falls back and comes back, with gradients and without."""
+    """`nested_compile_region` falls back and recovers, with and without gradients."""
     weight = torch.randn(8, 8, requires_grad=True)
 
     @torch.compiler.nested_compile_region
@@ -147,7 +147,7 @@ def test_a_nested_region() -> None:
 
 
 def test_numpy() -> None:
-    """One type of result for the whole hold-off, near the failure and long after it: eager's."""
+    """During the whole hold-off, results have eager's type."""
 
     def step(a: Any) -> Any:
         a = a * 2
@@ -166,7 +166,7 @@ def test_numpy() -> None:
 
 
 def test_try_and_finally() -> None:
-    """The program's own handlers and context managers run as they stand."""
+    """The program's own handlers and context managers run unchanged."""
     log: list[str] = []
 
     @contextmanager
@@ -198,7 +198,7 @@ def test_try_and_finally() -> None:
 
 
 def test_ctrl_c_inside_a_held_off_call() -> None:
-    """It leaves the program where it hits, through the program's own `finally`, and changes nothing else."""
+    """It leaves the program at its own place, through the program's `finally`, and changes nothing else."""
     log: list[str] = []
 
     def step(x: torch.Tensor) -> torch.Tensor:
@@ -226,4 +226,5 @@ def test_ctrl_c_inside_a_held_off_call() -> None:
     assert log == ["finally"] * 2
     for _ in range(3):
         torch.testing.assert_close(fn(x), x.sin())
-    assert (fn.stats.failures, fn.stats.eager_calls) == (1, 5)  # Dynamo skips a frame that breaks inside `try`
+    # Dynamo skips a frame that breaks the graph inside `try`.
+    assert (fn.stats.failures, fn.stats.eager_calls) == (1, 5)

@@ -1,4 +1,4 @@
-"""Many small programs: healthy they run as under stock torch.compile, and after a failure as in eager."""
+"""Many small programs behave as under stock torch.compile while healthy, and as in eager after a failure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from programs.program import Program
 from programs.runs import ROUNDS, Raised, Run, Seen, Work, difference, eagerly, ours, stock
 from support import no_log_records
 
-# Prototype features warn, and as an error a warning would be one more exception of the program's.
+# Prototype features warn, and a warning turned into an error would be an additional exception in the program.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -31,21 +31,22 @@ class Baselines(NamedTuple):
     stock: Run
 
     def differences(self) -> list[str]:
-        """The calls in which stock torch.compile does not do what eager does."""
+        """Return the calls in which stock torch.compile differs from eager."""
         pairs = enumerate(zip(self.eager.seen, self.stock.seen, strict=True), 1)
         return [found for n, (a, b) in pairs if (found := difference(a, b, f"call {n}"))]
 
     def expected(self, call: int, ran_as: str) -> tuple[Seen, ...]:
-        """The outcomes that are right for a call.
+        """Return the correct outcomes for a call.
 
-        Eager's if it ran eagerly, or raises in eager: stock may wrap the exception. Otherwise stock's, and eager's too,
-        since a retry compiles later than stock does, and some of the call may have run eagerly.
+        If the call ran eagerly, or raises in eager, that is eager's: stock may wrap the exception. Otherwise it is
+        stock's, or eager's, because a retry compiles later than stock does, and a part of the call may have run
+        eagerly.
         """
         eager, stock = self.eager.seen[call], self.stock.seen[call]
         return (eager,) if ran_as == "eager" or isinstance(eager.result, Raised) else (stock, eager)
 
     def wrong(self, run: Run) -> list[str]:
-        """The first call of a run whose outcome is not right."""
+        """Return the first call of a run whose outcome is not correct."""
         for call, (seen, ran_as) in enumerate(zip(run.seen, run.ran_as, strict=True)):
             found = [difference(seen, right) for right in self.expected(call, ran_as)]
             if all(found):
@@ -53,12 +54,12 @@ class Baselines(NamedTuple):
         return []
 
     def raised_by_stock(self, call: int) -> bool:
-        """True where stock raises an error that is not eager's, and the library runs the call eagerly."""
+        """Return True if stock raises an error that eager does not, so that the library runs the call eagerly."""
         eager, stock = self.eager.seen[call].result, self.stock.seen[call].result
         return isinstance(stock, Raised) and difference(eager, stock) is not None
 
     def other_work(self, run: Run) -> list[str]:
-        """The calls in which a run asks for other numbers of graphs, runs others or breaks more often than stock."""
+        """Return the calls in which the numbers of attempts, graphs run or graph breaks differ from stock's."""
         return [
             f"call {call + 1}: {ours}, stock {stock}"
             for call, (ours, stock) in enumerate(zip(run.work, self.stock.work, strict=True))
@@ -66,9 +67,9 @@ class Baselines(NamedTuple):
         ]
 
     def not_recovered(self, run: Run, program: Program) -> list[str]:
-        """The last round of calls is short of a graph that stock runs, or the state does not say what is true.
+        """Return what is wrong if the last round runs fewer graphs than stock, or if the state is wrong.
 
-        If stock runs no graphs any more, the state may be any in which no retry is to come.
+        If stock runs no graphs any more, the state may be any except FALLBACK.
         """
         ours, stock = last_round(run), last_round(self.stock)
         problems = []
@@ -79,14 +80,14 @@ class Baselines(NamedTuple):
         return problems
 
     def failures(self, run: Run, attempt: int) -> int:
-        """The failures to be booked: one, or none if the attempt is made in a call that raises in eager too."""
+        """Return the number of failures to be counted: 1, or 0 if the attempt is in a call that raises in eager too."""
         made = itertools.accumulate(work.asked for work in run.work)
         call = next((call for call, total in enumerate(made) if total >= attempt), None)
         return 0 if call is not None and isinstance(self.eager.seen[call].result, Raised) else 1
 
 
 def parameter(program: Program) -> pytest.ParameterSet:
-    """The parameter of a test; programs for inductor take long."""
+    """Return a test parameter. Programs for Inductor are marked as long."""
     marks = [pytest.mark.long] if program.backend == "inductor" else []
     return pytest.param(program, id=program.name, marks=marks)
 
@@ -96,18 +97,18 @@ def first_round(run: Run) -> list[Work]:
 
 
 def last_round(run: Run) -> Work:
-    """The compiler's part in the calls of the last round, added up."""
+    """Return the sums of the compiler's work over the calls of the last round."""
     return Work(*map(sum, zip(*run.work[-len(run.work) // ROUNDS :], strict=True)))
 
 
 def attempts_to_fail(known: Baselines) -> list[int]:
-    """The first two attempts that stock makes in the first round, and the last."""
+    """Return the first two attempts that stock makes in the first round, and the last one."""
     made = sum(work.asked for work in first_round(known.stock))
     return sorted({1, 2, made} & set(range(1, made + 1)))
 
 
 def wrong_while_healthy(program: Program, known: Baselines) -> list[str]:
-    """A healthy program compiles, breaks and runs as many graphs as under stock torch.compile, and does the same."""
+    """Return what a healthy run does differently from stock: outcomes, compiles, graph breaks or graphs run."""
     run = ours(program)
     problems = known.wrong(run)
     if not program.given_up:
@@ -118,10 +119,10 @@ def wrong_while_healthy(program: Program, known: Baselines) -> list[str]:
 
 
 def wrong_after_a_failure(program: Program, known: Baselines, attempt: int) -> list[str]:
-    """A failed attempt changes no outcome, and the last of three rounds runs the graphs that stock runs."""
+    """Return what is wrong after a failed attempt: outcomes, or the graphs that the last of three rounds runs."""
     run = ours(program, failing=attempt)
     problems = known.wrong(run)
-    if any(known.raised_by_stock(call) for call in range(len(run.work))):  # that is permanent, and given up
+    if any(known.raised_by_stock(call) for call in range(len(run.work))):  # permanent, so it is given up
         return problems
     problems += known.not_recovered(run, program)
     if run.failures != known.failures(run, attempt):
@@ -131,7 +132,7 @@ def wrong_after_a_failure(program: Program, known: Baselines, attempt: int) -> l
 
 @pytest.mark.parametrize("program", [parameter(program) for program in PROGRAMS])
 def test_program(program: Program, subtests: pytest.Subtests) -> None:
-    """A program does under the library what it does under stock torch.compile, and if a compile fails, in eager."""
+    """A program behaves as under stock torch.compile, and after a failed compile as in eager."""
     known = Baselines(eagerly(program), stock(program))
     with subtests.test("stock is eager, or the program says why it is not"):
         found = known.differences()

@@ -1,4 +1,4 @@
-"""Small programs of all kinds that torch.compile is used on. Each file holds programs of one kind."""
+"""Small programs of all the kinds that torch.compile is used on, one kind per file."""
 
 from __future__ import annotations
 

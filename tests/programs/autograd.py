@@ -14,7 +14,7 @@ X = torch.arange(6.0)
 
 
 def weight() -> Tensor:
-    """A square matrix that requires a gradient."""
+    """Return a square matrix that requires a gradient."""
     return torch.randn(6, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
 
@@ -52,7 +52,7 @@ def with_and_without_gradients() -> Made:
 
 @program(backend="aot")
 def own_backward() -> Made:
-    """An autograd.Function with a backward that is not the derivative, and saved tensors."""
+    """An autograd.Function with saved tensors whose backward is not the derivative."""
 
     class Clamp(torch.autograd.Function):
         @staticmethod
@@ -73,9 +73,9 @@ def own_backward() -> Made:
 
 @program()
 def backward_with_notes() -> Made:
-    """An autograd.Function that writes into a list, forward and backward, which Dynamo may not trace.
+    """An autograd.Function that appends to a list, forward and backward, which Dynamo may not trace.
 
-    What runs in its forward may be a checkpoint's, so a retry waits for an optimizer to step.
+    Its forward may belong to a checkpoint, so a retry waits for an optimizer step.
     """
     log: list[str] = []
 
@@ -104,7 +104,7 @@ def backward_with_notes() -> Made:
 
 @program(backend="aot")
 def hook_on_a_leaf() -> Made:
-    """Hooks of the caller's on a parameter: one scales and logs its gradient, one runs after accumulation."""
+    """The caller's hooks on a parameter: one scales and logs its gradient, one runs after accumulation."""
     w, log = weight(), list[str]()
 
     def scale(grad: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def hook_on_a_leaf() -> Made:
 
 @program()
 def hook_on_an_intermediate() -> Made:
-    """A hook that the function itself registers on a tensor it has made."""
+    """A hook that the function registers on a tensor that it has created."""
     w = weight()
 
     def step(x: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def hook_that_raises() -> Made:
 
 @program()
 def transforms() -> Made:
-    """`grad`, `vmap` and `jvp` inside."""
+    """`grad`, `vmap` and `jvp` inside the function."""
 
     def loss(x: Tensor) -> Tensor:
         return (x.sin() * x).sum()
@@ -159,7 +159,7 @@ def transforms() -> Made:
 
 @program()
 def compiled_inside_transforms() -> Made:
-    """The compiled function under `grad` and `vmap` of the caller's."""
+    """The function inside the caller's `grad` and `vmap`."""
 
     def under_grad(fn: Function) -> object:
         return torch.func.grad(lambda x: fn(x).sum())(X)
@@ -172,7 +172,7 @@ def compiled_inside_transforms() -> Made:
 
 @program()
 def forward_mode() -> Made:
-    """Dual numbers of the caller's."""
+    """The caller's dual numbers."""
 
     def call(fn: Function) -> object:
         with torch.autograd.forward_ad.dual_level():
@@ -197,7 +197,7 @@ def second_derivative() -> Made:
 
 @program(backend="aot")
 def backward_inside() -> Made:
-    """A whole training step: the function calls `backward` and updates the parameter itself."""
+    """A whole training step: the function calls `backward` and updates the parameter."""
     w = weight()
 
     def step(x: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def backward_inside() -> Made:
 
 @program()
 def gradient_inside() -> Made:
-    """`torch.autograd.grad` inside."""
+    """`torch.autograd.grad` inside the function."""
 
     def step(x: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
@@ -226,7 +226,7 @@ def gradient_inside() -> Made:
 
 @program(backend="aot")
 def grad_modes_inside() -> Made:
-    """no_grad, enable_grad, set_grad_enabled and detach inside."""
+    """no_grad, enable_grad, set_grad_enabled and detach inside the function."""
     w = weight()
 
     def step(x: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ def grad_modes_inside() -> Made:
 
 @program()
 def inference_mode() -> Made:
-    """inference_mode inside, as a context manager and as a decorator."""
+    """inference_mode inside the function, as a context manager and as a decorator."""
 
     @torch.inference_mode()
     def encode(x: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ def inference_mode() -> Made:
 
 
 def masks_agree(loss: Tensor, w: Tensor) -> tuple[bool, object]:
-    """Compare the gradient of a loss that is linear in w.sum() with the loss: they fit if both passes saw one mask."""
+    """Compare the loss, which is linear in w.sum(), with its gradient: they match if both passes used the same mask."""
     w.grad = None
     torch.manual_seed(1000)  # a draw of the caller's between the passes must not matter
     loss.backward()
@@ -282,7 +282,7 @@ def _checkpointed(**kwargs: Any) -> Made:
 
 @program(backend="aot")
 def checkpoint_inside() -> Made:
-    """Dropout in a checkpointed block inside."""
+    """Dropout in a checkpointed block inside the function."""
     return _checkpointed(use_reentrant=False)
 
 
@@ -294,7 +294,7 @@ def reentrant_checkpoint_inside() -> Made:
 
 @program(backend="aot")
 def checkpoint_inside_without_generator() -> Made:
-    """A checkpointed block with `preserve_rng_state=False`, inside."""
+    """A checkpointed block with `preserve_rng_state=False` inside the function."""
     w = weight()
 
     def step(x: Tensor) -> Tensor:
@@ -306,12 +306,12 @@ def checkpoint_inside_without_generator() -> Made:
 
 @program(differs="Without AOTAutograd a captured checkpoint keeps no generator state: stock's gradients are wrong.")
 def checkpoint_under_a_graph_backend() -> Made:
-    """The same with a backend that runs graphs as they are."""
+    """Dropout in a checkpointed block, with a backend that runs graphs as they are."""
     return _checkpointed(use_reentrant=False)
 
 
 def _outside(**kwargs: Any) -> Made:
-    """Calls under a checkpoint of the caller's, each with an optimizer step, at which a retry may come through."""
+    """Call the function under the caller's checkpoint, with optimizer steps, after which a retry may be made."""
     w = weight()
     optimizer = torch.optim.SGD([w], lr=0.1)
 
@@ -329,13 +329,13 @@ def _outside(**kwargs: Any) -> Made:
 
 @program(backend="aot")
 def checkpoint_outside() -> Made:
-    """A checkpoint of the caller's round the function, with dropout."""
+    """The caller's checkpoint around the function, with dropout."""
     return _outside(use_reentrant=False)
 
 
 @program(backend="aot")
 def reentrant_checkpoint_outside() -> Made:
-    """The same with the reentrant implementation, which runs the function without gradients first."""
+    """The caller's reentrant checkpoint around the function, which first runs it without gradients."""
     return _outside(use_reentrant=True)
 
 
@@ -363,7 +363,7 @@ def selective_checkpoint() -> Made:
 
 @program(backend="aot")
 def saved_tensors_hooks() -> Made:
-    """Hooks of the caller's on saved tensors, as for offloading."""
+    """The caller's hooks on saved tensors, as for offloading."""
     w = weight()
 
     def call(fn: Function) -> object:
@@ -377,7 +377,7 @@ def saved_tensors_hooks() -> Made:
 
 @program(backend="aot")
 def anomaly_mode() -> Made:
-    """Anomaly detection of the caller's, with NaN gradients in the second call."""
+    """The caller's anomaly detection, with NaN gradients in the second call."""
     w = weight()
 
     def call(fn: Function, x: Tensor) -> object:

@@ -61,7 +61,7 @@ def break_in_callee() -> Made:
 
 @program()
 def break_in_loop() -> Made:
-    """A graph break in a loop, which Dynamo cannot resume in: it skips the frame and compiles what it calls."""
+    """A graph break in a loop, in which Dynamo cannot resume: it skips the frame and compiles what it calls."""
     log: list[float] = []
 
     def layer(x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def break_in_loop() -> Made:
 
 @program()
 def branch_on_data() -> Made:
-    """An `if` on a tensor, which goes one way and then the other."""
+    """An `if` on a tensor, with both outcomes."""
 
     def step(x: Tensor) -> Tensor:
         y = x.sin() + 1
@@ -106,7 +106,7 @@ def while_on_data() -> Made:
 
 @program()
 def item() -> Made:
-    """A number read out of a tensor and used further on."""
+    """A number read from a tensor and used in a computation."""
 
     def step(x: Tensor) -> tuple[Tensor, float]:
         scale = x.abs().max().item()
@@ -117,7 +117,7 @@ def item() -> Made:
 
 @program(backend="aot")
 def shape_from_data() -> Made:
-    """A selection by mask, with a size that depends on the data."""
+    """A selection by mask, whose size depends on the data."""
 
     def step(x: Tensor) -> Tensor:
         kept = x[x > 2]
@@ -128,7 +128,7 @@ def shape_from_data() -> Made:
 
 @program(backend="aot")
 def masked_write() -> Made:
-    """A boolean `index_put_`, whose backward pass has a size that depends on the data: stock breaks the graph there."""
+    """A boolean `index_put_`, whose backward has a size that depends on the data: stock breaks the graph there."""
     w = torch.eye(6).requires_grad_()
 
     def layer(x: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def generator_inside() -> Made:
 
 @program()
 def iterator_argument() -> Made:
-    """An iterator that calls of the function share: each takes two of its items."""
+    """An iterator shared by all calls: each call takes two items."""
     batches = iter([X + k for k in range(100)])
 
     def step(it: Iterator[Tensor]) -> Tensor:
@@ -203,7 +203,7 @@ def iterator_argument() -> Made:
 
 @program()
 def own_context_manager() -> Made:
-    """Context managers of the program's own, one in the other, with a graph break in a callee."""
+    """The program's own context managers, nested, with a graph break in a callee."""
     log: list[str] = []
 
     @contextlib.contextmanager
@@ -231,7 +231,7 @@ def own_context_manager() -> Made:
 
 @program()
 def traced_context_manager() -> Made:
-    """A context manager of the program's own that Dynamo traces, used twice at once."""
+    """The program's own context manager, traced by Dynamo, nested in itself."""
     level = [0]
 
     @contextlib.contextmanager
@@ -253,7 +253,7 @@ def traced_context_manager() -> Made:
 @program(backend="aot")
 def autocast() -> Made:
     """Autocast inside and around the function, with a region that disables it."""
-    w = (torch.eye(6) * 2).requires_grad_()  # small integers: nothing is rounded
+    w = (torch.eye(6) * 2).requires_grad_()  # small integers, so nothing is rounded
 
     def step(x: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -287,7 +287,7 @@ def recursion() -> Made:
 
 @program()
 def calls_itself_compiled() -> Made:
-    """A caller that runs the compiled function under modes: no_grad, then inference_mode, then none."""
+    """A caller that runs the compiled function under no_grad, then inference_mode, then neither."""
 
     def under(mode: type) -> Call:
         def call(fn: Function) -> tuple[Tensor, bool]:

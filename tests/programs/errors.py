@@ -1,4 +1,4 @@
-"""Programs that raise: exceptions of their own, caught or not, and errors that only show when the code runs."""
+"""Programs that raise: their own exceptions, caught or not, and errors that occur only when the code runs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from programs.program import Made, called, program
 X = torch.arange(6.0)
 
 
-@program(given_up="Stock never compiles again what has raised once.")
+@program(given_up="Stock never recompiles a frame that has raised.")
 def exception_after_break() -> Made:
-    """An exception of the program's own with two arguments, raised between two graphs in every third call."""
+    """The program's own exception, with two arguments, raised between two graphs in every third call."""
 
     class Trouble(Exception):
         pass
@@ -32,7 +32,7 @@ def exception_after_break() -> Made:
 
 @program()
 def exception_first() -> Made:
-    """An exception that is raised before any tensor has been touched, from another one."""
+    """An exception with a cause, raised before any tensor is used."""
 
     def check(k: int) -> None:
         try:
@@ -49,7 +49,7 @@ def exception_first() -> Made:
 
 @program()
 def exception_caught() -> Made:
-    """An exception that is raised in a callee and caught in the program, with `else` and `finally`."""
+    """An exception raised in a callee and caught in the program, with `else` and `finally`."""
     log: list[str] = []
 
     def risky(x: Tensor, k: int) -> Tensor:
@@ -75,10 +75,10 @@ def exception_caught() -> Made:
 
 @program(
     backend="aot",
-    differs="Stock raises the IndexError past the `except`: the backend notices it after Dynamo has traced.",
+    differs="The `except` misses stock's IndexError, which the backend raises after Dynamo has traced.",
 )
 def index_error_caught() -> Made:
-    """A dimension out of range that the program catches."""
+    """A dimension out of range, caught by the program."""
 
     def step(x: Tensor, dim: int) -> Tensor:
         try:
@@ -91,7 +91,7 @@ def index_error_caught() -> Made:
 
 @program(backend="aot")
 def index_error() -> Made:
-    """A dimension out of range that only the backend notices."""
+    """A dimension out of range that only the backend rejects."""
 
     def step(x: Tensor, dim: int) -> Tensor:
         return torch.softmax(x, dim=dim)
@@ -99,9 +99,9 @@ def index_error() -> Made:
     return Made(step, [called(X, 10), called(X, 0)])
 
 
-@program(differs="Stock wraps the RuntimeError of a fake tensor in a TorchRuntimeError.")
+@program(differs="Stock wraps a fake tensor's RuntimeError in a TorchRuntimeError.")
 def shape_mismatch() -> Made:
-    """Matrices that do not fit, in the second of two graphs."""
+    """Matrices with mismatched shapes in the second of two graphs."""
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         x = x.sin()
@@ -111,7 +111,7 @@ def shape_mismatch() -> Made:
     return Made(step, [called(torch.ones(2, 3), torch.ones(n, 2)) for n in (4, 3)])
 
 
-@program(given_up="Stock never compiles again what has raised once.")
+@program(given_up="Stock never recompiles a frame that has raised.")
 def assertion() -> Made:
     """An assert with a message, on a tensor and on a number."""
 
@@ -131,7 +131,7 @@ def class_context_manager() -> Made:
     log: list[str] = []
 
     class Swallow:
-        def __init__(self, log: list[str]) -> None:  # Dynamo loses what is appended to a closure's list here
+        def __init__(self, log: list[str]) -> None:  # Dynamo loses items appended to a closure's list here
             self.log = log
 
         def __enter__(self) -> None:
@@ -155,7 +155,7 @@ def class_context_manager() -> Made:
 
 @program(backend="aot")
 def modes_after_an_error() -> Made:
-    """An index out of range that only shows when the code runs, under no_grad and autocast: both end as they began."""
+    """An index out of range that fails only when the code runs, under no_grad and autocast; both modes must end."""
     torch.manual_seed(0)
     table, w = torch.randn(10, 8), torch.randn(8, 8)
 

@@ -27,7 +27,7 @@ class Net(nn.Module):
 
 
 def in_mode(net: Net, training: bool) -> Call:
-    """A call in training or in evaluation."""
+    """Return a call in training or in evaluation mode."""
 
     def call(fn: Function) -> Tensor:
         net.train(training)
@@ -39,7 +39,7 @@ def in_mode(net: Net, training: bool) -> Call:
 
 @program(backend="aot")
 def module() -> Made:
-    """A module compiled in place, with a count of its calls."""
+    """A module compiled in place that counts its calls."""
 
     class Counting(Net):
         n_calls = 0
@@ -58,7 +58,7 @@ def module() -> Made:
 
 @program()
 def training_and_evaluation() -> Made:
-    """A module with batch norm that goes from training to evaluation and back."""
+    """A module with batch norm that switches from training to evaluation and back."""
     net = Net(nn.BatchNorm1d(4))
     return Made(net, [in_mode(net, training) for training in (True, False, True)], net)
 
@@ -123,7 +123,7 @@ def module_hook_that_raises() -> Made:
     return Made(net, [in_mode(net, training) for training in (True, False, True)], net, log)
 
 
-@program(differs="Stock does not guard on the hooks of modules: code that was compiled without one does not call it.")
+@program(differs="Stock does not guard on module hooks: code compiled without a hook does not call it.")
 def hook_removed_later() -> Made:
     """A forward hook that the caller adds before the second call and removes after it."""
     net = Net()
@@ -178,7 +178,7 @@ def copied_module() -> Made:
 
 @program(backend="aot")
 def tied_and_parametrized() -> Made:
-    """A parametrized weight that two layers share."""
+    """A parametrized weight shared by two layers."""
     torch.manual_seed(0)
     a, b = nn.Linear(4, 4), nn.Linear(4, 4)
     nn.utils.parametrizations.weight_norm(a)
@@ -192,9 +192,9 @@ def tied_and_parametrized() -> Made:
 
 @program()
 def lazy_module() -> Made:
-    """A module whose parameters get their shape in the first call.
+    """A module whose parameters get their shapes in the first call.
 
-    The generator is seeded again after each call: Dynamo puts its state back once it has drawn the parameters.
+    The generator is seeded again after each call, because Dynamo restores its state after drawing the parameters.
     """
     net = Net(nn.LazyLinear(3))
 
@@ -242,7 +242,7 @@ def optimizer_step() -> Made:
 
 @program(backend="aot")
 def schedule() -> Made:
-    """A learning rate that a scheduler changes between the steps."""
+    """A learning rate that a scheduler changes between steps."""
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
@@ -304,7 +304,7 @@ def accumulation_and_clipping() -> Made:
 
 @program()
 def forward_replaced() -> Made:
-    """A `forward` that is an attribute and no method, as adapters and placement hooks leave it."""
+    """A `forward` that is an instance attribute instead of a method, as adapters and placement hooks leave it."""
     net = Net()
     old = net.forward
 
@@ -318,7 +318,7 @@ def forward_replaced() -> Made:
 
 @program()
 def buffer_written() -> Made:
-    """A cache in a buffer that is written at a position, and a buffer that is replaced."""
+    """A cache in a buffer, written at a position, and a buffer that is replaced."""
 
     class Cache(nn.Module):
         rows: Tensor

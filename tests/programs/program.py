@@ -1,4 +1,4 @@
-"""A program: a function to compile, calls of it, and the state that they leave behind."""
+"""A program: a function to compile, its calls, and the state that they change."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Function = Callable[..., Any]
 """A function to compile, a module to compile in place, or the compiled result."""
 
 Call = Callable[[Function], object]
-"""One call of a program, with a backward pass or an optimizer step if it has one. Returns what the caller sees."""
+"""One call of a program, possibly with a backward pass or an optimizer step. It returns what the caller sees."""
 
 
 class Made(NamedTuple):
-    """A fresh copy of a program.
+    """A fresh instance of a program.
 
-    `watched` is compared after each call: tensors with their gradients, modules, optimizers, or a tuple of these. So
-    is `log`, which the program writes into, and which is emptied before each call: Dynamo guards on its length.
+    `watched` is compared after each call: tensors with their gradients, modules, optimizers, or a tuple of these. So is
+    `log`, which the program appends to. It is emptied before each call, because Dynamo guards on its length.
     """
 
     function: Function
@@ -31,15 +31,15 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A program, which `make` sets up with state of its own.
+    """A program. `make` creates an instance with fresh state.
 
-    `backend` names the compiler of each graph: "eager" runs it, "aot" differentiates it first and compiles forward and
-    backward graphs separately, "inductor" generates code.
+    `backend` is the compiler of each graph: "eager" runs it, "aot" differentiates it and compiles forward and backward
+    graphs separately, "inductor" generates code.
 
-    `differs` says in a sentence why stock torch.compile and eager disagree about this program. Without it they must
-    agree. With it, no state may pass from one call to the next, since eager and compiled calls alternate.
+    `differs` is the reason why stock torch.compile and eager disagree on this program. Without it they must agree. With
+    it, calls must share no state, because eager and compiled calls alternate.
 
-    `given_up` says why stock stops compiling a part of this program with which the library goes on.
+    `given_up` is the reason why stock stops compiling a part of this program, unlike the library.
     """
 
     name: str
@@ -59,20 +59,20 @@ def program(
     differs: str | None = None,
     given_up: str | None = None,
 ) -> Callable[[Callable[[], Made]], Program]:
-    """Turn a function that makes a program into the program of that name.
+    """Turn a function that makes instances into a program of the same name.
 
-    `options` go to torch.compile. `within` is entered for each run of the program.
+    `options` are passed to torch.compile. `within` is entered for each run of the program.
     """
     return lambda make: Program(make.__name__, make, backend, options or {}, within, differs, given_up)
 
 
 def called(*args: object, **kwargs: object) -> Call:
-    """A call with these arguments."""
+    """Return a call with these arguments."""
     return lambda fn: fn(*args, **kwargs)
 
 
 def differentiated(*args: object, **kwargs: object) -> Call:
-    """A call with these arguments, followed by a backward pass from the sum of its result."""
+    """Return a call with these arguments, followed by a backward pass from the sum of its result."""
 
     def call(fn: Function) -> Tensor:
         out: Tensor = fn(*args, **kwargs)

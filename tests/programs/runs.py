@@ -1,4 +1,4 @@
-"""Running a program eagerly, under stock torch.compile and under the library, and comparing what was seen."""
+"""Running programs eagerly, under stock torch.compile and under the library, and comparing the results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
 
 
 class Backend:
-    """A backend that counts the graphs it is asked to compile and those it runs, and fails in one attempt."""
+    """A backend that counts the graphs that it compiles and runs, and fails in one attempt."""
 
     def __init__(self, kind: str, failing: int | None = None) -> None:
         self.failing = failing
@@ -106,7 +106,7 @@ class Work(NamedTuple):
 
 
 class Run(NamedTuple):
-    """All calls of a program in one run, several rounds of them."""
+    """All calls of a program in one run of several rounds."""
 
     seen: list[Seen]
     work: list[Work]
@@ -139,7 +139,7 @@ def stock(program: Program) -> Run:
 
 
 def ours(program: Program, *, failing: int | None = None) -> Run:
-    """Run a program under compile_with_fallback; attempt number `failing`, from 1, finds a full disk."""
+    """Run a program under compile_with_fallback. Attempt number `failing`, from 1, hits a full disk."""
     backend = Backend(program.backend, failing)
     options: dict[str, Any] = {**program.options, "backend": backend, "policy": EVERY_CALL}
     compiled: list[CompiledFunction[..., Any]] = []
@@ -214,7 +214,7 @@ def _outcome(call: Call, function: Function) -> object:
 
 
 def _modes() -> object:
-    """The modes of this thread. Resets them for the next call."""
+    """Return this thread's modes, and reset them for the next call."""
     seen = (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -231,12 +231,12 @@ def _modes() -> object:
 
 
 def _type(value: object) -> str:
-    """The name of a value's type: classes that a program makes are made anew in each run."""
+    """Return the name of a value's type, because programs define their classes anew in each run."""
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def frozen(value: object) -> object:
-    """A copy of a value for later comparison: nested tuples of type names, tensors and plain objects."""
+    """Return a copy of a value for later comparison: nested tuples of type names, tensors and plain objects."""
     if isinstance(value, Tensor):
         return _frozen_tensor(value)
     if isinstance(value, (np.ndarray, np.generic)):
@@ -246,7 +246,7 @@ def frozen(value: object) -> object:
 
 
 def _parts(value: object) -> Iterable[tuple[object, object]] | None:
-    """The parts of a value, read past the methods of subclasses, or None if it is plain."""
+    """Return the parts of a value, bypassing methods of subclasses, or None if it has none."""
     if isinstance(value, torch.nn.Module):
         return [("training", value.training), *value.named_parameters(), *value.named_buffers()]
     if hasattr(value, "state_dict"):
@@ -276,7 +276,7 @@ def _frozen_tensor(value: Tensor) -> object:
 
 
 def difference(a: object, b: object, where: str = "") -> str | None:
-    """The first difference between two frozen values in words, or None if they are equal."""
+    """Return the first difference between two frozen values in words, or None if they are equal."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         try:
             torch.testing.assert_close(a, b, equal_nan=True)

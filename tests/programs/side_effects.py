@@ -23,7 +23,7 @@ X = torch.arange(6.0)
 
 @program()
 def lists_and_dicts() -> Made:
-    """Containers of the caller's that are appended to, updated and reversed."""
+    """The caller's containers, appended to, updated and reversed."""
     log: list[object] = []
     table: dict[str, Any] = {"k2": X.sum()}
 
@@ -42,7 +42,7 @@ def lists_and_dicts() -> Made:
 
 @program()
 def counters() -> Made:
-    """A closure's number, an attribute, a default argument and a Counter, which take two values in turn."""
+    """A closure's number, an attribute, a default argument and a Counter, each alternating between two values."""
     total = 0
     seen: Counter[str] = Counter()
 
@@ -70,7 +70,7 @@ LEVEL = 0
 
 @program()
 def global_number() -> Made:
-    """A global of the module's that is read and written."""
+    """A module's global variable, read and written."""
     globals()["LEVEL"] = 0
 
     def step(x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def global_number() -> Made:
 
 @program()
 def prints() -> Made:
-    """Lines that are printed before, between and after graphs."""
+    """Lines printed before, between and after graphs."""
 
     def step(x: Tensor, k: int) -> Tensor:
         print("step", k)  # noqa: T201  # the point of it
@@ -130,7 +130,7 @@ def random_module() -> Made:
 
 @program()
 def own_generator() -> Made:
-    """Draws from a torch.Generator of the program's own."""
+    """Draws from the program's own torch.Generator."""
     generator = torch.Generator()
     generator.manual_seed(3)
 
@@ -142,7 +142,7 @@ def own_generator() -> Made:
 
 @program()
 def seeded_inside() -> Made:
-    """A seed set inside, and the generator's state saved and put back."""
+    """A seed set inside, and the generator's state saved and restored."""
 
     def step(x: Tensor) -> Tensor:
         state = torch.get_rng_state()
@@ -163,7 +163,7 @@ class Mode(enum.Enum):
 
 @program()
 def flags() -> Made:
-    """Arguments other than tensors: an enum, numbers, strings, extra positional ones, a dtype, a slice."""
+    """Arguments other than tensors: an enum, numbers, strings, extra positional arguments, a dtype, a slice."""
 
     def step(x: Tensor, mode: Mode, k: float = 1.0, name: str = "sin", *rest: int, **named: Any) -> object:
         y = getattr(x, name)() * k + sum(rest)
@@ -205,7 +205,7 @@ class Pair(NamedTuple):
 
 @program()
 def dataclasses_and_tuples() -> Made:
-    """A dataclass that is read and changed, and a named tuple with a dataclass in it as the result."""
+    """A dataclass that is read and changed, and a named tuple containing a dataclass as the result."""
     batch = Batch(X, X + 1, ["first"])
 
     def step(batch: Batch) -> Pair:
@@ -218,7 +218,7 @@ def dataclasses_and_tuples() -> Made:
 
 
 class Output(OrderedDict[str, Any]):
-    """A model output, as libraries of models define them."""
+    """A model output, as model libraries define them."""
 
     def __getattr__(self, key: str) -> Any:
         try:
@@ -229,7 +229,7 @@ class Output(OrderedDict[str, Any]):
 
 @program()
 def model_output() -> Made:
-    """A model output, an OrderedDict with attributes, taken and returned."""
+    """A model output, an OrderedDict with attributes, as argument and result."""
 
     def step(x: Output) -> Output:
         return Output(loss=x["logits"].sum(), logits=x["logits"] * 2, state=x)
@@ -238,7 +238,7 @@ def model_output() -> Made:
 
 
 class LazyList(list[Any]):
-    """A list that logs which items are read, and rejects slices."""
+    """A list that logs item accesses and rejects slices."""
 
     def __init__(self, items: list[Any], log: list[int]) -> None:
         super().__init__(items)
@@ -251,7 +251,7 @@ class LazyList(list[Any]):
         return super().__getitem__(i)
 
 
-class Angry(dict[str, Any]):
+class NoValues(dict[str, Any]):
     """A dict that can only be read key by key."""
 
     def values(self) -> Any:
@@ -259,16 +259,16 @@ class Angry(dict[str, Any]):
 
 
 @program()
-def list_with_ideas() -> Made:
-    """A list subclass that does something whenever an item is read."""
+def list_with_side_effects() -> Made:
+    """A list subclass with side effects on item access."""
     log: list[int] = []
     return Made(lambda b: b[0] @ b[1] + b[0], [called(LazyList([X, X + 1], log))] * 2, log=log)
 
 
 @program()
-def dict_with_ideas() -> Made:
-    """A dict subclass that refuses `values()`."""
-    batch = Angry(x=X, y=X + 1)
+def dict_that_rejects_values() -> Made:
+    """A dict subclass that rejects `values()`."""
+    batch = NoValues(x=X, y=X + 1)
     return Made(lambda b: b["x"] @ b["y"], [called(batch)] * 2)
 
 
@@ -280,7 +280,7 @@ def deque_and_set() -> Made:
 
     def step(x: Tensor, name: str) -> Tensor:
         window.append(x.sin())
-        window.popleft()  # Dynamo turns a deque with a maxlen over the wrong way
+        window.popleft()  # Dynamo gets the order of a deque with a maxlen wrong
         names.symmetric_difference_update({name})
         return torch.stack(list(window)).sum(0) * len(names)
 
@@ -292,7 +292,7 @@ def deque_and_set() -> Made:
 
 @program()
 def bound_method() -> Made:
-    """A method of an object that counts, with a property and a static method."""
+    """A method of an object that counts its calls, with a property and a static method."""
 
     class Worker:
         scale = 2.0
@@ -344,7 +344,7 @@ def partial_and_callable() -> Made:
     return Made(step, [called(X)] * 2)
 
 
-@program(differs="Stock returns arrays of no dimension where NumPy returns scalars.")
+@program(differs="Stock returns zero-dimensional arrays instead of NumPy scalars.")
 def numpy_in_and_out() -> Made:
     """NumPy arrays as arguments and results."""
 
@@ -357,7 +357,7 @@ def numpy_in_and_out() -> Made:
 
 @program()
 def numpy_between() -> Made:
-    """A tensor that becomes an array and a tensor again on the way."""
+    """A tensor converted to an array and back."""
 
     def step(x: Tensor) -> Tensor:
         a = x.sin().numpy()
@@ -368,7 +368,7 @@ def numpy_between() -> Made:
 
 @program()
 def deep_copies() -> Made:
-    """A structure of tensors that is copied inside and changed afterwards."""
+    """A structure of tensors, copied inside and then changed."""
     state = {"x": X.clone(), "n": [1]}
 
     def step(state: dict[str, Any]) -> object:
@@ -381,7 +381,7 @@ def deep_copies() -> Made:
 
 @program()
 def attributes_of_tensors() -> Made:
-    """An attribute that a caller has set on a tensor is read, and another one is set."""
+    """Attributes on a tensor: one set by the caller is read, and another one is set."""
     x = X.clone()
     x.scale = 3.0  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""Programs about tensors of all kinds: views, in-place writes, complex, nested and sharded ones, subclasses."""
+"""Programs about all kinds of tensors: views, in-place writes, complex, nested and sharded ones, subclasses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ X = torch.arange(6.0)
 
 @program(backend="aot")
 def in_place_on_an_input() -> Made:
-    """An argument that is written to, before and after a graph break."""
+    """An argument written to before and after a graph break."""
     x = X.clone()
 
     def step(x: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def in_place_on_an_input() -> Made:
 
 @program(backend="aot")
 def views() -> Made:
-    """Results that are views of an argument and of each other, written to by the caller afterwards."""
+    """Results that are views of an argument and of each other; the caller writes to them."""
     x = torch.arange(12.0)
 
     def step(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,7 +50,7 @@ def views() -> Made:
 
 @program(backend="aot")
 def write_through_a_view() -> Made:
-    """A view of the caller's that the function writes to, in a graph with gradients."""
+    """The caller's view, written to by the function in a graph with gradients."""
     base = torch.zeros(3, 4)
     w = torch.ones(4, requires_grad=True)
 
@@ -63,7 +63,7 @@ def write_through_a_view() -> Made:
 
 @program(backend="aot")
 def input_returned() -> Made:
-    """An argument that is returned as it is, beside a detached one."""
+    """An argument returned unchanged, next to a detached one."""
 
     def step(x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x.detach() * 2
@@ -76,7 +76,7 @@ def input_returned() -> Made:
     return Made(step, [call] * 2)
 
 
-@program(differs="Stock raises the error of a fake tensor past the program's `except`.")
+@program(differs="The program's `except` misses the error of stock's fake tensor.")
 def leaf_in_place() -> Made:
     """An in-place write to a leaf that requires a gradient, which autograd forbids."""
     w = X.clone().requires_grad_()
@@ -107,7 +107,7 @@ def complex_numbers() -> Made:
 
 @program(backend="aot")
 def strides() -> Made:
-    """Arguments and results that are not contiguous."""
+    """Non-contiguous arguments and results."""
 
     def step(x: Tensor) -> object:
         return x.t() * 2, x.to(memory_format=torch.contiguous_format).expand(2, *x.shape), x.flip(0)
@@ -117,7 +117,7 @@ def strides() -> Made:
 
 @program()
 def dtypes() -> Made:
-    """Promotion between dtypes, numbers and tensors of no dimension."""
+    """Promotion between dtypes, numbers and zero-dimensional tensors."""
 
     def step(x: Tensor, k: Tensor) -> object:
         return x + k, x / 2, (x > 2) & (k > 0), k * 2.5, x.to(torch.bfloat16).sum(), torch.tensor(3)
@@ -154,7 +154,7 @@ def nested() -> Made:
 
 @program()
 def sparse() -> Made:
-    """A sparse matrix, at which stock skips the frame, and a callee that only sees dense ones."""
+    """A sparse matrix, for which stock skips the frame, and a callee that gets only dense tensors."""
     a = torch.eye(6).to_sparse()
 
     def layer(x: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def sparse() -> Made:
 
 
 class Plain(Tensor):
-    """A user's tensor that takes part through `__torch_function__` alone."""
+    """A user's tensor subclass that implements only `__torch_function__`."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -175,15 +175,15 @@ class Plain(Tensor):
         return out + 1 if func is Tensor.sin else out
 
 
-@program(differs="Stock returns a plain tensor where eager returns the subclass.")
+@program(differs="Stock returns a plain tensor instead of the subclass.")
 def own_torch_function() -> Made:
-    """A tensor subclass with `__torch_function__` that changes what `sin` means, taken and returned."""
+    """A tensor subclass whose `__torch_function__` changes the meaning of `sin`, as argument and result."""
     x = X.as_subclass(Plain)
     return Made(lambda x: x.sin() * 2, [called(x), called(X), called(x)])
 
 
 class Scaled(Tensor):
-    """A traceable wrapper: a tensor and a number by which it is scaled."""
+    """A traceable wrapper around a tensor and its scale."""
 
     @staticmethod
     def __new__(cls, inner: Tensor, scale: float) -> Any:
@@ -205,7 +205,7 @@ class Scaled(Tensor):
         return Scaled(tensors["tensor"], scale)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]  # the base class's is no class method
+    def __torch_dispatch__(  # type: ignore[override]  # the base class's is not a class method
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         scales = [x.scale for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Scaled)]
@@ -217,14 +217,14 @@ class Scaled(Tensor):
 
 @program(backend="aot")
 def wrapper_subclass() -> Made:
-    """A traceable wrapper subclass, which AOTAutograd takes apart and puts together again."""
+    """A traceable wrapper subclass, which AOTAutograd unwraps and wraps again."""
     return Made(lambda x: (x * 2).sin() + 1, [called(Scaled(X, 3.0)), called(Scaled(X + 1, 3.0)), called(X)])
 
 
 @contextlib.contextmanager
 def one_rank() -> Iterator[None]:
     """A process group of one rank, without a network."""
-    store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # it is there
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # it exists
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield
@@ -234,7 +234,7 @@ def one_rank() -> Iterator[None]:
 
 @program(backend="aot", within=one_rank)
 def sharded() -> Made:
-    """DTensors on a mesh of one rank, with a redistribution and gradients."""
+    """DTensors on a mesh with one rank, with a redistribution and gradients."""
     mesh = init_device_mesh("cpu", (1,))
     w = distribute_tensor(torch.ones(6, 6), mesh, [Shard(0)]).requires_grad_()
     x = distribute_tensor(X.unsqueeze(0), mesh, [Replicate()])
@@ -248,7 +248,7 @@ def sharded() -> Made:
 
 @program(within=one_rank)
 def collective() -> Made:
-    """A collective inside, in a group of one rank."""
+    """A collective inside the function, in a group with one rank."""
 
     def step(x: Tensor) -> Tensor:
         y = x.sin()

@@ -1,6 +1,6 @@
-"""The design's promises of attempts, hold-offs, states and books, as plain arithmetic on plain sets.
+"""A model of the promised attempts, hold-offs, states and statistics, in plain arithmetic on plain sets.
 
-Written from the design and not from the source, so that test_state_machine.py can hold one against the other.
+It is written from the design and not from the source, so that test_state_machine.py can compare the two.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ Key = tuple[object, ...]
 
 CREATION: Key = ("torch.compile",)
 
-# The rest of a function after a graph break, and what must be compiled for there to be such a frame: where a function
-# runs as it stands, its rest is not a frame of its own. Those that it calls are.
+# The rest of a function after a graph break, and the graph that must be compiled for this rest to be a frame. If a
+# function runs as it is, its rest is not a separate frame, but the functions that it calls are.
 REST_OF = {"cos": "sin", "sigmoid": "tanh"}
 
-# After so many calls that ran compiled but for what is given up, what has failed and was not seen again is forgotten.
+# After so many calls without eager frames, except given-up ones, failed frames that were not called again are
+# forgotten.
 CLEAN_CALLS = 64
 
-# What cannot be compiled is given up by its exact look; after so many looks of one function, however it looks.
-MOST_LOOKS = 8
+# A permanent failure gives up a frame for one key; after so many keys of a function, for all.
+MOST_KEYS = 8
 
-# So many failures in a row that are not worth another attempt cost nothing; after that, the policy's share is theirs.
+# This many permanent failures in a row cost nothing. After that, they must stay within the policy's `max_overhead`.
 FREE_REFUSALS = 8
 
 
 @dataclass(frozen=True)
 class Config:
-    """The ways in which one call of the step differs from another."""
+    """The properties in which calls of the step differ."""
 
     rows: int = 3
     grad: bool = True
@@ -44,13 +45,13 @@ class Config:
     tag: str = "plain"
 
     def key(self, graph: str) -> Key:
-        """Of these, what the frame that holds the graph can see, and is known by."""
+        """Return the key of the frame that contains this graph: the properties that the frame can see."""
         inner = graph in ("tanh", "sigmoid")
         return (graph, self.rows, self.grad) if inner else (graph, self.rows, self.grad, self.training, self.tag)
 
 
 def runs_of(graphs: Iterable[str], is_compiled: Callable[[str], bool]) -> list[str]:
-    """Those of these graphs that run compiled, in their order, if this says which frames have compiled code."""
+    """Return the graphs that run compiled, in order, given which frames have compiled code."""
     runs: list[str] = []
     for graph in graphs:
         if is_compiled(graph) and REST_OF.get(graph) in (None, *runs):
@@ -60,7 +61,7 @@ def runs_of(graphs: Iterable[str], is_compiled: Callable[[str], bool]) -> list[s
 
 @dataclass(frozen=True)
 class Schedule:
-    """A policy, and the same in arithmetic: from the number of a failed attempt to the wait after it."""
+    """A policy, and its waits as functions of the number of failed attempts."""
 
     policy: RetryPolicy
     seconds: Callable[[int], float] = lambda attempt: math.inf
@@ -71,7 +72,7 @@ class Schedule:
         return replace(self, policy=replace(self.policy, clock=clock))
 
     def pause(self, elapsed: float, spent: float, last: float) -> float:
-        """Until one more failure, as long as the last, leaves all of them within their share of the time."""
+        """Return the seconds until one more failure, as long as the last, stays within `max_overhead`."""
         share = self.policy.max_overhead or math.inf
         return max(0.0, (spent + last) / share - last - elapsed)
 
@@ -102,14 +103,14 @@ SCHEDULES = {
 
 @dataclass(frozen=True)
 class Episode:
-    """From a first failure to the recovery."""
+    """The time from a first failure to the recovery."""
 
     failures: int
     began: float
     spent: float
     due_call: float
     due_time: float
-    not_before: float  # even if the calls are over
+    not_before: float  # even if enough calls have been made
     stopped: bool
 
     def is_due(self, call: int, now: float) -> bool:
@@ -118,7 +119,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Refusals:
-    """Failures that are not worth another attempt."""
+    """Permanent failures since the last success."""
 
     in_a_row: int = 0
     since: float = 0.0
@@ -132,7 +133,7 @@ class Refusals:
 
 @dataclass(frozen=True)
 class Failure:
-    """An attempt that failed: in doubt until the call is over."""
+    """A failed attempt, in doubt until the call is over."""
 
     key: Key
     outcome: Outcome
@@ -142,14 +143,14 @@ class Failure:
 
 @dataclass
 class Call:
-    """The call that is under way.
+    """The current call.
 
     Attributes:
-        before: What was held off when it began.
-        due: Whether nothing was, or an attempt was due.
-        in_backward: Whether it runs again what a forward pass has run.
-        affords: Whether an attempt may be made although it may be refused as those before it.
-        failure: What has failed in it. There is no second one.
+        before: The episode when it began.
+        due: Whether there was no episode, or an attempt was due.
+        in_backward: Whether it is a recomputation.
+        affords: Whether `max_overhead` allows an attempt that may fail permanently, like those before.
+        failure: The failed attempt. There is at most one.
     """
 
     config: Config
@@ -161,7 +162,7 @@ class Call:
 
 
 class Model:
-    """The state of one decorated function: what it must have done so far, and what it may do next."""
+    """The state of one decorated function: everything that it must have done, and the attempts that it may make."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -170,7 +171,7 @@ class Model:
         self.calls = self.compiled = self.mixed = self.eager = 0
         self.attempts = self.failures = self.recoveries = 0
         self.seconds = 0.0
-        self.unclear = 0  # calls that Dynamo leaves by an error it has seen coming: compiled or mixed
+        self.unclear = 0  # calls that ended in an error that Dynamo had traced: compiled or mixed
         self.created = self.has_code = False
         self.code: set[Key] = set()
         self.waiting: set[Key] = set()
@@ -180,7 +181,7 @@ class Model:
         self.call = Call(Config())
         self.complaints: list[str] = []
 
-    # Its state
+    # State
 
     @property
     def state(self) -> CompileState:
@@ -197,7 +198,8 @@ class Model:
             return None
         calls = None if math.isinf(episode.due_call) else int(max(1, episode.due_call - self.calls))
         seconds = None if episode.due_time == math.inf else max(0.0, episode.due_time - now)
-        return NextRetry(calls, seconds, max(0.0, episode.not_before - now))
+        at_least = max(0.0, episode.not_before - now)
+        return NextRetry(calls, seconds, at_least, self.schedule.policy.max_overhead if at_least else None)
 
     @property
     def books(self) -> dict[str, float]:
@@ -217,19 +219,19 @@ class Model:
         return self.schedule.policy.clock()
 
     def is_given_up(self, key: Key) -> bool:
-        looks = [known for known in self.given_up if known[0] == key[0]]
-        return key in looks or len(looks) >= MOST_LOOKS
+        keys = [known for known in self.given_up if known[0] == key[0]]
+        return key in keys or len(keys) >= MOST_KEYS
 
     @property
     def waits_out_of_reach(self) -> bool:
-        """True if the rest of a function waits, and its first part has been given up since."""
+        """True if the rest of a function waits, and its first part has been given up since then."""
         firsts = {key: (REST_OF[graph], *key[1:]) for key in self.waiting if (graph := str(key[0])) in REST_OF}
         return any(first not in self.code and self.is_given_up(first) for first in firsts.values())
 
     # Calls and attempts
 
     def begin(self, config: Config, *, in_backward: bool = False) -> None:
-        """A call begins."""
+        """Begin a call."""
         self.calls += 1
         due = self.episode is None or self.episode.is_due(self.calls, self.now)
         self.call = Call(config, self.episode, due, in_backward, self._affords_a_refusal())
@@ -241,7 +243,7 @@ class Model:
         return self.schedule.pause(self.now - refusals.since, refusals.spent, refusals.last) <= 0
 
     def attempt(self, graph: str, outcome: Outcome, stage: Stage, seconds: float) -> None:
-        """The compiler has run, or Dynamo has and failed."""
+        """Record that the compiler has run, or that Dynamo has failed."""
         key = CREATION if stage == "torch.compile" else self.call.config.key(graph)
         self._complain_of(key)
         if outcome != "code":
@@ -270,7 +272,7 @@ class Model:
             self.complaints.append(f"an attempt of {key}, which was given up")
 
     def was_created(self) -> None:
-        """``torch.compile`` itself has returned."""
+        """Record that ``torch.compile`` has returned."""
         self.created = True
         if CREATION in self.waiting:
             self.waiting.discard(CREATION)
@@ -278,12 +280,12 @@ class Model:
             self.refusals = replace(self.refusals, in_a_row=0)
 
     def end(self, graphs: Iterable[str], runs: list[str], *, raised: bool) -> None:
-        """The call ends.
+        """End a call.
 
         Args:
-            graphs: What eager would have run as graphs.
-            runs: Those of which compiled code ran.
-            raised: Whether the program raised. Then what failed was no compile failure, but the program's own error.
+            graphs: The graphs that eager would have run.
+            runs: The graphs whose compiled code ran.
+            raised: Whether the program raised. Then a failed attempt was the program's own error.
         """
         expected, failure = list(graphs), self.call.failure
         compilable = runs_of(expected, self._can_be_compiled)
@@ -305,7 +307,7 @@ class Model:
             self._maybe_recovered(clean=clean, compiled=bool(runs))
 
     def clear_up(self, compiled: int) -> None:
-        """Take the function's word for the calls that are unclear."""
+        """Decide the unclear calls as the function has counted them."""
         more = min(max(compiled - self.compiled, 0), self.unclear)
         self.compiled += more
         self.mixed += self.unclear - more
@@ -334,12 +336,13 @@ class Model:
         stopped = failures >= self.schedule.most
         due_call = math.inf if stopped else self.calls + self.schedule.calls(failures)
         pause = self.schedule.pause(now - began, spent, failure.seconds)
-        due_time = math.inf if stopped else now + max(pause, self.schedule.seconds(failures))
-        not_before = now + pause if pause and due_call < math.inf else -math.inf
+        wait = self.schedule.seconds(failures)
+        due_time = math.inf if stopped else now + max(pause, wait)
+        not_before = now + pause if due_call < math.inf or pause > wait else -math.inf
         self.episode = Episode(failures, began, spent, due_call, due_time, not_before, stopped)
 
     def _complain_of_runs(self, expected: list[str], runs: list[str]) -> None:
-        """Of compiled code that did not run, and of what was not compiled though nothing spoke against it."""
+        """Complain of compiled code that did not run, and of code that was not compiled without a reason."""
         call, key = self.call, self.call.config.key
         for graph in runs_of(expected, lambda graph: key(graph) in self.code):
             if graph not in runs:
@@ -348,7 +351,7 @@ class Model:
             return
         wanted = runs_of(expected, self._can_be_compiled) if self.created else []
         if runs != wanted:
-            self.complaints.append(f"{runs} ran compiled, and nothing kept {wanted} from it")
+            self.complaints.append(f"{runs} ran compiled, although {wanted} could have")
 
     def _can_be_compiled(self, graph: str) -> bool:
         key = self.call.config.key(graph)
@@ -361,7 +364,7 @@ class Model:
             self.episode = None
             self.recoveries += self.progress or (clean and compiled)
 
-    # Interventions of users
+    # Users' requests
 
     def retry_now(self) -> None:
         self.given_up = set()
@@ -380,5 +383,5 @@ class Model:
         self.given_up, self.waiting, self.episode, self.refusals = set(), set(), None, Refusals()
 
     def dynamo_reset(self) -> None:
-        """All code is gone. What has failed has failed all the same."""
+        """Drop all code. Failures are not forgotten."""
         self.code = set()

@@ -1,4 +1,4 @@
-"""Failures that test_state_machine.py has found, each as the shortest program that shows it."""
+"""Failures found by test_state_machine.py, each as the shortest program that shows it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Trouble(Exception):
 
 
 class ByGraph:
-    """A backend that fails where the graph's code contains one of these, and notes what runs."""
+    """A backend that fails if the graph's code contains one of these, and records the graphs that run."""
 
     def __init__(self, *failing: str, exc: type[Exception] = OSError) -> None:
         self.failing = set(failing)
@@ -40,8 +40,8 @@ class ByGraph:
         return run
 
 
-def test_giving_up_is_told_with_the_state_after_it() -> None:
-    """`Event.state` is how the function stands after it."""
+def test_giving_up_is_reported_with_the_state_after_it() -> None:
+    """`Event.state` is the function's state after the event."""
     fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: NotImplementedError("no")), name="f")
     with record_events("f", kinds={"gave up"}) as events:
         fn(X)
@@ -50,7 +50,7 @@ def test_giving_up_is_told_with_the_state_after_it() -> None:
 
 
 def test_a_step_that_raises_half_way_is_no_recovery() -> None:
-    """The graph that failed comes after the error and was never tried again."""
+    """If the step raises before it reaches the failed graph, that is not a recovery."""
     armed = False
 
     def between() -> None:
@@ -76,7 +76,7 @@ def test_a_step_that_raises_half_way_is_no_recovery() -> None:
 
 
 def test_a_module_in_training_is_not_the_module_in_evaluation() -> None:
-    """A training step that is compiled is no recovery of an evaluation that has failed and was not tried again."""
+    """A compiled training step is not the recovery of an evaluation that has failed and was not retried."""
 
     class Net(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -91,8 +91,8 @@ def test_a_module_in_training_is_not_the_module_in_evaluation() -> None:
 
 
 @pytest.mark.parametrize("what", ["reset", "retry_now"])
-def test_a_reset_between_the_passes_flips_nothing(what: str) -> None:
-    """Graphs that ran compiled forward do so in the recomputation, though another one was given up and forgotten."""
+def test_a_reset_between_forward_and_recomputation(what: str) -> None:
+    """Graphs that ran compiled forward do so in the recomputation, although another graph's failure was forgotten."""
     compiler = ByGraph("sin", exc=NotImplementedError)
 
     def cosine(x: torch.Tensor) -> torch.Tensor:
@@ -111,8 +111,8 @@ def test_a_reset_between_the_passes_flips_nothing(what: str) -> None:
     assert compiler.ran == ["cos", "cos"]
 
 
-def test_a_mode_that_cannot_be_traced_costs_the_others_nothing() -> None:
-    """A graph break under fullgraph=True in one mode of the step; the other mode is compiled all the same."""
+def test_a_mode_that_cannot_be_traced_does_not_affect_others() -> None:
+    """If one mode has a graph break under fullgraph=True, the other mode is compiled anyway."""
 
     def step(x: torch.Tensor, mode: str) -> torch.Tensor:
         if mode == "debug":
@@ -128,7 +128,7 @@ def test_a_mode_that_cannot_be_traced_costs_the_others_nothing() -> None:
 
 @pytest.mark.parametrize("in_dynamo", ["transient, then permanent in the backend", "permanent"])
 def test_a_retry_that_fails_inside_dynamo_leaves_nothing_waiting(in_dynamo: str) -> None:
-    """A graph whose retries fail in different places waits once: given up, it holds nothing off any more."""
+    """A frame whose retries fail in different places waits only once: after it is given up, nothing is held off."""
     compiler = Compiler(first(1))
     fn = compile_with_fallback(lambda x: x.sin(), backend=compiler, policy=EVERY_CALL)
     fn(X)
@@ -143,8 +143,8 @@ def test_a_retry_that_fails_inside_dynamo_leaves_nothing_waiting(in_dynamo: str)
     assert (fn.state, fn.next_retry) == (CompileState.GAVE_UP, None)
 
 
-def test_a_failure_round_a_call_of_the_function_itself_is_held_off() -> None:
-    """The inner call, which ends first, settles nothing of what the outer one has left in doubt."""
+def test_a_failure_around_a_nested_call_is_held_off() -> None:
+    """The nested call, which ends first, does not settle the outer call's failure."""
 
     def step(x: torch.Tensor, depth: int) -> torch.Tensor:
         y = x.sin()
@@ -158,8 +158,8 @@ def test_a_failure_round_a_call_of_the_function_itself_is_held_off() -> None:
     assert (compiler.asked, fn.stats.failures, fn.state) == (1, 1, CompileState.FALLBACK)
 
 
-def test_what_is_given_up_does_not_keep_an_episode_from_ending() -> None:
-    """A last, smaller batch has failed and does not come again, in a step of which a part can never be compiled."""
+def test_an_episode_ends_although_a_part_is_given_up() -> None:
+    """The episode ends even if a smaller last batch failed and never returns, and another part was given up."""
 
     def step(x: torch.Tensor) -> torch.Tensor:
         y = x.sin()
@@ -177,8 +177,8 @@ def test_what_is_given_up_does_not_keep_an_episode_from_ending() -> None:
     assert (fn.state, fn.next_retry) == (CompileState.GAVE_UP, None)
 
 
-def test_the_rest_of_a_function_does_not_wait_for_ever_for_what_is_given_up() -> None:
-    """It has failed; then all code was dropped, and now the first part cannot be compiled, so it is not reached."""
+def test_an_episode_ends_although_the_waiting_part_is_not_reached() -> None:
+    """After a reset, the first part fails permanently, so the rest is not reached; its hold-off ends anyway."""
 
     def step(x: torch.Tensor) -> torch.Tensor:
         y = x.sin()
@@ -195,8 +195,8 @@ def test_the_rest_of_a_function_does_not_wait_for_ever_for_what_is_given_up() ->
     assert (fn.state, fn.next_retry, fn.stats.recoveries) == (CompileState.GAVE_UP, None, 0)
 
 
-def test_an_episode_that_a_reset_of_dynamo_ends_is_told() -> None:
-    """A graph that nobody's frame asked for is gone: no recovery, but no silence either."""
+def test_an_episode_ended_by_a_reset_of_dynamo_is_reported() -> None:
+    """The failed graph is gone after the reset, so the episode ends with SweptAway instead of Recovered."""
     fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: full_disk()), policy=EVERY_CALL)
     with torch.compiler.set_stance("eager_then_compile"):
         fn(X), fn(X)

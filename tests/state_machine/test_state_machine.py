@@ -1,11 +1,11 @@
 """Everything at once, in any order: a training step, its eager twin and a reference model, driven by Hypothesis.
 
-`make test` makes the same few runs every time, `make test-all` the same eighty. To look for something new, which takes
-as long as it is given::
+`make test` makes the same few runs every time, and `make test-all` the same eighty. To search for new failures, for as
+long as you like::
 
     HYPOTHESIS_PROFILE=long python -m pytest -o faulthandler_timeout=0 tests/state_machine -k at_length
 
-A run that fails is printed as the calls that lead to it; as a test of its own it belongs in test_counter_examples.py.
+A failing run is printed as a sequence of calls. Turn it into a separate test in test_counter_examples.py.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ NAME = "step"
 DUE_MOMENTS = 6
 
 
-# Chances are uneven on purpose: what fails must be called again, or nothing is retried.
+# The chances are uneven on purpose: a failed frame must be called again, or it is never retried.
 configs = st.builds(
     Config,
     rows=st.sampled_from([3, 3, 3, 5]),
@@ -82,7 +82,7 @@ interventions = st.sampled_from(["retry_now", "retry_now", "reset", "torch._dyna
 
 
 class TrainingMachine(RuleBasedStateMachine):
-    """Calls of up to three decorated steps, copies of one another, while compiles fail and work again."""
+    """Calls of up to three decorated steps, copies of each other, while faults come and go."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class TrainingMachine(RuleBasedStateMachine):
         self.seed = 0
         self.stack.enter_context(self.bench.installed())
         self.events: list[Event] = self.stack.enter_context(record_events(NAME))
-        self.overruled = 0  # how many events had been told when the user last changed the state, which is not an event
+        self.overruled = 0  # number of events when the user last changed the state, which is not an event
 
     @initialize(
         body=st.sampled_from([flat, deep, deep]),
@@ -132,7 +132,7 @@ class TrainingMachine(RuleBasedStateMachine):
 
     @rule(which=subjects, moments=st.lists(moments, min_size=4, max_size=8))
     def a_bad_hour(self, which: int, moments: list[tuple[Config, Fault | None, float, bool]]) -> None:
-        """One thing after the other: what fails and does not, errors of the program in the midst of it."""
+        """Make calls with changing faults, and with errors of the program in between."""
         for config, fault, seconds, raises in moments:
             self.bench.fault = copy.copy(fault) or self.bench.fault
             self.clock.advance(seconds)
@@ -143,7 +143,7 @@ class TrainingMachine(RuleBasedStateMachine):
 
     @rule(which=subjects, configs=many_configs, stage=st.sampled_from(["backend", "trace"]), graph=st.none() | graphs)
     def nothing_can_be_compiled(self, which: int, configs: list[Config], stage: str, graph: str | None) -> None:
-        """Or one graph cannot, however it looks."""
+        """Let all graphs fail permanently, or one graph for all arguments."""
         self.bench.fault = Fault(stage, NotImplementedError, graph)
         for config in configs:
             self.check_step(self.subject(which), config)
@@ -156,7 +156,7 @@ class TrainingMachine(RuleBasedStateMachine):
 
     @rule(which=subjects, config=configs, place=st.sampled_from(["first", "between", "second"]), error=errors)
     def a_step_raises(self, which: int, config: Config, place: str, error: BaseException) -> None:
-        """Before, between and after its graphs; Dynamo sees the first and the last."""
+        """Raise before, between or after the step's graphs. Dynamo sees the first and the last error."""
         if place == "between":
             armed.append(error)
         else:
@@ -213,20 +213,20 @@ class TrainingMachine(RuleBasedStateMachine):
         return self.subjects[which % len(self.subjects)]
 
     def check_step(self, subject: Subject, config: Config, *, in_thread: bool = False) -> None:
-        """One step and its twin's; then everything is compared."""
+        """Run one step and its twin's, and compare everything."""
         eager = perform(partial(subject.body, subject.twin), subject.twin, config, self.seed)
         model, before, expected = subject.model, process_state(), expected_graphs(subject.body, config)
-        state, told = subject.fn.state, len(self.events)
+        state, known = subject.fn.state, len(self.events)
         with self.checking(subject, config) as runs:
             model.begin(config)
             ours = in_thread_or_not(lambda: perform(subject.call, subject.net, config, self.seed), in_thread=in_thread)
             model.end(expected, runs, raised=ours.error is not None)
         assert process_state() == before
-        assert len(self.events) > told or subject.fn.state in (state, CompileState.GAVE_UP)
+        assert len(self.events) > known or subject.fn.state in (state, CompileState.GAVE_UP)
         assert_same(ours, eager, subject)
 
     def check_checkpointed(self, subject: Subject, config: Config, meanwhile: str) -> None:
-        """Two calls, one of them within the backward pass, with something in between."""
+        """Run a checkpointed step, which calls the function again in the backward pass, with an action in between."""
         eager = perform(partial(subject.body, subject.twin), subject.twin, config, self.seed, lambda: None)
         model, forward, expected = subject.model, list[str](), expected_graphs(subject.body, config)
 
@@ -240,7 +240,7 @@ class TrainingMachine(RuleBasedStateMachine):
         with self.checking(subject, config) as runs:
             model.begin(config)
             ours = perform(subject.call, subject.net, config, self.seed, between_the_passes)
-            # checkpoint() leaves the recomputation by raising as soon as it has all that it needs.
+            # checkpoint() ends the recomputation by raising as soon as it has all saved tensors.
             model.end(expected, runs, raised=True)
         assert_same(ours, eager, subject)
         assert runs == forward, (runs, forward)
@@ -255,9 +255,9 @@ class TrainingMachine(RuleBasedStateMachine):
 
     @contextmanager
     def checking(self, subject: Subject, config: Config) -> Iterator[list[str]]:
-        """A call and what it must leave behind in the books. Yields the graphs whose compiled code runs."""
+        """Check the statistics after a call. Yields the list of graphs whose compiled code runs in it."""
         subject.seen[config] = None
-        fn, stats, told = subject.fn, subject.fn.stats, len(self.events)
+        fn, stats, known = subject.fn, subject.fn.stats, len(self.events)
         self.bench.model, self.bench.runs = subject.model, []
         try:
             yield self.bench.runs
@@ -266,7 +266,7 @@ class TrainingMachine(RuleBasedStateMachine):
         subject.update()
         self.seed += 1
         self.check_books()
-        self.check_transitions(self.events[told:], stats, fn)
+        self.check_transitions(self.events[known:], stats, fn)
 
     def check_books(self) -> None:
         for subject in self.subjects:
@@ -280,16 +280,16 @@ class TrainingMachine(RuleBasedStateMachine):
             assert fn.next_retry == model.next_retry, (fn.next_retry, model.next_retry)
             assert fn.last_failure is None or fn.last_failure.call <= model.calls
 
-    def check_transitions(self, told: list[Event], before: CompileStats, fn: CompiledFunction[..., Any]) -> None:
-        kinds, stats = [t.kind for t in told], fn.stats
+    def check_transitions(self, events: list[Event], before: CompileStats, fn: CompiledFunction[..., Any]) -> None:
+        kinds, stats = [event.kind for event in events], fn.stats
         assert kinds.count("failed") == stats.failures - before.failures
         assert kinds.count("recovered") == stats.recoveries - before.recoveries
-        assert all(before.calls < t.call <= stats.calls for t in told)
+        assert all(before.calls < event.call <= stats.calls for event in events)
         if len(self.events) > self.overruled:
-            assert not told or told[-1].state in (fn.state, CompileState.FALLBACK)
+            assert not events or events[-1].state in (fn.state, CompileState.FALLBACK)
 
     def come_back(self, subject: Subject) -> None:
-        """With everything repaired, what has ever been called is compiled within so many due moments."""
+        """After the repair, everything that was ever called is compiled within a number of due moments."""
         self.bench.fault = None
         if subject.model.waits_out_of_reach:
             subject.tell("retry_now")
@@ -329,18 +329,18 @@ def train(machine: type[TrainingMachine], runs: int) -> None:
     settings = hypothesis.settings(
         max_examples=runs if profile.derandomize else profile.max_examples,
         stateful_step_count=25,
-        suppress_health_check=list(hypothesis.HealthCheck),  # it calls slow what compiles
+        suppress_health_check=list(hypothesis.HealthCheck),  # compiling makes it slow
     )
     run_state_machine_as_test(machine, settings=settings)
 
 
 def test_training() -> None:
-    """A few runs."""
+    """A few runs find no failure."""
     train(TrainingMachine, 4)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("part", range(4))
 def test_training_at_length(part: int) -> None:
-    """Many runs, in parts of which each draws its own."""
+    """Many runs, in parts with different draws, find no failure."""
     train(type(f"TrainingMachine{part}", (TrainingMachine,), {}), 20)

@@ -1,4 +1,4 @@
-"""Training steps for test_state_machine.py, the places where their compiles are made to fail, and their eager twins."""
+"""Training steps for test_state_machine.py, faults in their compiles, and their eager twins."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from compile_retry import CompiledFunction, compiled_function
 from compile_retry.testing import FakeClock
 
 LEARNING_RATE = 0.1
-RECOMPILE_LIMIT = 64  # for all that a step is called with; what a thread configures is its own
+RECOMPILE_LIMIT = 64  # for all kinds of calls of a step; thread-local, so set in each thread
 
-# Raised by the step between two of its graphs, where Dynamo does not look.
+# Raised by the step between two of its graphs, where Dynamo does not trace.
 armed: list[BaseException] = []
 
 
@@ -34,7 +34,7 @@ class Trouble(Exception):
 
 
 class Net(torch.nn.Module):
-    """Weights, dropout and a buffer that every step writes to. Its `forward` is the step that is under test."""
+    """Weights, dropout and a buffer that every step writes to. Its `forward` is the step under test."""
 
     count: torch.Tensor
 
@@ -55,7 +55,7 @@ between = torch.compiler.disable(_between)
 
 
 def flat(net: Any, x: torch.Tensor, log: list[str], tag: str) -> torch.Tensor:
-    """Two graphs. What `deep` has too is not put into a function: where its caller ran eagerly, that is a frame too."""
+    """Run two graphs. The lines shared with `deep` are not a function, because it could become its own frame."""
     log.append("first")
     if tag == "raise first":
         raise Trouble(tag, 7)
@@ -79,7 +79,7 @@ def inner(h: torch.Tensor, log: list[str]) -> torch.Tensor:
 
 
 def deep(net: Any, x: torch.Tensor, log: list[str], tag: str) -> torch.Tensor:
-    """Four graphs in two functions."""
+    """Run four graphs in two functions."""
     log.append("first")
     if tag == "raise first":
         raise Trouble(tag, 7)
@@ -101,7 +101,7 @@ class DeepNet(Net):
     forward = deep
 
 
-# In the order in which they run, by the function that they are in, or in the rest of which they are.
+# In order of execution, by the name of the function that contains them, or of its resume function.
 GRAPHS = {
     flat: {"flat": "sin", "torch_dynamo_resume_in_flat": "cos"},
     deep: {
@@ -117,7 +117,7 @@ PERMANENT = (NotImplementedError, UncapturedHigherOrderOpError)
 
 @dataclass
 class Fault:
-    """A fault from now on: attempts of the graph (or all) fail if the call's arguments fit, so many times."""
+    """A fault: the next `times` attempts of the graph, or of all, fail if the call's arguments match."""
 
     stage: str
     kind: type[Exception]
@@ -142,17 +142,17 @@ class Fault:
 
 
 class Bench:
-    """Makes compiles fail, and sees what is compiled and what runs.
+    """Makes compiles fail, and records the graphs that are compiled and run.
 
     Args:
-        clock: What moves when something is compiled.
+        clock: The clock to advance when something is compiled.
     """
 
     def __init__(self, clock: FakeClock) -> None:
         self.clock = clock
-        self.seconds = 0.0  # that an attempt takes
+        self.seconds = 0.0  # duration of an attempt
         self.fault: Fault | None = None
-        self.model: Model | None = None  # of the function that is called now
+        self.model: Model | None = None  # the model of the function being called
         self.runs: list[str] = []
 
     def __call__(self, graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -201,7 +201,7 @@ class Bench:
 
 @dataclass
 class Result:
-    """The effects of a call that a program can see."""
+    """The effects of a call that are visible to a program."""
 
     value: torch.Tensor | None = None
     error: BaseException | None = None
@@ -230,7 +230,7 @@ class Subject:
         return self.call is self.net
 
     def update(self) -> None:
-        """The optimizers' step; it also tells the library that whatever was checkpointed is over."""
+        """Step the optimizers, which also ends the step for checkpointing."""
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -241,7 +241,7 @@ class Subject:
         getattr(self.model, what)()
 
     def copied(self, model: Model) -> Subject:
-        """A deep copy of the function, or of the module with the function in it."""
+        """Return a deep copy of the function, or of the module that contains it."""
         net, twin = copy.deepcopy(self.net), copy.deepcopy(self.twin)
         if self.is_module:
             return Subject(self.body, compiled_function(net), net, net, twin, model)
@@ -252,7 +252,7 @@ class Subject:
 def perform(
     call: Callable[..., torch.Tensor], net: Net, config: Config, seed: int, meanwhile: Callable[[], None] | None = None
 ) -> Result:
-    """One training step. With `meanwhile`, checkpointed: the forward pass, that, and the backward pass."""
+    """Run one training step. With `meanwhile`, it is checkpointed, and `meanwhile` runs before the backward pass."""
     result, log = Result(), list[str]()
     torch.manual_seed(seed)
     x = torch.randn(config.rows, 4)
@@ -265,7 +265,7 @@ def perform(
                 y = checkpoint(call, x, log, config.tag, use_reentrant=False)
             result.value = y.detach().clone()
             result.log = log[:]
-            log.clear()  # as at first, for the recomputation
+            log.clear()  # as at the start, for the recomputation
             if meanwhile is not None:
                 meanwhile()
             if config.grad:
@@ -277,7 +277,7 @@ def perform(
 
 
 def expected_graphs(body: Callable[..., torch.Tensor], config: Config) -> list[str]:
-    """The graphs that eager would run, up to the program's error."""
+    """Return the graphs that eager would run, up to the program's error."""
     graphs = list(GRAPHS[body].values())
     if config.tag == "raise first":
         return []

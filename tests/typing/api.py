@@ -1,4 +1,4 @@
-"""The public signatures, written out. Type-checked, never run."""
+"""The public signatures. This file is type-checked and never run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tenacity
 import torch
 from typing_extensions import assert_type
 
+import compile_retry
 from compile_retry import (
     CompileFailure,
     CompileState,
@@ -70,6 +71,7 @@ def signatures(x: torch.Tensor, model: torch.nn.Module) -> None:
     assert_type(bare.next_retry, NextRetry | None)
     assert_type(bare.policy, RetryPolicy)
     assert_type(bare.name, str)
+    bare.policy = RetryPolicy()  # type: ignore[assignment]  # must be refused
     assert_type(bare.retry_now(), None)
     assert_type(bare.reset(), None)
 
@@ -80,6 +82,9 @@ def modules() -> None:
     assert_type(compile_with_fallback(dynamic=True)(torch.nn.Linear(1, 1)), torch.nn.Linear)
     function = compiled_function(linear)
     assert_type(function.stats.calls, int)
+    assert_type(compiled_function(bare)(torch.ones(1), n=2), torch.Tensor)
+    compiled_function(Trainer().method)
+    compiled_function(3)  # type: ignore[call-overload]  # must be refused
 
 
 class Trainer:
@@ -132,6 +137,14 @@ def testing() -> None:
     ):
         assert_type(faults, Faults)
         assert_type(events, list[Event])
+
+
+def package() -> None:
+    assert_type(compile_retry.__version__, str)
+    assert_type(compile_retry.testing.FakeClock(), FakeClock)
+    compile_retry.plotting.plot_timeline(bare)
+    compile_retry.events.register_hook(print)
+    str(compile_retry.polcy)  # type: ignore[attr-defined]  # must be refused
 
 
 def integrations() -> None:

@@ -78,11 +78,11 @@ def _without_facts(name: str, findings: Findings, timeout: float) -> Check | Non
     if _disabled_by() and name in _COMPILING:
         return Check(name, "skipped", f"{_disabled_by()} is set")
     if findings.during not in (None, name):
-        return Check(name, "skipped", f"skipped because of {findings.during}")
+        return Check(name, "skipped", f"because of {findings.during}")
     if findings.stopped:
-        limit = f" (limit: {timeout:g} s)" if findings.during and "too long" in findings.stopped else ""
+        limit = f" (limit: {timeout:g} s)" if findings.during and findings.timed_out else ""
         return Check(name, "failed", findings.stopped + limit, _REMEDIES_WHEN_STOPPED.get(name, ""))
-    return Check(name, "skipped", "skipped because of versions")
+    return Check(name, "skipped", "because of versions")
 
 
 def _disabled_by() -> str:

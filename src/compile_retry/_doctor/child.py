@@ -21,13 +21,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from compile_retry._failures import qualified_name, root_cause
+from compile_retry._version import installed_version
 
 Facts = dict[str, Any]
 
@@ -50,8 +51,11 @@ def _versions() -> Facts:
     )
 
     inductor.check_supported()
-    own = metadata.version("compile-retry")
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "compile_retry": own}
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "compile_retry": installed_version(),
+    }
 
 
 def _cache_directory() -> Facts:

@@ -24,11 +24,13 @@ class Findings:
         facts: The facts found by each finished step, by its name.
         during: The step in which the child ended; None if it finished.
         stopped: The reason why it ended early, in words.
+        timed_out: Whether the reason is the time limit.
     """
 
     facts: dict[str, dict[str, Any]]
     during: str | None
     stopped: str
+    timed_out: bool = False
 
 
 def ask(mode: Literal["look", "compile", "elsewhere"], seconds: float) -> Findings:
@@ -42,25 +44,26 @@ def ask(mode: Literal["look", "compile", "elsewhere"], seconds: float) -> Findin
             stderr=subprocess.PIPE,
             start_new_session=True,  # compilers and workers are in its process group
         )
-        output, stopped = _outcome(process, seconds)
+        output, stopped, timed_out = _outcome(process, seconds)
     finally:
         os.close(parent)
         os.close(alive)
-    return _read(output, stopped)
+    return Findings(*_read(output), stopped, timed_out)
 
 
-def _outcome(process: subprocess.Popen[bytes], seconds: float) -> tuple[bytes, str]:
+def _outcome(process: subprocess.Popen[bytes], seconds: float) -> tuple[bytes, str, bool]:
+    """Wait for the child. Return its output, the reason why it ended early, and whether that is the time limit."""
     try:
         output, errors = process.communicate(timeout=max(seconds, 0.0))
     except subprocess.TimeoutExpired:
-        return _end(process), "it took too long"
+        return _end(process), "it took too long", True
     except BaseException:
         _end(process)
         raise
     if process.returncode:
         _signal(process, signal.SIGTERM)
-        return output, _describe_exit(process.returncode, errors)
-    return output, ""
+        return output, _describe_exit(process.returncode, errors), False
+    return output, "", False
 
 
 def _end(process: subprocess.Popen[bytes]) -> bytes:
@@ -97,7 +100,8 @@ def _describe_exit(status: int, errors: bytes) -> str:
     return f"the process ended with status {status}" + (f": {lines[-1][:300]}" if lines else "")
 
 
-def _read(output: bytes, stopped: str) -> Findings:
+def _read(output: bytes) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """Return the facts, and the step that has none because the child ended in it."""
     facts: dict[str, dict[str, Any]] = {}
     during = None
     for line in _lines(output):
@@ -106,7 +110,7 @@ def _read(output: bytes, stopped: str) -> Findings:
             during = None
         else:
             during = line["step"]
-    return Findings(facts, during, stopped)
+    return facts, during
 
 
 def _lines(output: bytes) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,9 @@
-"""Says that an attempt is still running. One thread for all attempts, asleep, and only while there are any."""
+"""Periodic reports of attempts that are still running, from one thread that exists only while there are any."""
 
 from __future__ import annotations
 
+import _thread
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,15 +12,15 @@ from dataclasses import dataclass, field
 
 from compile_retry._locks import Lock
 
-# Seconds until it is said for the first time; then after twice that, and so on.
+# Seconds until the first report; the next ones come after twice as many, four times as many, and so on.
 FIRST = 60.0
 
-Say = Callable[[float], None]
+Report = Callable[[float], None]
 
 
 @dataclass(eq=False)
 class _Running:
-    say: Say
+    report: Report
     began: float = field(default_factory=time.monotonic)
     next: float = 0.0
 
@@ -27,16 +29,16 @@ class _Watch:
     def __init__(self) -> None:
         self._lock = Lock()
         self._running: list[_Running] = []
-        self._thread: threading.Thread | None = None
         self._wake = threading.Event()
+        self._process = 0  # in which a thread watches; 0 if none does
 
     def add(self, running: _Running) -> None:
         with self._lock:
-            if self._thread is None or not self._thread.is_alive():  # in a fork the parent's is not there
-                self._running, self._wake = [], threading.Event()
-                thread = threading.Thread(target=self._run, name="compile_retry heartbeat", daemon=True)
-                thread.start()  # waits for the lock
-                self._thread = thread
+            if self._process not in (0, os.getpid()):  # a forked child does not have the parent's thread
+                self._running, self._wake, self._process = [], threading.Event(), 0
+            if not self._process:
+                # Not `threading.Thread`, whose start() waits for ever for a thread that finds no memory to begin.
+                _thread.start_new_thread(self._run, ())
             self._running.append(running)
             self._wake.set()
 
@@ -46,10 +48,14 @@ class _Watch:
             self._wake.set()
 
     def _run(self) -> None:
+        with self._lock:
+            if self._process == os.getpid():  # two were started before the first one ran
+                return
+            self._process = os.getpid()
         while True:
             with self._lock:
                 if not self._running:
-                    self._thread = None
+                    self._process = 0
                     return
                 self._wake.clear()
                 now = time.monotonic()
@@ -59,7 +65,7 @@ class _Watch:
                 wait = min(running.next for running in self._running) - now
                 wake = self._wake
             for running in due:
-                running.say(now - running.began)
+                running.report(now - running.began)
             wake.wait(max(0.0, wait))
 
 
@@ -67,16 +73,17 @@ _watch = _Watch()
 
 
 @contextmanager
-def heartbeat(say: Say) -> Iterator[None]:
-    """While the block runs, call this after a minute, two, four and so on, with the seconds that have passed.
+def heartbeat(report: Report) -> Iterator[None]:
+    """Call `report` after one minute, two, four and so on while the block runs.
 
-    It is called from another thread.
+    Args:
+        report: Takes the seconds since the block began. It is called from another thread.
     """
-    running = _Running(say)
+    running = _Running(report)
     running.next = running.began + FIRST
     try:
         _watch.add(running)
-    except RuntimeError:  # no more threads to be had: then nothing is said
+    except RuntimeError:  # no thread can be started, so there are no reports
         yield
         return
     try:

@@ -1,6 +1,6 @@
-"""How long some of a function's calls took, and what happened to it: bounded, and cheap enough to be always on.
+"""The bounded history of a function: its events, and the durations of some of its calls. It is always on.
 
-Not every call is timed: as many as make a picture, from the first to the last, and after each event the next one.
+Only some calls are timed: enough to plot the whole run, and the next call after each event.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from compile_retry.events import Event
 
 CallPath: TypeAlias = Literal["compiled", "mixed", "eager"]
 
-# When there are so many every second sample goes, and from then on they are kept twice as far apart.
-_MOST = 512
-_MOST_EVENTS = 64
-# How many seconds apart samples are taken at first. However fast the calls, one in so many is timed all the same, to
-# see at once if they become slow; not all that are timed are kept.
-_APART = 0.1
-_LONGEST_STRIDE = 4096
+# At this number of samples, every second one is dropped, and the interval between kept samples doubles.
+_MAX_SAMPLES = 512
+_MAX_EVENTS = 64
+# Initial interval between samples, in seconds.
+_INTERVAL = 0.1
+# At least one call in this many is timed, however fast the calls are, to notice at once if they become slow. Not every
+# timed call is kept.
+_MAX_STRIDE = 4096
 
 
 class Sample(NamedTuple):
-    """One call.
+    """One timed call.
 
     Attributes:
-        time: When it ended, by the policy's clock.
-        call: Its number.
-        path: What ran in it.
-        seconds: How long it took.
-        attempted: Whether something was compiled in it, or failed to be.
+        time: The policy's clock when the call ended.
+        call: The call's number.
+        path: The code that ran: compiled, eager or both.
+        seconds: The call's duration.
+        attempted: Whether the call made an attempt.
     """
 
     time: float
@@ -46,17 +47,17 @@ _PATHS: tuple[CallPath, ...] = ("compiled", "mixed", "eager")
 
 
 def _kind(sample: Sample) -> int:
-    """What is drawn alike. A kind that is rare is not thinned out with one that is not."""
+    """Return the sample's kind. Each kind is thinned out on its own, so that rare kinds are not lost."""
     return len(_PATHS) * sample.attempted + _PATHS.index(sample.path)
 
 
 class _Samples:
-    """A table of them: made at once, because what grows in small pieces looks like a leak."""
+    """A table of samples, allocated at once, because growth in small steps looks like a memory leak."""
 
     def __init__(self) -> None:
         self.length = 0
-        self._times, self._seconds = (array("d", bytes(8 * _MOST)) for _ in range(2))
-        self._calls, self._kinds = array("q", bytes(8 * _MOST)), array("b", bytes(_MOST))
+        self._times, self._seconds = (array("d", bytes(8 * _MAX_SAMPLES)) for _ in range(2))
+        self._calls, self._kinds = array("q", bytes(8 * _MAX_SAMPLES)), array("b", bytes(_MAX_SAMPLES))
 
     def __getitem__(self, row: int) -> Sample:
         attempted, path = divmod(self._kinds[row], len(_PATHS))
@@ -67,7 +68,7 @@ class _Samples:
         self.length += 1
 
     def thin_out(self) -> None:
-        """Of each kind, drop every second one."""
+        """Drop every second sample of each kind."""
         seen: Counter[int] = Counter()
         length, self.length = self.length, 0
         for row in range(length):
@@ -82,28 +83,28 @@ class _Samples:
 
 
 class History:
-    """What one function remembers."""
+    """The history of one function."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
-        # The next call that is to be timed.
+        # The number of the next call to time.
         self.next_call = 1
-        self.events: deque[Event] = deque(maxlen=_MOST_EVENTS)
+        self.events: deque[Event] = deque(maxlen=_MAX_EVENTS)
         self._samples: _Samples | None = None
-        self._last: tuple[float, int] | None = None  # time and number of the last call that was timed
-        self._kept: dict[int, float] = {}  # when the last sample of a kind was taken
-        self._apart = _APART
+        self._last: tuple[float, int] | None = None  # time and number of the last timed call
+        self._kept: dict[int, float] = {}  # the time of the last kept sample of each kind
+        self._interval = _INTERVAL
         self._lock = Lock()
 
     @property
     def samples(self) -> tuple[Sample, ...]:
-        """Those that are left, oldest first."""
+        """The kept samples, oldest first."""
         with self._lock:
             samples = self._samples
             return tuple(samples[row] for row in range(samples.length)) if samples is not None else ()
 
     def add(self, sample: Sample) -> None:
-        """Remember a call that was timed."""
+        """Add a timed call."""
         with self._lock:
             if self._samples is None:
                 self._samples = _Samples()
@@ -112,29 +113,29 @@ class History:
             if self._is_worth_keeping(sample):
                 self._samples.append(sample)
                 self._kept[_kind(sample)] = sample.time
-            if self._samples.length == _MOST:
+            if self._samples.length == _MAX_SAMPLES:
                 self._samples.thin_out()
-                self._apart *= 2
+                self._interval *= 2
 
     def _is_worth_keeping(self, sample: Sample) -> bool:
-        """Until the table was full every sample; then those as far from others of their kind as the old ones are."""
+        """Return True for every sample until the table is full, then only if the last of its kind is old enough."""
         kept = self._kept.get(_kind(sample))
-        return kept is None or self._apart == _APART or sample.time - kept >= self._apart
+        return kept is None or self._interval == _INTERVAL or sample.time - kept >= self._interval
 
     def add_event(self, event: Event) -> None:
-        """Remember an event. After it the next calls may run differently, so they are timed."""
+        """Add an event. The next call is timed, because it may run differently."""
         self.events.append(event)
         self.next_call = 0
 
     def seconds_per_call(self, path: CallPath) -> float | None:
-        """What a call of this kind took in the median; None if none has been seen that did not compile."""
-        from statistics import median  # few need it, and it takes long to import
+        """Return the median duration of this path's samples without attempts, or None if there are none."""
+        from statistics import median  # slow to import, and rarely needed
 
         seen = [sample.seconds for sample in self.samples if sample.path == path and not sample.attempted]
         return median(seen) if seen else None
 
     def _stride(self, last: tuple[float, int], sample: Sample) -> int:
         calls, seconds = max(1, sample.call - last[1]), sample.time - last[0]
-        if seconds * _LONGEST_STRIDE <= calls * self._apart:
-            return min(2 * calls, _LONGEST_STRIDE)
-        return max(1, round(self._apart * calls / seconds))
+        if seconds * _MAX_STRIDE <= calls * self._interval:
+            return min(2 * calls, _MAX_STRIDE)
+        return max(1, round(self._interval * calls / seconds))

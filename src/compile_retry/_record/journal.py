@@ -1,4 +1,4 @@
-"""Puts what happens to one function into events and log lines, in the right order, and keeps its history."""
+"""The journal of one function: turns what happens into counts, events and log lines, in the right order."""
 
 from __future__ import annotations
 
@@ -35,38 +35,38 @@ from .history import CallPath, History, Sample
 from .live import WeakRegistry
 from .record import Record
 
-# Seconds of hold-off until the log says so again; then twice as many, and so on.
+# Seconds of hold-off before the first reminder; the next ones come after twice as many, four times as many, and so on.
 FIRST_REMINDER = 60.0
 
 
-class _Untold(threading.local):
-    """Events that this thread tells once it holds no lock. They still lack the function's state."""
+class _Unpublished(threading.local):
+    """This thread's events that are still to be published. They lack the function's state."""
 
     def __init__(self) -> None:
         self.events: list[partial[Event]] = []
 
 
 class Journal:
-    """Counts and tells what happens to one function, or to several that share their compiled code.
+    """Counts, logs and publishes what happens to one function, or to several that share their compiled code.
 
-    Events are noted where things happen, under whatever locks, and told when the thread has let go of them. What the
-    line of another event says as well gets no line in the log.
+    Events are noted where they occur, possibly under locks. `tell` publishes them after the thread has released its
+    locks. An event has no log line if another event's line says the same.
     """
 
     def __init__(self, name: str, breaker: Breaker, state: Callable[[], CompileState]) -> None:
         self.name = name
         self.records = WeakRegistry[Record]()
         self._breaker, self._policy, self._state = breaker, breaker.policy, state
-        self._untold = _Untold()
+        self._unpublished = _Unpublished()
         self._not_compiled_before = 0  # the episode
         self._reminders = Lock()
-        self._reminder: tuple[float, float] | None = None  # of which episode, and when the next one is due
+        self._reminder: tuple[float, float] | None = None  # the episode's start, and the due time of the next reminder
 
     def tell(self) -> None:
-        """Tell what has been noted in this thread. To be called where no lock is held."""
-        untold = self._untold.events
-        while untold:
-            self._publish(untold.pop(0)(state=self._state()))
+        """Publish the events noted in this thread. Call it only while holding no lock."""
+        events = self._unpublished.events
+        while events:
+            self._publish(events.pop(0)(state=self._state()))
 
     def _publish(self, event: Event) -> None:
         records = self.records.alive()
@@ -98,16 +98,16 @@ class Journal:
             level=level,
             **details,
         )
-        self._untold.events.append(event)
+        self._unpublished.events.append(event)
 
     def attempt_started(self, call: int, graph: int) -> AbstractContextManager[None]:
-        """To be told at once; and while the block lasts, now and then, that the attempt still runs."""
+        """Publish the start of an attempt at once. While the returned context lasts, report that it still runs."""
         message = f"compiling graph {graph} of call {call}"
         self._note(AttemptStarted, call, message, None, graph=graph)
         self.tell()
 
-        def still(seconds: float) -> None:
-            message = f"still compiling graph {graph} of call {call}, {seconds:.0f} s"
+        def report(seconds: float) -> None:
+            message = f"still compiling graph {graph} of call {call} after {seconds:.0f} s"
             event = StillCompiling(
                 function=self.name,
                 functions=len(self.records.alive()),
@@ -121,7 +121,7 @@ class Journal:
             )
             self._publish(event)
 
-        return heartbeat(still)
+        return heartbeat(report)
 
     def compiled(self, record: Record, call: int, graph: int, seconds: float, *, first: bool) -> None:
         next(record.books.attempts)
@@ -129,14 +129,14 @@ class Journal:
         self._note(Compiled, call, message, logging.INFO if first else None, graph=graph, seconds=seconds)
 
     def failed(self, record: Record, failure: CompileFailure, *, began: float, seconds: float, how_long: str) -> None:
-        """Noted when the call is over, with the time at which the attempt failed.
+        """Note a failed attempt when its call is over. The event's time is the time of the failure.
 
         Args:
-            record: Of the function in whose call it failed.
-            failure: What is known of it.
+            record: The record of the function in whose call it failed.
+            failure: The failure.
             began: The policy's clock when the attempt began.
-            seconds: How long it took.
-            how_long: If it will not be tried again: when it runs eagerly.
+            seconds: The attempt's duration.
+            how_long: For a permanent failure, when the frame runs eagerly, in words.
         """
         self._count_failure(record, seconds)
         time = began + seconds
@@ -148,12 +148,12 @@ class Journal:
             message, gave_up = f"{what}; strict mode raises", ""
         elif failure.kind == "permanent":
             message = what
-            gave_up = f"{where} cannot be compiled: {failure}; it runs eagerly {how_long} and will not be tried again"
+            gave_up = f"{where} cannot be compiled: {failure}; it runs eagerly {how_long} and will not be retried"
         elif due is None and self._breaker.episode is not None:
             message, gave_up = what, f"{what}; giving up, running eagerly until reset() or retry_now()"
         else:
-            # Without a due moment another thread's call has ended the episode in the meantime.
-            message, gave_up = f"{what}; running eagerly, next attempt {due or 'when it is called'}", ""
+            # There is no due moment if another thread's call has ended the episode in the meantime.
+            message, gave_up = f"{what}; running eagerly, next attempt {due or 'on its next call'}", ""
         level = None if gave_up else logging.WARNING
         self._note(AttemptFailed, failure.call, message, level, time, failure=failure, seconds=seconds)
         if gave_up:
@@ -167,20 +167,20 @@ class Journal:
         record.books.add_seconds(seconds)
 
     def failed_in_place(self, record: Record, failure: CompileFailure, *, began: float, seconds: float) -> None:
-        """Told without a line in the log: the ranks' agreement has its own."""
+        """Note a failed attempt that is retried in place, without a log line: the ranks' agreement logs its own."""
         self._count_failure(record, seconds)
-        message = f"{summary(failure)}; trying again in place, as other ranks wait"
+        message = f"{summary(failure)}; retrying in place because other ranks are waiting"
         self._note(AttemptFailed, failure.call, message, None, began + seconds, failure=failure, seconds=seconds)
 
     def gave_up_together(self, failure: CompileFailure) -> None:
-        """Told without a line in the log, too."""
-        message = f"{in_words(failure.frame)} cannot be compiled on any rank: {failure}; all run it eagerly"
+        """Note that all ranks run the function eagerly, without a log line for the same reason."""
+        message = f"{in_words(failure.frame)} cannot be compiled on any rank: {failure}; all ranks run it eagerly"
         self._note(GaveUp, failure.call, message, None, failure=failure)
 
     def missed(self, failure: CompileFailure, call: int) -> None:
-        """Note that torch asked about a graph while it was held off, and will not ask again."""
+        """Note that a graph was held off in the only call in which torch passes it to the backend."""
         message = (
-            f"a graph that takes sizes was held off in call {call}; torch does not ask about it again, so it runs"
+            f"a graph that takes sizes was held off in call {call}; torch does not compile it again, so it runs"
             " eagerly until torch.compiler.reset()"
         )
         self._note(GaveUp, call, message, logging.ERROR, failure=failure)
@@ -202,45 +202,45 @@ class Journal:
         )
 
     def swept_away(self, call: int, time: float) -> None:
-        message = "nothing is left to try: what had fallen back is gone, or torch.compile passes it over"
+        message = "nothing left to retry: the fallback is gone, or torch.compile skips it"
         self._note(SweptAway, call, message, logging.INFO, time)
 
     @property
     def eager_calls(self) -> int:
-        """How many calls ran eagerly, at least in part, since the episode began."""
+        """The number of calls that ran eagerly, at least in part, since the episode began."""
         return self._not_compiled() - self._not_compiled_before
 
     def over_limit(self, call: int, location: Location) -> None:
         message = (
-            f"torch's recompile limit is reached in {in_words(location)}; what its compiled code does not fit runs"
-            " eagerly from now on"
+            f"{in_words(location)} reached the recompile limit; calls that do not match its compiled code run eagerly"
+            " from now on"
         )
         self._note(RecompileLimit, call, message, logging.WARNING)
 
     def moved(self, call: int, directory: str) -> None:
         message = (
-            f"compiled in call {call} with another cache directory than {directory}, where files are damaged or"
-            " cannot be written; this process goes on with the other one. Other processes will fail there too: once"
-            " none uses it, delete it or make it writable"
+            f"compiled in call {call} using another cache directory, because files in {directory} are damaged or not"
+            " writable; this process keeps using it. Other processes will fail in the old directory too: delete it or"
+            " make it writable once no process uses it"
         )
         self._note(CacheMoved, call, message, logging.WARNING, directory=directory)
 
     def took(self, record: Record, call: int, path: CallPath, began: float, *, attempted: bool) -> None:
-        """Note a call that was timed, now that it is over.
+        """Record a timed call that is over.
 
         Args:
-            record: Of its function.
-            call: Its number.
-            path: What ran in it.
-            began: The policy's clock when it began.
-            attempted: Whether something was compiled in it, or failed to be.
+            record: The function's record.
+            call: The call's number.
+            path: The code that ran: compiled, eager or both.
+            began: The policy's clock when the call began.
+            attempted: Whether the call made an attempt.
         """
         now = self._policy.clock()
         record.history.add(Sample(now, call, path, now - began, attempted=attempted))
         self._remind(record.history, call)
 
     def _remind(self, history: History, call: int) -> None:
-        """Say again that the function runs eagerly, if that has not been said for long."""
+        """Note that the function still runs eagerly, if a reminder is due."""
         episode, now = self._breaker.episode, self._breaker.policy.clock()
         if episode is None or now < episode.started + FIRST_REMINDER:
             return

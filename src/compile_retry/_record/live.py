@@ -1,4 +1,4 @@
-"""Objects that are still alive."""
+"""A registry of objects that does not keep them alive."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ T = TypeVar("T")
 
 
 class WeakRegistry(Generic[T]):
-    """Remembers objects in the order of their registration, and keeps none of them alive."""
+    """Lists the registered objects that are still alive, in the order of registration."""
 
     def __init__(self) -> None:
-        # Only touched by dictionary methods that are one C call each: a lock would be of no use, since objects are
-        # collected in the middle of whatever a thread does, also while it holds the lock.
+        # Accessed only through dictionary methods that are single C calls. A lock would not help, because objects can
+        # be collected at any point of any thread, even while it holds the lock.
         self._references: dict[int, weakref.ref[T]] = {}
         self._next_number = itertools.count().__next__
 

@@ -35,21 +35,23 @@ class NextRetry:
         calls: Calls left, including the one that attempts; ``None`` if the policy does not count calls.
         seconds: Seconds left; ``None`` if the policy does not count seconds.
         at_least: Minimum number of seconds left, whatever ``calls`` says, because of the policy's ``max_overhead``.
+        max_overhead: The policy's share, if it delays the attempt beyond the policy's wait; otherwise ``None``.
     """
 
     calls: int | None
     seconds: float | None
     at_least: float = 0.0
+    max_overhead: float | None = None
 
     def __str__(self) -> str:
-        parts = []
-        if self.calls is not None:
-            parts.append("in 1 call" if self.calls == 1 else f"in {self.calls} calls")
-        if self.seconds is not None:
-            parts.append(f"in {_in_seconds(self.seconds)}")
-        if self.calls is not None and self.at_least:
-            parts[0] += f" and {_in_seconds(self.at_least)}"
-        return " or ".join(parts)
+        delayed = "" if self.max_overhead is None else f" (delayed by max_overhead={self.max_overhead:g})"
+        in_time = "" if self.seconds is None else f"in {_in_seconds(self.seconds)}"
+        if self.calls is None or (self.seconds is not None and 0 < self.seconds <= self.at_least):
+            return in_time + delayed
+        in_calls = "in 1 call" if self.calls == 1 else f"in {self.calls} calls"
+        if self.at_least:
+            in_calls += f" and {_in_seconds(self.at_least)}{delayed}"
+        return f"{in_calls} or {in_time}" if in_time else in_calls
 
 
 def _in_seconds(seconds: float) -> str:
@@ -69,7 +71,7 @@ class Episode(NamedTuple):
     due_time: float
     stopped: bool
     spent: float  # seconds, in failed attempts
-    not_before: float = -math.inf  # even if the due call has come
+    not_before: float = -math.inf  # even if the due call has come; set if `max_overhead` delays the attempt
 
     def is_due(self, call: int, clock: Callable[[], float]) -> bool:
         if call >= self.due_call and (self.not_before == -math.inf or clock() >= self.not_before):
@@ -272,7 +274,7 @@ class Breaker:
                 raise
             if decision.retry and not decision.stop:
                 due_call, due_time = call + decision.calls, now + decision.seconds
-                not_before = now + decision.at_least if decision.at_least and decision.calls < math.inf else -math.inf
+                not_before = now + decision.at_least if decision.at_least else -math.inf
                 episode = episode._replace(due_call=due_call, due_time=due_time, not_before=not_before, stopped=False)
             with self._lock:
                 if self.episode is last:  # otherwise another thread has replaced it: evaluate again
@@ -314,4 +316,5 @@ class Breaker:
         left = None if math.isinf(episode.due_call) else max(1, int(episode.due_call) - calls)
         now = self.policy.clock()
         seconds = None if episode.due_time == math.inf else max(0.0, episode.due_time - now)
-        return NextRetry(left, seconds, max(0.0, episode.not_before - now))
+        at_least = max(0.0, episode.not_before - now)
+        return NextRetry(left, seconds, at_least, self.policy.max_overhead if at_least else None)

@@ -25,6 +25,10 @@ WaitStrategy: TypeAlias = Callable[[RetryCallState], float]
 StopStrategy: TypeAlias = Callable[[RetryCallState], bool]
 RetryPredicate: TypeAlias = Callable[[RetryCallState], bool]
 
+# Default of `max_overhead` if waits are in seconds only. It decides when the second attempt comes if the first one took
+# long to fail; later on, waits that grow by a quarter cost far less than this share.
+_DEFAULT_SHARE = 0.2
+
 # tenacity passes its retry object to strategies. Here no retry object runs, so they all get this one.
 _UNUSED_RETRYING = Retrying()
 
@@ -42,18 +46,19 @@ class RetryPolicy:
             failure.
         retry: A tenacity retry predicate that selects the failures to retry. By default :func:`is_transient` decides.
         clock: A callable that returns seconds and never runs backwards. Tests pass a fake clock.
-        max_overhead: The share of the time since the episode began that failed attempts may take, for example 0.05. The
-            next attempt is delayed until one as long as the last would stay within this share. ``math.inf`` removes the
-            limit. The default is 0.05 if only ``wait`` is given. It is ``math.inf`` if ``wait_calls`` is given, so that
-            attempts come at exactly those calls.
+        max_overhead: The share of the time since the episode began that failed attempts may take, for example 0.05 for
+            5 %. The next attempt is delayed until one as long as the last would stay within this share. ``math.inf``
+            removes the limit. The default is 0.2 if only ``wait`` is given: after a first attempt that took *c* seconds
+            to fail, the next one comes after 9 *c* seconds or later. The default is ``math.inf`` if ``wait_calls`` is
+            given, so that attempts come at exactly those calls.
 
     Raises:
         TypeError: A value has the wrong type, for example a number instead of a strategy.
         ValueError: A wait is negative or NaN, a wait in calls is less than one, both waits are ``None``, or the share
-            is not positive.
+            is neither between 0 and 1 nor infinite.
     """
 
-    wait: WaitStrategy | float | None = wait_exponential(multiplier=30, min=30, max=3600)
+    wait: WaitStrategy | float | None = wait_exponential(multiplier=15, exp_base=1.25, min=15, max=3600)
     wait_calls: WaitStrategy | float | None = None
     stop: StopStrategy = stop_never
     retry: RetryPredicate = retry_if_exception(is_transient)
@@ -70,7 +75,7 @@ class RetryPolicy:
         _check_strategy("stop", self.stop, "a tenacity stop strategy such as stop_after_attempt(10) or stop_never")
         _check_strategy("retry", self.retry, "a tenacity retry predicate such as retry_if_exception_type(OSError)")
         if self.max_overhead is None:
-            object.__setattr__(self, "max_overhead", 0.05 if self.wait_calls is None else math.inf)
+            object.__setattr__(self, "max_overhead", _DEFAULT_SHARE if self.wait_calls is None else math.inf)
         else:
             _check_share("max_overhead", self.max_overhead)
         _check_strategy("clock", self.clock, "a callable that returns seconds, such as time.monotonic")
@@ -100,8 +105,11 @@ def _check_wait(name: str, value: object, at_least: int) -> None:
 def _check_share(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number such as 0.05, math.inf or None, not {value!r}")
-    if not float(value) > 0:
-        raise ValueError(f"{name} must be positive, not {value!r}; use math.inf for no limit")
+    if not (0 < float(value) <= 1 or value == math.inf):
+        raise ValueError(
+            f"{name} is a share of the time, so it must be above 0 and at most 1, not {value!r}; use 0.05 for 5 %,"
+            " math.inf for no limit"
+        )
 
 
 def _check_strategy(name: str, value: object, what: str) -> None:
@@ -117,7 +125,7 @@ class Decision(NamedTuple):
         stop: Whether to give up.
         seconds: Seconds to hold off; infinite if that wait does not apply.
         calls: Calls to hold off; infinite if that wait does not apply.
-        at_least: Minimum number of seconds to hold off in any case.
+        at_least: Minimum number of seconds to hold off in any case; 0 if the waits are longer.
     """
 
     retry: bool
@@ -163,8 +171,10 @@ def decide(
         if not policy.retry(state):
             return Decision(retry=False, stop=False, seconds=math.inf, calls=math.inf)
         at_least = pause(policy, now - started, spent, cost)
-        seconds = max(at_least, _evaluate("wait", policy.wait, state))
-        calls = _evaluate("wait_calls", policy.wait_calls, state)
+        wait, calls = _evaluate("wait", policy.wait, state), _evaluate("wait_calls", policy.wait_calls, state)
+        if math.isinf(calls) and at_least <= wait:
+            at_least = 0.0
+        seconds = max(at_least, wait)
         state.upcoming_sleep = 0.0 if math.isinf(seconds) else seconds
         stop = bool(policy.stop(state))
         calls = max(1, calls if math.isinf(calls) else math.ceil(calls))

@@ -217,7 +217,7 @@ def compile_lock() -> AbstractContextManager[object]:
     return lock
 
 
-def _free_compile_lock() -> None:  # pragma: no cover  # in forked children only: tests/test_processes.py
+def _free_compile_lock() -> None:  # pragma: no cover  # only in forked children: test_g02_g04_g11_processes.py
     """Free the lock in a forked child if another thread held it, because that thread does not exist in the child."""
     lock = compile_lock()
     if isinstance(lock, type(threading.RLock())):

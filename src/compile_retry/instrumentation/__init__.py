@@ -1,7 +1,7 @@
-"""Hands events and books to the monitoring packages that are installed; nothing has to be set up.
+"""Reports events and counters to the monitoring packages that are installed. Nothing has to be set up.
 
-``"structlog"``, ``"prometheus"`` and ``"opentelemetry"`` are imported with the first event, the outcome of the first
-attempt, and not before. One call of :func:`disable` keeps them out.
+``"structlog"``, ``"prometheus"`` and ``"opentelemetry"`` are imported when the first attempt has finished, not before.
+Calling :func:`disable` earlier prevents that.
 """
 
 from __future__ import annotations
@@ -10,6 +10,6 @@ from ._switchboard import active, disable, enable
 
 __all__ = ["active", "disable", "enable"]
 
-for _name in __all__:  # where users find them
+for _name in __all__:  # the public path
     globals()[_name].__module__ = __name__
 del _name

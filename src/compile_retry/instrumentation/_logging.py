@@ -1,4 +1,4 @@
-"""Events as lines in the standard log."""
+"""Log lines for events."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from compile_retry.events import Event, log
 
 
 def write_line(event: Event) -> None:
-    """Write the line of an event that has one."""
+    """Write the event's log line, if it has one."""
     if event.level is not None:
         who = event.function if event.functions <= 1 else f"{event.function} x{event.functions}"
         log.log(event.level, "%s: %s", who, event.message)

@@ -1,6 +1,6 @@
-"""OpenTelemetry: instruments that read the books when they are collected, and a span per attempt.
+"""OpenTelemetry: instruments that read the counters when they are collected, and one span per attempt.
 
-Needs the API package only; until the program sets an SDK up, all of it goes nowhere.
+Needs only the API package. Until the program sets up an SDK, nothing is recorded.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from opentelemetry.trace import Status, StatusCode
 from compile_retry._stats import CompileState
 from compile_retry.events import AttemptFailed, Compiled, Event
 
-from ._readings import Ledger, Reading
+from ._readings import Reading, Totals
 
-# Seconds; the defaults are meant for milliseconds.
+# Seconds. OpenTelemetry's default buckets are meant for milliseconds.
 _BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800)
 
 
 class OpenTelemetry:
-    """Attempts are told when they are over, with their length: so nothing is left open by one that is interrupted."""
+    """The integration with OpenTelemetry. A span is created after its attempt, so an interrupt leaves none open."""
 
     def __init__(self) -> None:
         self._running = False
-        self._ledger = Ledger()
+        self._totals = Totals()
         self._tracer = trace.get_tracer("compile_retry")
         meter = metrics.get_meter("compile_retry")
         self._seconds = meter.create_histogram(
             "compile_retry.attempt.duration",
             "s",
-            "How long attempts took.",
+            "Duration of attempts.",
             explicit_bucket_boundaries_advisory=_BUCKETS,
         )
-        self._failures = meter.create_counter("compile_retry.failures", "{attempt}", "Attempts without code.")
+        self._failures = meter.create_counter("compile_retry.failures", "{attempt}", "Failed attempts.")
         for kind, name, unit, description, read in (
-            (meter.create_observable_counter, "calls", "{call}", "Calls, by what ran in them.", _calls),
-            (meter.create_observable_counter, "attempts", "{attempt}", "Runs of the compiler.", _attempts),
-            (meter.create_observable_counter, "recoveries", "{recovery}", "All compiled again.", _recoveries),
-            (meter.create_observable_gauge, "state", "{function}", "Functions in this state.", _states),
-            (meter.create_observable_gauge, "next_attempt.calls", "{call}", "Until it is due.", _calls_left),
-            (meter.create_observable_gauge, "next_attempt.seconds", "s", "Until it is due.", _seconds_left),
+            (meter.create_observable_counter, "calls", "{call}", "Calls by execution path.", _calls),
+            (meter.create_observable_counter, "attempts", "{attempt}", "Compile attempts.", _attempts),
+            (meter.create_observable_counter, "recoveries", "{recovery}", "Recoveries.", _recoveries),
+            (meter.create_observable_gauge, "state", "{function}", "Functions by state.", _states),
+            (meter.create_observable_gauge, "next_attempt.calls", "{call}", "Calls until the next one.", _calls_left),
+            (meter.create_observable_gauge, "next_attempt.seconds", "s", "Seconds until the next one.", _seconds_left),
         ):
             kind(f"compile_retry.{name}", [self._callback(read)], unit, description)
 
@@ -55,7 +55,7 @@ class OpenTelemetry:
         self._running = False
 
     def __call__(self, event: Event) -> None:
-        self._ledger.open_accounts()
+        self._totals.update()
         if isinstance(event, AttemptFailed | Compiled):
             with _own_random_numbers():
                 self._measure(event)
@@ -65,7 +65,7 @@ class OpenTelemetry:
         self, read: Callable[[Reading], Iterable[Observation]]
     ) -> Callable[[CallbackOptions], Iterable[Observation]]:
         def callback(options: CallbackOptions) -> Iterable[Observation]:
-            readings = self._ledger.read() if self._running else []
+            readings = self._totals.read() if self._running else []
             return [observation for reading in readings for observation in read(reading)]
 
         return callback
@@ -97,9 +97,9 @@ class OpenTelemetry:
 
 @contextmanager
 def _own_random_numbers() -> Iterator[None]:
-    """The SDK draws ids from Python's generator, which belongs to the program: its own draws must not change."""
+    """Restore Python's random state afterwards: the SDK draws ids from it, but the program's draws must not change."""
     state = random.getstate()
-    random.seed()  # with the program's state put back, here or by torch, its next spans would get the same ids
+    random.seed()  # otherwise spans would share ids, because the state is restored here or by torch
     try:
         yield
     finally:

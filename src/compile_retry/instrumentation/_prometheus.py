@@ -1,4 +1,4 @@
-"""A Prometheus collector that reads the books when it is scraped."""
+"""A Prometheus collector that reads the counters when it is scraped."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from compile_retry._locks import Lock
 from compile_retry._stats import CompileState
 from compile_retry.events import AttemptFailed, Event
 
-from ._readings import Ledger, Reading
+from ._readings import Reading, Totals
 
 
 class Prometheus(Collector):
-    """In the default registry. Functions of one name share their samples: two of the same would spoil the scrape."""
+    """A collector in the default registry.
+
+    Functions with the same name share their samples, because duplicate samples would make the scrape fail.
+    """
 
     def __init__(self) -> None:
-        self._ledger = Ledger()
+        self._totals = Totals()
         self._failures: Counter[tuple[str, str]] = Counter()
         self._lock = Lock()
 
@@ -29,11 +32,11 @@ class Prometheus(Collector):
         REGISTRY.register(self)
 
     def stop(self) -> None:
-        with suppress(KeyError):  # somebody else has taken it out
+        with suppress(KeyError):  # somebody else has unregistered it
             REGISTRY.unregister(self)
 
     def __call__(self, event: Event) -> None:
-        self._ledger.open_accounts()
+        self._totals.update()
         if isinstance(event, AttemptFailed):
             with self._lock:
                 self._failures[event.function, event.failure.error_type] += 1
@@ -42,22 +45,18 @@ class Prometheus(Collector):
         return [*_counters([], {}), *_gauges([])]
 
     def collect(self) -> Iterable[Metric]:
-        readings = self._ledger.read()
+        readings = self._totals.read()
         with self._lock:
             failures = dict(self._failures)
         return [*_counters(readings, failures), *_gauges(readings)]
 
 
 def _counters(readings: list[Reading], failures: Mapping[tuple[str, str], int]) -> Iterable[Metric]:
-    calls = CounterMetricFamily("compile_retry_calls", "Calls, by what ran in them.", labels=["function", "path"])
-    attempts = CounterMetricFamily("compile_retry_attempts", "Runs of the compiler.", labels=["function"])
-    failed = CounterMetricFamily(
-        "compile_retry_failures", "Attempts that did not produce code.", labels=["function", "error_type"]
-    )
-    recoveries = CounterMetricFamily(
-        "compile_retry_recoveries", "Times that all was compiled again.", labels=["function"]
-    )
-    seconds = CounterMetricFamily("compile_retry_attempt_seconds", "Seconds in attempts.", labels=["function"])
+    calls = CounterMetricFamily("compile_retry_calls", "Calls by execution path.", labels=["function", "path"])
+    attempts = CounterMetricFamily("compile_retry_attempts", "Compile attempts.", labels=["function"])
+    failed = CounterMetricFamily("compile_retry_failures", "Failed attempts.", labels=["function", "error_type"])
+    recoveries = CounterMetricFamily("compile_retry_recoveries", "Recoveries.", labels=["function"])
+    seconds = CounterMetricFamily("compile_retry_attempt_seconds", "Seconds spent in attempts.", labels=["function"])
     for reading in readings:
         for path, count in reading.calls.items():
             calls.add_metric([reading.function, path], count)
@@ -70,7 +69,7 @@ def _counters(readings: list[Reading], failures: Mapping[tuple[str, str], int]) 
 
 
 def _gauges(readings: list[Reading]) -> Iterable[Metric]:
-    states = GaugeMetricFamily("compile_retry_state", "Functions in this state.", labels=["function", "state"])
+    states = GaugeMetricFamily("compile_retry_state", "Functions by state.", labels=["function", "state"])
     calls = GaugeMetricFamily(
         "compile_retry_next_attempt_calls", "Calls until the next attempt is due.", labels=["function"]
     )

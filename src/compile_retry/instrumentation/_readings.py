@@ -1,4 +1,4 @@
-"""The books of all decorated functions, for integrations that ask for figures now and then."""
+"""Counters of all decorated functions, for integrations that read them periodically."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _NOTHING = CompileStats(**dict.fromkeys((field.name for field in fields(CompileS
 
 @dataclass(frozen=True)
 class Reading:
-    """State and books of the functions of one name, taken together.
+    """The state and the counters of all functions with the same name.
 
     Attributes:
         function: Their name.
-        stats: Their books, added up; those of functions that are gone, too.
-        states: How many of them are in which state.
-        calls_left: Until the next attempt of any of them; None if calls do not count.
+        stats: The sums of their counters, including those of garbage-collected functions.
+        states: The number of functions in each state.
+        calls_left: The calls until the nearest next attempt; None if no policy counts calls.
         seconds_left: The same in seconds.
     """
 
@@ -37,21 +37,21 @@ class Reading:
 
     @property
     def calls(self) -> dict[str, int]:
-        """Number of calls by the path that they took."""
+        """The number of calls by execution path."""
         stats = self.stats
         return {"compiled": stats.compiled_calls, "mixed": stats.mixed_calls, "eager": stats.eager_calls}
 
 
-class Ledger:
-    """Adds up so that no sum ever falls: functions come and go, and a counter must not."""
+class Totals:
+    """Sums of counters that never decrease, even when functions are garbage-collected."""
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._books: dict[weakref.ref[CompiledFunction[..., Any]], tuple[str, Books]] = {}
         self._gone: dict[str, CompileStats] = {}
 
-    def open_accounts(self) -> list[CompiledFunction[..., Any]]:
-        """Take note of the functions there are, so that they count when they are gone. Returns them."""
+    def update(self) -> list[CompiledFunction[..., Any]]:
+        """Include all functions alive now, so that they still count when they are gone. Return them."""
         with self._lock:
             functions = live_functions.alive()
             for function in functions:
@@ -62,15 +62,15 @@ class Ledger:
             return functions
 
     def read(self) -> list[Reading]:
-        """One reading per name."""
+        """Return one reading per name."""
         with self._lock:
-            functions = self.open_accounts()
+            functions = self.update()
             stats = dict(self._gone)
             for name, books in self._books.values():
                 stats[name] = _sum(stats.get(name, _NOTHING), books.snapshot())
             by_name: dict[str, list[CompiledFunction[..., Any]]] = {name: [] for name in stats}
             for function in functions:
-                name, _ = self._books[weakref.ref(function)]  # the name may have been changed since
+                name, _ = self._books[weakref.ref(function)]  # function.name may have changed since
                 by_name[name].append(function)
         return [_reading(name, stats[name], functions) for name, functions in by_name.items()]
 

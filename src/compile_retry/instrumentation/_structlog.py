@@ -1,4 +1,4 @@
-"""Events as structlog's key-values, in place of the lines in the standard log."""
+"""Events as structlog's key-value pairs, instead of lines in the standard log."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from ._logging import write_line
 
 
 class Structlog:
-    """Speaks where the program has configured structlog. Elsewhere, and where structlog fails, the log has the line.
+    """The integration with structlog. If structlog is not configured, or fails, the standard log gets the line.
 
-    Where nobody has configured it, structlog would print to standard output, and who reads the standard log would miss
-    the lines.
+    An unconfigured structlog would print to standard output, and the lines would be missing from the standard log.
     """
 
     def start(self) -> None: ...
@@ -29,22 +28,22 @@ class Structlog:
             write_line(event)
             return
         try:
-            _speak(event)
+            _log(event)
         except Exception:
             write_line(event)
             raise
 
 
-def _speak(event: Event) -> None:
-    # By the method's name: not every logger that structlog wraps has a log().
+def _log(event: Event) -> None:
+    # The method is called by name, because not every logger that structlog wraps has a log().
     method = logging.getLevelName(logging.DEBUG if event.level is None else event.level).lower()
-    # Not kept: it would keep the configuration of its first use.
+    # Not cached, because a logger keeps the configuration of its first use.
     getattr(structlog.get_logger("compile_retry"), method)(event.kind, **_key_values(event))
 
 
 def _key_values(event: Event) -> dict[str, Any]:
     values = {**asdict(event), "state": event.state.value}
-    del values["level"]  # structlog has its own
+    del values["level"]  # structlog adds its own
     if "failure" in values:
         del values["failure"]["traceback"]  # pages of text
     return values

@@ -1,4 +1,4 @@
-"""Starts integrations with the first event, and turns them off and on. Imports no package of theirs."""
+"""Starts integrations at the first event, and turns them on and off. Importing it imports none of their packages."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ._logging import write_line
 
 
 class Integration(Hook, Protocol):
-    """A hook that hands events to one package."""
+    """A hook that passes events to one package."""
 
     def start(self) -> None:
-        """Called before the first event, and again after each `stop`."""
+        """Start, before the first event and again after each `stop`."""
 
     def stop(self) -> None:
-        """Called when it is disabled: leave nothing behind."""
+        """Stop, and leave nothing behind."""
 
 
 def _structlog() -> Integration:
@@ -48,10 +48,10 @@ class Switch:
     """Calls one integration while it is on, and another hook while it is off.
 
     Args:
-        name: Its name for users.
-        make: Imports the package.
-        modules: If one of these is missing, the package is not installed.
-        otherwise: Called while it is off.
+        name: The integration's public name.
+        make: Imports the package and creates the integration.
+        modules: The modules whose absence means that the package is not installed.
+        otherwise: The hook to call while the integration is off.
     """
 
     def __init__(self, name: str, make: Callable[[], Integration], *modules: str, otherwise: Hook = _ignore) -> None:
@@ -73,7 +73,7 @@ class Switch:
             self._integration.start()
         except Exception as exc:
             if not (isinstance(exc, ModuleNotFoundError) and exc.name in self._modules):
-                log.exception("the integration with %s cannot be started and is left out", self.name)
+                log.exception("the integration with %s could not be started and is disabled", self.name)
         else:
             self._hook = self._integration
 
@@ -90,7 +90,7 @@ class Switch:
 
 
 class Switchboard:
-    """Hands each event on to all integrations, and starts them before the first one."""
+    """Passes each event to all integrations, and starts them before the first one."""
 
     def __init__(self, *switches: Switch) -> None:
         self._switches = {switch.name: switch for switch in switches}
@@ -98,20 +98,20 @@ class Switchboard:
         for switch in switches:
             self._hooks.register(switch)
         self._lock = Lock()
-        self._settled = False  # all that are wanted have been started, as far as they can be
+        self._settled = False  # starting has been tried for all wanted integrations
         self._early: deque[Event] = deque()
 
     def __call__(self, event: Event) -> None:
-        """Hand an event on, after those that came before there was time to start the integrations."""
+        """Pass on an event, after the earlier ones that had to wait for the integrations to start."""
         if not self._settled:
-            if isinstance(event, AttemptStarted):  # torch holds the lock under which it compiles: no time for imports
+            if isinstance(event, AttemptStarted):  # torch holds its compile lock: do not import now
                 self._early.append(event)
                 return
             self._settle()
         while True:
             try:
                 early = self._early.popleft()
-            except IndexError:  # none is left; not asked before, as another thread could take it meanwhile
+            except IndexError:  # checking first would race with other threads
                 break
             self._hooks.tell(early)
         self._hooks.tell(event)
@@ -120,7 +120,7 @@ class Switchboard:
         with self._lock:
             if self._settled:  # another thread was faster
                 return
-            before = random.getstate()  # rich, which structlog imports, draws from it when it is imported
+            before = random.getstate()  # importing structlog imports rich, which draws random numbers
             try:
                 for switch in self._switches.values():
                     if switch.wanted and not switch.running:
@@ -154,32 +154,32 @@ first_hooks.register(_switchboard)
 
 
 def disable(*names: str) -> None:
-    """Turn integrations off, in this process, until they are enabled again.
+    """Disable integrations in this process, until they are enabled again.
 
-    Before the first event it keeps their packages from being imported. After it, what they have registered with their
-    package is taken back; OpenTelemetry's instruments stay, and are silent.
+    Before the first event, this keeps their packages from being imported. Later, it unregisters everything that they
+    have registered. OpenTelemetry's instruments remain, but report nothing.
 
     Args:
-        names: Which; all if none is named.
+        names: The names of the integrations; by default all.
 
     Raises:
-        ValueError: There is no integration of such a name.
+        ValueError: A name is unknown.
     """
     _switchboard.switch(names, on=False)
 
 
 def enable(*names: str) -> None:
-    """Turn integrations on again, with the next event. One whose package could not be imported is tried once more.
+    """Enable integrations again, from the next event on. Those that could not be started are tried once more.
 
     Args:
-        names: Which; all if none is named.
+        names: The names of the integrations; by default all.
 
     Raises:
-        ValueError: There is no integration of such a name.
+        ValueError: A name is unknown.
     """
     _switchboard.switch(names, on=True)
 
 
 def active() -> tuple[str, ...]:
-    """Name the integrations that run: none before the first event."""
+    """Return the names of the running integrations. None runs before the first event."""
     return _switchboard.active()
