@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
@@ -215,14 +217,37 @@ def _check(policy: object, name: object, options: dict[str, Any]) -> None:
         _check_with_torch(backend, mode, inductor, options.get("dynamic"))
 
 
+# Arguments of the policy, and what users of other libraries may call them.
+_POLICY_ARGUMENTS = {field.name: f"{field.name}={{}}" for field in dataclasses.fields(RetryPolicy)}
+_POLICY_ARGUMENTS |= dict.fromkeys(("backoff", "delay", "interval"), "wait={}")
+_POLICY_ARGUMENTS |= dict.fromkeys(
+    ("attempts", "max_attempts", "max_retries", "max_tries", "retries", "tries"), "stop=stop_after_attempt({})"
+)
+_POLICY_ARGUMENTS |= dict.fromkeys(("timeout", "max_delay", "max_time"), "stop=stop_after_delay({})")
+
+
 def _check_names(options: dict[str, Any]) -> None:
     parameters = inspect.signature(torch.compile).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):  # patched: unknown which arguments it takes
-        return
-    allowed = [name for name in parameters if name not in ("model", "name")]
-    for option in options:
-        if option not in allowed:
-            raise TypeError(f"unknown torch.compile argument {option!r}; known arguments: {', '.join(allowed)}")
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # patched: unknown which arguments it takes
+    allowed = ["policy", "name", *(name for name in parameters if name not in ("model", "name"))]
+    for option, value in options.items():
+        if option in allowed or (takes_any and option not in _POLICY_ARGUMENTS):
+            continue
+        if option in _POLICY_ARGUMENTS:
+            raise TypeError(f"{option} is not an argument of compile_with_fallback(); {_in_policy(option, value)}")
+        close = difflib.get_close_matches(option, [*allowed, *_POLICY_ARGUMENTS], n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        if close and close[0] in _POLICY_ARGUMENTS:
+            hint = f"did you mean {close[0]!r}? If so, {_in_policy(close[0], value)}. "
+        raise TypeError(f"unknown torch.compile argument {option!r}; {hint}known arguments: {', '.join(allowed)}")
+
+
+def _in_policy(argument: str, value: object) -> str:
+    """Tell where an argument of the policy belongs, with its value if that is a number."""
+    argument = _POLICY_ARGUMENTS[argument].format(repr(value) if isinstance(value, (int, float)) else "...")
+    strategy = re.search(r"stop_after_\w+", argument)
+    origin = f", with {strategy[0]} from tenacity" if strategy else ""
+    return f"use policy=RetryPolicy({argument}){origin}"
 
 
 def _check_with_torch(backend: Any, mode: str | None, options: dict[str, Any] | None, dynamic: bool | None) -> None:
@@ -239,14 +264,16 @@ def _check_with_torch(backend: Any, mode: str | None, options: dict[str, Any] | 
         raise ValueError(_unknown("mode", mode, known))
     for option in options or ():
         if option.replace("-", "_") not in (known := compilers.inductor_options()):
-            raise ValueError(_unknown("option", option, known))
+            see = "torch._inductor.list_options() returns all options"
+            raise ValueError(_unknown("option", option, known, see=see))
     try:
         compilers.make_compiler(backend, mode, options, dynamic)
     except RuntimeError as exc:
         raise ValueError(f"torch.compile rejects options={options!r}: {exc}") from exc
 
 
-def _unknown(what: str, value: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(value, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"unknown torch.compile {what} {value!r}; {hint}known {what}s: {', '.join(sorted(known))}"
+def _unknown(what: str, value: str, known: list[str], *, see: str = "") -> str:
+    """Describe an unknown value, with those that are close to it, and all known ones unless `see` tells about them."""
+    close = difflib.get_close_matches(value, known, n=3 if see else 1)
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    return f"unknown torch.compile {what} {value!r}; {hint}{see or f'known {what}s: ' + ', '.join(sorted(known))}"

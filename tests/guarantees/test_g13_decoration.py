@@ -83,7 +83,35 @@ def test_what_cannot_be_decorated(fn: Any, message: str, with_arguments: bool) -
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"foo": 1}, TypeError, "argument 'foo'; known arguments: .*fullgraph"),
+        ({"foo": 1}, TypeError, "argument 'foo'; known arguments: policy, name, .*fullgraph"),
+        ({"dynamc": True}, TypeError, "unknown torch.compile argument 'dynamc'; did you mean 'dynamic'\\? known"),
+        ({"polcy": None}, TypeError, "unknown torch.compile argument 'polcy'; did you mean 'policy'\\? known"),
+        (
+            {"max_overhed": 0.1},
+            TypeError,
+            r"did you mean 'max_overhead'\? If so, use policy=RetryPolicy\(max_overhead=0.1\)\. known arguments",
+        ),
+        (
+            {"wait": 30},
+            TypeError,
+            r"^wait is not an argument of compile_with_fallback\(\); use policy=RetryPolicy\(wait=30\)$",
+        ),
+        ({"wait_calls": 5}, TypeError, r"use policy=RetryPolicy\(wait_calls=5\)$"),
+        ({"stop": []}, TypeError, r"use policy=RetryPolicy\(stop=\.\.\.\)$"),
+        ({"retry": bool}, TypeError, r"use policy=RetryPolicy\(retry=\.\.\.\)$"),
+        ({"max_overhead": 0.1}, TypeError, r"use policy=RetryPolicy\(max_overhead=0.1\)$"),
+        ({"clock": bool}, TypeError, r"use policy=RetryPolicy\(clock=\.\.\.\)$"),
+        ({"attempts": 3}, TypeError, r"use policy=RetryPolicy\(stop=stop_after_attempt\(3\)\), with .* from tenacity$"),
+        (
+            {"max_attempts": 3},
+            TypeError,
+            r"policy=RetryPolicy\(stop=stop_after_attempt\(3\)\), with stop_after_attempt f",
+        ),
+        (
+            {"timeout": 60},
+            TypeError,
+            r"policy=RetryPolicy\(stop=stop_after_delay\(60\)\), with stop_after_delay from t",
+        ),
         ({"fullgraph": "yes"}, TypeError, "fullgraph must be True or False, not 'yes'"),
         ({"disable": None}, TypeError, "disable must be True or False, not None"),
         ({"dynamic": "auto"}, TypeError, "dynamic must be True, False or None, not 'auto'"),
@@ -92,7 +120,12 @@ def test_what_cannot_be_decorated(fn: Any, message: str, with_arguments: bool) -
         ({"mode": 3}, TypeError, "mode must be a string or None, not 3"),
         ({"mode": "fastest"}, ValueError, "mode 'fastest'; .*known modes: .*max-autotune"),
         ({"options": [1]}, TypeError, "options must be a dict or None"),
-        ({"options": {"max_autotun": True}}, ValueError, "option 'max_autotun'; did you mean 'max_autotune'"),
+        (
+            {"options": {"max_autotun": True}},
+            ValueError,
+            r"'max_autotun'; did you mean 'max_autotune' or .{,80}\? torch\._inductor\.list_options\(\) returns all",
+        ),
+        ({"options": {"zz": 1}}, ValueError, r"^unknown torch\.compile option 'zz'; torch\._inductor.list_op.{,40}$"),
         ({"options": {"max_autotune": "yes"}}, ValueError, "max_autotune"),
         ({"mode": "max-autotune", "options": {"max_autotune": True}}, ValueError, "both given"),
         ({"name": 3}, TypeError, "name must be a string or None, not 3"),
@@ -232,6 +265,15 @@ def test_torch_compile_is_patched_away() -> None:
         fn = compile_with_fallback(sine, dynamic=True, whatever=1)
         torch.testing.assert_close(fn(X), X.sin())
     assert (fn.stats.eager_calls, fn.state) == (1, CompileState.PENDING)
+
+
+def test_arguments_of_the_policy_while_torch_compile_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are refused by a torch.compile that takes anything, but not by one that has such an argument."""
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)
+    with pytest.raises(TypeError, match=r"use policy=RetryPolicy\(stop=stop_after_delay\(60\)\)"):
+        compile_with_fallback(sine, timeout=60)
+    monkeypatch.setattr(torch, "compile", lambda fn, *, backend, timeout: fn)
+    torch.testing.assert_close(compile_with_fallback(sine, timeout=60)(X), X.sin())
 
 
 def test_an_unknown_torch() -> None:
