@@ -234,12 +234,12 @@ def test_one_thread_watches_all_attempts(monkeypatch: pytest.MonkeyPatch) -> Non
     entered, go, watching = threading.Barrier(5), threading.Event(), set[int]()
     heard = threading.Semaphore(0)
 
-    def say(seconds: float) -> None:
+    def report(seconds: float) -> None:
         watching.add(threading.get_ident())
         heard.release()
 
     def attempt() -> None:
-        with heartbeat.heartbeat(say):
+        with heartbeat.heartbeat(report):
             entered.wait(60)
             go.wait(60)
 
@@ -285,13 +285,13 @@ def test_two_threads_begin_to_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "FIRST", 0.01)
     watching, heard = set[int](), threading.Semaphore(0)
 
-    def say(seconds: float) -> None:
+    def report(seconds: float) -> None:
         watching.add(threading.get_ident())
         heard.release()
 
     with monkeypatch.context() as patch:
         patch.setattr(_thread, "start_new_thread", lambda function, args: starts.append((function, args)))
-        with heartbeat.heartbeat(say), heartbeat.heartbeat(say):
+        with heartbeat.heartbeat(report), heartbeat.heartbeat(report):
             before = threads()
             for function, args in starts:
                 real(function, args)

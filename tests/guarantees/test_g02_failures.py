@@ -218,7 +218,7 @@ def test_a_compiler_that_breaks_later(tmp_path: Any, monkeypatch: pytest.MonkeyP
 
 
 def test_the_broken_compiler() -> None:
-    """Inductor calls one that fails, while the block runs."""
+    """While the block runs, Inductor uses a compiler that always fails."""
     before = torch._inductor.config.cpp.cxx
     with broken_compiler():
         compiler = str(torch._inductor.config.cpp.cxx[-1])

@@ -30,14 +30,14 @@ class _Watch:
         self._lock = Lock()
         self._running: list[_Running] = []
         self._wake = threading.Event()
-        self._process = 0  # in which a thread watches; 0 if none does
+        self._process = 0  # the process that has a watching thread; 0 if none has
 
     def add(self, running: _Running) -> None:
         with self._lock:
             if self._process not in (0, os.getpid()):  # a forked child does not have the parent's thread
                 self._running, self._wake, self._process = [], threading.Event(), 0
             if not self._process:
-                # Not `threading.Thread`, whose start() waits for ever for a thread that finds no memory to begin.
+                # Not `threading.Thread`: its start() waits forever if the new thread finds no memory to begin.
                 _thread.start_new_thread(self._run, ())
             self._running.append(running)
             self._wake.set()
@@ -49,7 +49,7 @@ class _Watch:
 
     def _run(self) -> None:
         with self._lock:
-            if self._process == os.getpid():  # two were started before the first one ran
+            if self._process == os.getpid():  # another one was started before this one ran
                 return
             self._process = os.getpid()
         while True:
