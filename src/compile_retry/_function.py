@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
 from ._compile.call import Tally
-from ._compile.sharing import group_of
+from ._compile.sharing import Group, group_of
 from ._failures import CompileFailure, Location
 from ._record.history import CallPath
 from ._record.live import WeakRegistry
@@ -76,12 +76,20 @@ class CompiledFunction(Generic[P, R]):
 
     eager: Callable[P, R]
 
-    def __init__(self, fn: Callable[P, R], *, policy: RetryPolicy, name: str | None, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        fn: Callable[P, R],
+        *,
+        policy: RetryPolicy,
+        name: str | None,
+        options: dict[str, Any],
+        group: Group | None = None,
+    ) -> None:
         self.eager = fn
         self._policy, self._clock = policy, policy.clock
         self._name = name if name is not None else _name_of(fn)
         self._options = options
-        group = group_of(
+        group = group or group_of(
             fn,
             name=name,
             label=self._name,
@@ -326,7 +334,9 @@ class CompiledFunction(Generic[P, R]):
         return self._renewed(self.eager, vars(self))
 
     def _renewed(self, fn: Callable[P, R], attributes: dict[str, Any]) -> Self:
-        renewed = type(self)(fn, policy=self.policy, name=self._given_name, options=self._options)
+        # A module that is being copied does not have its submodules yet, so its group could not be found.
+        group = self._group if self._group.key is not None and not self._group.is_stale() else None
+        renewed = type(self)(fn, policy=self.policy, name=self._given_name, options=self._options, group=group)
         vars(renewed).update(attributes, __wrapped__=fn)
         return renewed
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from compile_retry._failures import Location, is_fatal
+from compile_retry._record.record import Record
 from compile_retry._strict import is_strict
 from compile_retry._torch import cache_entries, functions
 from compile_retry._torch import frames as torch_frames
@@ -85,7 +86,10 @@ class FrameConverter:
         self._calls, self._admission, self._outcomes = calls, admission, outcomes
         self._entry_frames = entry_frames  # of other decorated functions, which compile on their own
         self._known: dict[int, _Known] = {}
-        self._entries: list[cache_entries.CachedFrame] = []  # this function's entries in Dynamo's cache
+        # Each with the record of the function in whose call it was compiled.
+        self._entries: list[
+            tuple[cache_entries.CachedFrame, weakref.ref[Record]]
+        ] = []  # this function's entries in Dynamo's cache
         self._codes_compiled = 0  # the number of code objects with compiled code
 
     def __call__(self, frame: Frame, cache_entry: object, frame_state: FrameState) -> ConvertFrameReturn:
@@ -191,10 +195,8 @@ class FrameConverter:
             self._codes_compiled += not request.known.compiles
             request.known.compiles += 1
             self._outcomes.compiled(conversion, request.tally)
-            self._entries = [
-                *(entry for entry in self._entries if entry.alive),
-                cache_entries.CachedFrame(result.guarded_code),
-            ]
+            entry = cache_entries.CachedFrame(result.guarded_code), weakref.ref(request.tally.record)
+            self._entries = [*(entry for entry in self._entries if entry[0].alive), entry]
             return result
         if torch_frames.hit_recompile_limit(result):
             return self._over_limit(request, conversion)
@@ -210,9 +212,19 @@ class FrameConverter:
         self._admission.forget_code(code)
 
     def _over_limit(self, request: _Request, conversion: Conversion) -> ConvertFrameReturn:
+        """Try again without the code of functions that are gone. If there is none, run the frame eagerly."""
+        if self._drop_orphans():
+            return self._convert(request, conversion)
         request.known.over_limit_of = max(1, self._outcomes.functions)
         self._outcomes.over_limit(conversion, request.tally)
         return self._stay_over_limit(request)
+
+    def _drop_orphans(self) -> bool:
+        orphans = [entry for entry, record in self._entries if record() is None and entry.alive]
+        self._entries = [(entry, record) for entry, record in self._entries if record() is not None]
+        cache_entries.abandon(orphans)
+        cache_entries.drop_abandoned()
+        return bool(orphans)
 
     def _stay_over_limit(self, request: _Request) -> ConvertFrameReturn:
         request.tally.eager += 1
@@ -240,7 +252,7 @@ class FrameConverter:
 
     def abandon(self) -> None:
         """Drop the function's entries from Dynamo's cache: the function is gone."""
-        cache_entries.abandon(self._entries)
+        cache_entries.abandon(entry for entry, _ in self._entries)
 
 
 def _passed_over(result: ConvertFrameReturn) -> ConvertFrameReturn:

@@ -39,8 +39,9 @@ class Group:
         breaker: Decides when they may attempt.
         ledger: Frames that are waiting or given up.
         admission: Decides which frames may be compiled now.
-        journal: Counts and tells what happens to them.
+        journal: Counts and publishes what happens to them.
         outcomes: Records how attempts end.
+        key: Equal for functions that may share; None for a function that shares with its copies at most.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Group:
         options: dict[str, Any],
         entry_frames: Collection[CodeType],
     ) -> None:
+        self.key: Hashable = None
         self.numbers, self.calls = Counter(), Calls(policy.clock)
         self.breaker, self.ledger, turns = Breaker(policy), Ledger(), Turns()
         self.admission = admission = Admission(self.breaker, self.ledger, turns)
@@ -122,6 +124,7 @@ def group_of(
         group = _groups.get(key)
         if group is None or group.is_stale():
             group = _groups[key] = Group(label, location, policy, options, entry_frames)
+            group.key = key
         return group
 
 

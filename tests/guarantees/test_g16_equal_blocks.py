@@ -1,0 +1,279 @@
+"""Functions with the same code, options and policy share their compiled code, and fail and recover together (G16)."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from compile_retry import CompileState, RetryPolicy, compile_with_fallback, compiled_function
+from compile_retry.events import Event
+from support import Compiler, first, full_disk
+
+COMPILER = Compiler()
+EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
+
+
+class Block(nn.Module):
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(size, size), nn.Linear(size, size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = x + self.b(torch.relu(self.a(x)))
+        return y
+
+
+class Stack(nn.Module):
+    def __init__(self, blocks: int = 6) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def wrapped(stack: Stack, **options: Any) -> Stack:
+    for block in stack.blocks:
+        compile_with_fallback(block, **options)
+    return stack
+
+
+def train(model: nn.Module, steps: int = 4) -> list[torch.Tensor]:
+    """Return the losses of a few steps with plain gradient descent, and the final parameters."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(steps):
+        loss = model(torch.randn(4, 8, generator=generator)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return [*losses, *(parameter.detach() for parameter in model.parameters())]
+
+
+def test_equal_blocks_compile_as_often_as_with_stock() -> None:
+    """Six equal blocks, wrapped one by one, make as many compiles as stock, and train like their eager twin."""
+    eager = Stack()
+    stock, ours = copy.deepcopy(eager), copy.deepcopy(eager)
+    counts = Compiler(), Compiler()
+    for block in stock.blocks:
+        block.compile(backend=counts[0])
+    wrapped(ours, backend=counts[1])
+    expected = train(eager)
+    torch.testing.assert_close(train(stock), expected)
+    torch.testing.assert_close(train(ours), expected)
+    assert counts[0].asked == counts[1].asked <= 2
+    assert [compiled_function(block).stats.compiled_calls for block in ours.blocks] == [4] * 6
+
+
+def test_equal_blocks_fail_and_recover_together(caplog: pytest.LogCaptureFixture) -> None:
+    """One failed attempt holds off all six blocks, and one line per transition says how many there are."""
+    eager = Stack()
+    ours, compiler = copy.deepcopy(eager), Compiler(first(2))
+    wrapped(ours, backend=compiler, policy=RetryPolicy(wait=None, wait_calls=6))
+    with caplog.at_level(logging.INFO, "compile_retry"):
+        torch.testing.assert_close(train(ours, 8), train(eager, 8))
+    lines = [record.message for record in caplog.records if record.name == "compile_retry"]
+    assert [line.partition(": ")[0] for line in lines] == ["Block x6"] * len(lines)
+    assert [line.split()[2] for line in lines] == ["attempt", "attempt", "compiled", "recovered"]
+    functions = [compiled_function(block) for block in ours.blocks]
+    assert {function.state for function in functions} == {CompileState.COMPILED}
+    assert sum(function.stats.failures for function in functions) == 2
+    assert sum(function.stats.recoveries for function in functions) == 1
+    assert {function.stats.calls for function in functions} == {8}
+
+
+def test_the_methods_of_many_instances_share() -> None:
+    """The bound methods of several instances of a class compile once."""
+
+    class Scale:
+        def step(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sin() * 2
+
+    compiler = Compiler()
+    instances = [Scale() for _ in range(5)]
+    for instance in instances:
+        fn = compile_with_fallback(instance.step, backend=compiler)
+        torch.testing.assert_close(fn(torch.ones(3)), instance.step(torch.ones(3)))
+    assert compiler.asked == 1
+
+
+def factory(k: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return x * k
+
+    return scaled
+
+
+def test_closures_that_need_code_of_their_own_all_get_it() -> None:
+    """Twenty closures of one factory with different constants are all compiled: the recompile limit grows with them."""
+    functions = [compile_with_fallback(factory(k / 3), backend=COMPILER, dynamic=False) for k in range(20)]
+    for _ in range(2):
+        for k, fn in enumerate(functions):
+            torch.testing.assert_close(fn(torch.ones(3)), torch.ones(3) * (k / 3))
+    assert [fn.stats.compiled_calls for fn in functions] == [2] * 20
+
+
+def test_closures_that_are_made_and_dropped_all_get_compiled() -> None:
+    """At the recompile limit, the code of functions that are gone makes room."""
+    for k in range(40):
+        fn = compile_with_fallback(factory(k / 3), backend=COMPILER, dynamic=False)
+        torch.testing.assert_close(fn(torch.ones(3)), torch.ones(3) * (k / 3))
+        assert fn.stats.compiled_calls == 1
+        del fn
+        gc.collect()
+
+
+def test_a_wrapper_that_is_remade_for_each_request_compiles_once() -> None:
+    """A function that is decorated again and again runs the code that is there, as with stock."""
+    compiler = Compiler()
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return x.cos()
+
+    for _ in range(5):
+        fn = compile_with_fallback(step, backend=compiler)
+        torch.testing.assert_close(fn(torch.ones(3)), step(torch.ones(3)))
+        assert fn.stats.compiled_calls == 1
+        del fn
+        gc.collect()
+    assert compiler.asked == 1
+
+
+def test_a_wrapper_that_is_remade_does_not_attempt_anew() -> None:
+    """A failure holds off later wrappers of the function, too."""
+    compiler = Compiler(first(1))
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return x.tan()
+
+    for _ in range(5):
+        fn = compile_with_fallback(step, backend=compiler, policy=RetryPolicy(wait=1e6))
+        torch.testing.assert_close(fn(torch.ones(3)), step(torch.ones(3)))
+        del fn
+        gc.collect()
+    assert compiler.asked == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"policy": RetryPolicy(wait=None, wait_calls=2)},
+        {"dynamic": True},
+        {"name": "other"},
+        {"fullgraph": True},
+        {"backend": Compiler()},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_other_options_do_not_mix(other: dict[str, Any]) -> None:
+    """A wrapper with another option or policy has code, failures and a schedule of its own."""
+    compiler = Compiler(first(1))
+    usual = {"backend": compiler, "policy": RetryPolicy(wait=1e6), "dynamic": False}
+    a, b = Block(), Block()
+    compile_with_fallback(a, **usual)
+    compile_with_fallback(b, **{**usual, **other})
+    x = torch.randn(2, 8)
+    a(x), b(x)
+    assert compiled_function(a).state is CompileState.FALLBACK
+    assert compiled_function(b).state is CompileState.COMPILED
+
+
+def test_equal_policies_share() -> None:
+    """Policies that are made in each turn of a loop are the same policy if they say the same."""
+    compiler = Compiler(lambda inputs: full_disk())
+    blocks = [Block() for _ in range(4)]
+    for block in blocks:
+        compile_with_fallback(block, backend=compiler, policy=RetryPolicy(wait=1e6))
+        block(torch.randn(2, 8))
+    assert compiler.asked == 1
+
+
+def test_a_block_of_equal_blocks() -> None:
+    """A block that contains equal blocks is attempted, held off and counted like any other."""
+
+    class Tree(nn.Module):
+        def __init__(self, depth: int) -> None:
+            super().__init__()
+            self.leaf = nn.Linear(8, 8)
+            self.inner = Tree(depth - 1) if depth else None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.leaf(x).relu()
+            return x if self.inner is None else self.inner(x)
+
+    eager = Tree(2)
+    ours = copy.deepcopy(eager)
+    for tree in (ours, ours.inner, ours.inner.inner):  # type: ignore[union-attr]
+        compile_with_fallback(tree, backend=Compiler(first(2)), policy=EVERY_CALL)  # type: ignore[arg-type]
+    for _ in range(6):
+        x = torch.randn(2, 8)
+        torch.testing.assert_close(ours(x), eager(x))
+    assert compiled_function(ours).state is CompileState.COMPILED
+
+
+def test_a_hook_on_each_block_is_called_once() -> None:
+    """A hook that is registered for several functions that share is called once for each event."""
+    stack, events = wrapped(Stack(3), backend=Compiler(first(1)), policy=EVERY_CALL), list[Event]()
+    for block in stack.blocks:
+        compiled_function(block).register_hook(events.append)
+    stack(torch.randn(2, 8))
+    assert [event.kind for event in events].count("failed") == 1
+    assert {(event.function, event.functions) for event in events} == {("Block", 3)}
+
+
+def test_a_copy_of_a_block_shares() -> None:
+    """A deep copy of a compiled block runs the code that is there."""
+    compiler, block = Compiler(), Block()
+    compile_with_fallback(block, backend=compiler)
+    twin = copy.deepcopy(block)
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(twin(x), block(x))
+    assert compiler.asked == 1
+
+
+def test_blocks_that_are_gone_take_their_code_along() -> None:
+    """When the last block is gone, so are its wrapper and the graphs that were compiled for it."""
+    graphs = list[weakref.ref[Any]]()
+
+    def backend(graph_module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(weakref.ref(graph_module))
+        return graph_module.forward
+
+    stack = wrapped(Stack(3), backend=backend)
+    stack(torch.randn(2, 8))
+    references: list[weakref.ref[Any]] = [weakref.ref(block) for block in stack.blocks]
+    references += [weakref.ref(compiled_function(block)) for block in stack.blocks]
+    first_graphs = tuple(graphs)
+    del stack
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 6
+    other = wrapped(Stack(1), backend=backend)  # the next compile drops them
+    other(torch.randn(2, 8))
+    gc.collect()
+    assert [graph() for graph in first_graphs] == [None] * len(first_graphs)
+
+
+def test_wrappers_start_anew_after_a_reset_of_dynamo() -> None:
+    """After ``torch._dynamo.reset()``, a new wrapper does not inherit a hold-off."""
+    compiler = Compiler(first(1))
+    block, policy = Block(), RetryPolicy(wait=1e6)
+    compile_with_fallback(block, backend=compiler, policy=policy)
+    block(torch.randn(2, 8))
+    torch._dynamo.reset()
+    twin = Block()
+    compile_with_fallback(twin, backend=compiler, policy=policy)
+    twin(torch.randn(2, 8))
+    assert compiled_function(block).state is CompileState.FALLBACK
+    assert compiled_function(twin).state is CompileState.COMPILED
