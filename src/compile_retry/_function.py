@@ -249,7 +249,7 @@ class CompiledFunction(Generic[P, R]):
 
     @property
     def policy(self) -> RetryPolicy:
-        """The retry policy. It cannot be assigned: decorate the function again with another one."""
+        """The retry policy. It cannot be assigned; decorate the function again with another one."""
         return self._policy
 
     @policy.setter
