@@ -29,7 +29,14 @@ from ._record.live import WeakRegistry
 from ._schedule.breaker import Breaker, NextRetry, Probe
 from ._schedule.policy import RetryPolicy
 from ._stats import Books, CompileState, CompileStats, Counter
-from ._torch.eager import compiled_call_of, has_forward_gradients, saved_tensors_hooks, set_compiled_call
+from ._torch.eager import (
+    call_of,
+    compiled_call_of,
+    has_forward_gradients,
+    is_from_torch,
+    saved_tensors_hooks,
+    set_compiled_call,
+)
 from .events import Hook
 
 if TYPE_CHECKING:
@@ -62,6 +69,7 @@ class CompiledFunction(Generic[P, R]):
         "_compiled",
         "_compiled_calls",
         "_creation",
+        "_decorated_at",
         "_eager_calls",
         "_history",
         "_journal",
@@ -78,8 +86,17 @@ class CompiledFunction(Generic[P, R]):
 
     eager: Callable[P, R]
 
-    def __init__(self, fn: Callable[P, R], *, policy: RetryPolicy, name: str | None, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        fn: Callable[P, R],
+        *,
+        policy: RetryPolicy,
+        name: str | None,
+        options: dict[str, Any],
+        decorated_at: tuple[str, int],
+    ) -> None:
         self.eager = fn
+        self._decorated_at = decorated_at
         self._policy, self._clock = policy, policy.clock
         self._name = name if name is not None else _name_of(fn)
         self._options = options
@@ -88,7 +105,7 @@ class CompiledFunction(Generic[P, R]):
         self._admission = admission = Admission(self._breaker, self._ledger, turns)
         self._journal = Journal(self.name, self._breaker, self._books, lambda: admission.state)
         self._outcomes = Outcomes(
-            _location(fn),
+            _location(fn, decorated_at),
             breaker=self._breaker,
             ledger=self._ledger,
             turns=turns,
@@ -232,7 +249,7 @@ class CompiledFunction(Generic[P, R]):
 
     @property
     def policy(self) -> RetryPolicy:
-        """The retry policy. It cannot be assigned: decorate the function again with another one."""
+        """The retry policy. It cannot be assigned; decorate the function again with another one."""
         return self._policy
 
     @policy.setter
@@ -324,7 +341,9 @@ class CompiledFunction(Generic[P, R]):
         return self._renewed(self.eager, vars(self))
 
     def _renewed(self, fn: Callable[P, R], attributes: dict[str, Any]) -> Self:
-        renewed = type(self)(fn, policy=self.policy, name=self.name, options=self._options)
+        renewed = type(self)(
+            fn, policy=self._policy, name=self._name, options=self._options, decorated_at=self._decorated_at
+        )
         vars(renewed).update(attributes, __wrapped__=fn)
         return renewed
 
@@ -377,6 +396,11 @@ def _name_of(fn: object) -> str:
     return getattr(fn, "__qualname__", type(fn).__qualname__).rpartition("<locals>.")[2]
 
 
-def _location(fn: object) -> Location:
-    code = getattr(inspect.unwrap(fn) if callable(fn) else fn, "__code__", None)
-    return _name_of(fn), getattr(code, "co_filename", "unknown file"), getattr(code, "co_firstlineno", 0)
+def _location(fn: Callable[..., Any], decorated_at: tuple[str, int]) -> Location:
+    """Return the function's name and where its code is; where it was decorated if it has none or it is torch's own."""
+    owner = getattr(fn, "__self__", None)
+    source = owner.forward if isinstance(owner, torch.nn.Module) and fn == call_of(owner) else fn
+    code = getattr(inspect.unwrap(source), "__code__", None)
+    if code is None or is_from_torch(code):
+        return _name_of(fn), *decorated_at
+    return _name_of(fn), code.co_filename, code.co_firstlineno
