@@ -94,7 +94,7 @@ def eager_on_every_error(world: World) -> Step:
 
 
 def ours(world: World) -> Step:
-    return compile_with_fallback(world.step, backend=world.compiler, policy=RetryPolicy(wait=None, wait_calls=2))
+    return compile_with_fallback(world.step, backend=world.compiler, policy=RetryPolicy.every(calls=2))
 
 
 def suppressed() -> AbstractContextManager[object]:

@@ -8,6 +8,7 @@ is a separate module next to the package, and only the fixtures import the packa
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
     from compile_retry.testing import FakeClock, Faults
 
 __all__ = ["compile_clock", "compile_events", "compile_faults", "compile_strict"]
+
+
+def pytest_runtest_teardown() -> None:
+    """Keep functions of later tests from sharing compiled code, or a hold-off, with those of this test."""
+    sharing = sys.modules.get("compile_retry._compile.sharing")
+    if sharing is not None:
+        sharing.start_anew()
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def work(rank: int, folder: str) -> None:
 
 def train(rank: int) -> nn.Module:
     model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 1))
-    compile_with_fallback(model, name=f"rank {rank}", policy=RetryPolicy(wait=None, wait_calls=2))
+    compile_with_fallback(model, name=f"rank {rank}", policy=RetryPolicy.every(calls=2))
     ddp = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05)
     for _ in range(STEPS):

@@ -44,7 +44,7 @@ def train(folder: str, fault: ExitStack) -> CompiledFunction[..., Any]:
     )
     accelerator.init_trackers("recipe")
     model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 1))
-    compile_with_fallback(model, policy=RetryPolicy(wait=None, wait_calls=2))
+    compile_with_fallback(model, policy=RetryPolicy.every(calls=2))
     compiled = compiled_function(model)  # before prepare(), which may wrap the model
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)

@@ -57,7 +57,7 @@ def make_trainer(folder: str, fault: ExitStack) -> Trainer:
         dataloader_pin_memory=False,
     )
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
-    compile_with_fallback(model, policy=RetryPolicy(wait=None, wait_calls=2))
+    compile_with_fallback(model, policy=RetryPolicy.every(calls=2))
     return CompileAwareTrainer(model, arguments, train_dataset=texts, callbacks=[Repair(fault)])
 
 

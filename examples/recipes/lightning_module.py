@@ -34,7 +34,7 @@ class Regression(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 1))
-        compile_with_fallback(self.net, name="net", policy=RetryPolicy(wait=None, wait_calls=2))
+        compile_with_fallback(self.net, name="net", policy=RetryPolicy.every(calls=2))
 
     def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
         inputs, targets = batch

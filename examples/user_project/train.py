@@ -7,7 +7,7 @@ import torch
 from compile_retry import RetryPolicy, compile_with_fallback
 
 
-@compile_with_fallback(policy=RetryPolicy(wait=None, wait_calls=2))
+@compile_with_fallback(policy=RetryPolicy.every(calls=2))
 def train_step(model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.mse_loss(model(inputs), targets)
 

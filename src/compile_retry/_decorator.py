@@ -7,15 +7,16 @@ import difflib
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable
-from types import MethodType
+from types import FrameType, MethodType
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
 
 import torch
 
 from ._function import CompiledFunction, ModuleHandle
 from ._schedule.policy import RetryPolicy
-from ._torch.eager import call_of, compiled_call_of, is_from_torch_compile
+from ._torch.eager import call_of, compiled_call_of, is_from_torch, is_from_torch_compile
 
 if TYPE_CHECKING:
     from tenacity import Retrying
@@ -110,22 +111,35 @@ def compile_with_fallback(
     if fn is None:
         _check(policy, name, compile_options)
         return functools.partial(compile_with_fallback, policy=policy, name=name, **compile_options)
+    decorate = functools.partial(_decorate, policy, name, compile_options, _decoration(sys._getframe(1)))
     if isinstance(fn, (staticmethod, classmethod)):
-        method = type(fn)(compile_with_fallback(fn.__func__, policy=policy, name=name, **compile_options))
+        method = type(fn)(decorate(fn.__func__))
         vars(method).update({name: value for name, value in vars(fn).items() if name not in vars(method)})
         return method
+    return decorate(fn)
 
+
+def _decorate(policy: object, name: str | None, options: dict[str, Any], decorated_at: tuple[str, int], fn: Any) -> Any:
     target = _plain(fn)
     if isinstance(target, torch.nn.Module):
         _check_module(target)
     else:
         _check_function(target)
-    _check(policy, name, compile_options)
-    compiled = functools.partial(CompiledFunction, policy=RetryPolicy.of(policy), name=name, options=compile_options)
+    _check(policy, name, options)
+    compiled = functools.partial(
+        CompiledFunction, policy=RetryPolicy.of(policy), name=name, options=options, decorated_at=decorated_at
+    )
     if isinstance(target, torch.nn.Module):
         ModuleHandle(target, compiled(call_of(target)))
         return target
     return compiled(target)
+
+
+def _decoration(frame: FrameType) -> tuple[str, int]:
+    """Return file and line of the decoration: of the innermost frame that is not torch's, as in ``module.apply()``."""
+    while is_from_torch(frame.f_code) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
 
 
 @overload

@@ -25,7 +25,14 @@ from ._record.record import Record
 from ._schedule.breaker import NextRetry, Probe
 from ._schedule.policy import RetryPolicy
 from ._stats import CompileState, CompileStats
-from ._torch.eager import compiled_call_of, has_forward_gradients, saved_tensors_hooks, set_compiled_call
+from ._torch.eager import (
+    call_of,
+    compiled_call_of,
+    has_forward_gradients,
+    is_from_torch,
+    saved_tensors_hooks,
+    set_compiled_call,
+)
 from .events import Hook
 
 if TYPE_CHECKING:
@@ -57,8 +64,8 @@ class CompiledFunction(Generic[P, R]):
         "_compiled",
         "_compiled_calls",
         "_creation",
+        "_decorated_at",
         "_eager_calls",
-        "_given_name",
         "_group",
         "_history",
         "_journal",
@@ -83,23 +90,24 @@ class CompiledFunction(Generic[P, R]):
         policy: RetryPolicy,
         name: str | None,
         options: dict[str, Any],
+        decorated_at: tuple[str, int],
         group: Group | None = None,
     ) -> None:
         self.eager = fn
+        self._decorated_at = decorated_at
         self._policy, self._clock = policy, policy.clock
         self._name = name if name is not None else _name_of(fn)
         self._options = options
         group = group or group_of(
             fn,
-            name=name,
-            label=self._name,
-            location=_location(fn),
+            name=self._name,
+            location=_location(fn, decorated_at),
             policy=policy,
             options=options,
             entry_frames=ENTRY_FRAMES,
         )
         self._record = Record(policy.clock)
-        group.add(self._record, fn, self)
+        group.add(self._record)
         self._creation = group.creation()
         # Short-cuts for the call path.
         self._numbers, self._calls = group.numbers, group.calls
@@ -107,7 +115,7 @@ class CompiledFunction(Generic[P, R]):
         self._admission, self._journal, self._outcomes = group.admission, group.journal, group.outcomes
         self._history, calls = self._record.history, self._record.books.calls
         self._compiled_calls, self._eager_calls = calls["compiled"], calls["eager"]
-        self._group, self._given_name = group, name
+        self._group = group
         self._compiled: Callable[..., R] = self._create_and_call
         # Needed under the stance that skips guards: otherwise a frame that should run eagerly would raise, or run code
         # compiled for other arguments.
@@ -227,9 +235,12 @@ class CompiledFunction(Generic[P, R]):
         """Return True if this call runs within the probe."""
         frame, calls = cast("FrameType | None", sys._getframe(1)), 0  # not this frame, which would keep itself alive
         while frame is not None and calls < 2 and tally.probe is not None:
-            calls += frame.f_code is CALL and frame.f_locals.get("self") is self
+            calls += frame.f_code is CALL and self._shares_with(frame.f_locals.get("self"))
             frame = frame.f_back
         return calls == 2  # a probe without an outer call was left by an interrupt
+
+    def _shares_with(self, other: object) -> bool:
+        return isinstance(other, CompiledFunction) and other._group is self._group
 
     def _create_and_call(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Create the compiled function and call it. If that fails, call the eager function."""
@@ -242,7 +253,7 @@ class CompiledFunction(Generic[P, R]):
 
     @property
     def policy(self) -> RetryPolicy:
-        """The retry policy. It cannot be assigned: decorate the function again with another one."""
+        """The retry policy. It cannot be assigned; decorate the function again with another one."""
         return self._policy
 
     @policy.setter
@@ -335,8 +346,15 @@ class CompiledFunction(Generic[P, R]):
 
     def _renewed(self, fn: Callable[P, R], attributes: dict[str, Any]) -> Self:
         # A module that is being copied does not have its submodules yet, so its group could not be found.
-        group = self._group if self._group.key is not None and not self._group.is_stale() else None
-        renewed = type(self)(fn, policy=self.policy, name=self._given_name, options=self._options, group=group)
+        group = self._group if self._group.takes_more() else None
+        renewed = type(self)(
+            fn,
+            policy=self._policy,
+            name=self._name,
+            options=self._options,
+            decorated_at=self._decorated_at,
+            group=group,
+        )
         vars(renewed).update(attributes, __wrapped__=fn)
         return renewed
 
@@ -389,6 +407,11 @@ def _name_of(fn: object) -> str:
     return getattr(fn, "__qualname__", type(fn).__qualname__).rpartition("<locals>.")[2]
 
 
-def _location(fn: object) -> Location:
-    code = getattr(inspect.unwrap(fn) if callable(fn) else fn, "__code__", None)
-    return _name_of(fn), getattr(code, "co_filename", "unknown file"), getattr(code, "co_firstlineno", 0)
+def _location(fn: Callable[..., Any], decorated_at: tuple[str, int]) -> Location:
+    """Return the function's name and where its code is; where it was decorated if it has none or it is torch's own."""
+    owner = getattr(fn, "__self__", None)
+    source = owner.forward if isinstance(owner, torch.nn.Module) and fn == call_of(owner) else fn
+    code = getattr(inspect.unwrap(source), "__code__", None)
+    if code is None or is_from_torch(code):
+        return _name_of(fn), *decorated_at
+    return _name_of(fn), code.co_filename, code.co_firstlineno

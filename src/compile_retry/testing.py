@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from ._assertions import assert_compiled, assert_max_attempts
@@ -31,7 +32,7 @@ class FakeClock:
     """A clock for ``RetryPolicy(clock=...)`` that stands still until you advance it.
 
     Args:
-        start: The initial time, in seconds.
+        start: The initial time, in seconds or as a ``timedelta``.
 
     Example:
         >>> clock = FakeClock()
@@ -40,25 +41,29 @@ class FakeClock:
         30.0
     """
 
-    def __init__(self, start: float = 0.0) -> None:
-        self._now = float(start)
+    def __init__(self, start: float | timedelta = 0.0) -> None:
+        self._now = _in_seconds(start)
 
     def __call__(self) -> float:
         """Return the current time, in seconds."""
         return self._now
 
-    def advance(self, seconds: float) -> None:
+    def advance(self, seconds: float | timedelta) -> None:
         """Advance the clock.
 
         Args:
-            seconds: The number of seconds.
+            seconds: The number of seconds, or a ``timedelta``.
 
         Raises:
             ValueError: `seconds` is negative.
         """
-        if seconds < 0:
+        if _in_seconds(seconds) < 0:
             raise ValueError(f"seconds must not be negative, not {seconds!r}")
-        self._now += seconds
+        self._now += _in_seconds(seconds)
+
+
+def _in_seconds(value: float | timedelta) -> float:
+    return value.total_seconds() if isinstance(value, timedelta) else float(value)
 
 
 @dataclass

@@ -104,16 +104,6 @@ def test_prometheus_with_functions_of_the_same_name(scrape: Scrapes) -> None:
     assert scrape()["calls_total", "twin", "compiled"] == 4
 
 
-def test_prometheus_with_a_renamed_function(scrape: Scrapes) -> None:
-    """A renamed function keeps its first name, which is also the one in the log."""
-    fn = episode("at first")
-    fn.name = "later"
-    fn(X)
-    seen = scrape()
-    assert (seen["attempts_total", "at first"], seen["state", "at first", "compiled"]) == (3, 1)
-    assert ("attempts_total", "later") not in seen
-
-
 def test_prometheus_with_garbage_collected_functions(scrape: Scrapes) -> None:
     """A function that is garbage-collected before the first scrape still counts."""
     episode("gone")

@@ -67,6 +67,33 @@ def test_it_costs_nothing_unless_it_is_used(pytester: pytest.Pytester) -> None:
         result.stdout.fnmatch_lines(["plugin: True", "imported: [[][]]"])
 
 
+def test_tests_do_not_share(pytester: pytest.Pytester) -> None:
+    """A function that is decorated in one test does not share with one of a test before it."""
+    pytester.makepyfile("""
+        import torch
+        from compile_retry import CompileState, RetryPolicy, compile_with_fallback
+        from compile_retry.testing import fail_compiles
+
+        kept = []
+
+        def decorated():
+            kept.append(compile_with_fallback(lambda x: x.sin(), backend="eager", policy=RetryPolicy(wait=1e6)))
+            return kept[-1]
+
+        def test_first():
+            with fail_compiles(OSError):
+                first, second = decorated(), decorated()
+                first(torch.ones(3))
+            assert second.state is CompileState.FALLBACK
+
+        def test_second():
+            fn = decorated()
+            fn(torch.ones(3))
+            assert fn.state is CompileState.COMPILED
+    """)
+    pytester.runpytest_subprocess().assert_outcomes(passed=2)
+
+
 def test_fixtures_end_with_their_test(pytester: pytest.Pytester) -> None:
     """Faults, strict mode and recorded events end with their test, and failed assertions are readable in the report."""
     pytester.makepyfile("""

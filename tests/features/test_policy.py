@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import random
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -27,12 +29,18 @@ X = torch.ones(3)
     [
         ({"wait": -1}, ValueError, "wait must be at least 0 seconds, not -1"),
         ({"wait": math.nan}, ValueError, "wait must be at least 0 seconds, not nan"),
-        ({"wait": "30"}, TypeError, "wait must be a tenacity wait strategy, a number of seconds or None, not '30'"),
+        ({"wait": timedelta(seconds=-1)}, ValueError, "wait must be at least 0 seconds, not -1.0"),
+        (
+            {"wait": "30"},
+            TypeError,
+            "wait must be a tenacity wait strategy, a number of seconds, a timedelta or None, n",
+        ),
         ({"wait": True}, TypeError, "not True"),
         ({"wait": tenacity.wait_fixed}, TypeError, "wait must be"),
         ({"wait_calls": 0}, ValueError, "wait_calls must be at least 1 call, not 0"),
         ({"wait_calls": 0.5}, ValueError, "wait_calls must be at least 1 call"),
         ({"wait_calls": math.nan}, ValueError, "wait_calls must be at least 1 call"),
+        ({"wait_calls": timedelta(3)}, TypeError, r"a number of calls or None, not datetime\.timedelta\(days=3\)"),
         ({"wait_calls": []}, TypeError, "wait_calls must be a tenacity wait strategy, a number of calls or None"),
         ({"wait": None}, ValueError, "wait and wait_calls are both None"),
         ({"stop": 5}, TypeError, r"stop must be a tenacity stop strategy such as stop_after_attempt\(10\)"),
@@ -92,6 +100,124 @@ def test_valid_values() -> None:
         assert policy == RetryPolicy(**arguments)
     with pytest.raises(AttributeError):
         RetryPolicy().wait = 3  # type: ignore[misc]  # frozen
+
+
+def test_durations() -> None:
+    """A timedelta is taken wherever seconds are: as a wait, from a strategy, and by the fake clock."""
+    clock = FakeClock(timedelta(minutes=1))
+    clock.advance(timedelta(milliseconds=500))
+    assert clock() == 60.5
+    with pytest.raises(ValueError, match=r"seconds must not be negative, not datetime\.timedelta\("):
+        clock.advance(timedelta(-1))
+    half_a_minute = timedelta(seconds=30)
+    assert RetryPolicy(wait=half_a_minute) == RetryPolicy(wait=30) == RetryPolicy.every(seconds=half_a_minute)
+    for wait in (half_a_minute, lambda state: half_a_minute):
+        policy = RetryPolicy(wait=wait, clock=clock)
+        fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: full_disk()), policy=policy)
+        fn(X)
+        assert fn.next_retry == NextRetry(None, 30.0)
+
+
+EVALUATED = [
+    "RetryPolicy(wait=30, max_overhead=0.2)",
+    "RetryPolicy(wait=0.5, max_overhead=math.inf)",
+    "RetryPolicy(wait=None, wait_calls=100)",
+    "RetryPolicy(wait=600, wait_calls=wait_exponential(multiplier=50, max=5000), max_overhead=0.05)",
+    "RetryPolicy(wait=wait_exponential(multiplier=15, max=3600, exp_base=1.25, min=15), max_overhead=0.2)",
+    "RetryPolicy(wait=wait_exponential(), stop=stop_after_attempt(10), max_overhead=0.2)",
+    "RetryPolicy(wait=wait_chain(wait_fixed(1), wait_fixed(2)), max_overhead=0.2)",
+    "RetryPolicy(wait=wait_combine(wait_fixed(3), wait_random(max=2)), max_overhead=0.2)",
+    "RetryPolicy(wait=wait_none(), stop=stop_any(stop_after_delay(60), stop_after_attempt(3)), max_overhead=1)",
+    "RetryPolicy(wait=1, retry=retry_if_exception_type(OSError), max_overhead=0.2)",
+    "RetryPolicy(wait=1, retry=retry_if_exception_type((OSError, MemoryError)), max_overhead=0.2)",
+    "RetryPolicy(wait=1, retry=retry_if_exception_type((OSError,)), max_overhead=0.2)",
+    "RetryPolicy(wait=1, retry=retry_if_exception(bool), max_overhead=0.2)",
+    "RetryPolicy(wait=1, retry=retry_if_exception_message(message='full'), max_overhead=0.2)",
+    "RetryPolicy(wait=1, retry=retry_always, max_overhead=0.2)",
+]
+
+
+@pytest.mark.parametrize("expression", EVALUATED)
+def test_repr(expression: str) -> None:
+    """It is the call of the constructor, strategies of tenacity's included, without what has its default value."""
+    names = {**vars(tenacity), **vars(tenacity.wait), "retry_always": tenacity.retry_always}
+    policy = eval(expression, {"RetryPolicy": RetryPolicy, "math": math, **names})
+    assert repr(policy) == expression
+
+
+def test_repr_of_what_is_not_tenacitys() -> None:
+    """Functions have their name, objects without a repr their class, and nothing an address."""
+
+    class Patient:
+        def __init__(self, seconds: float, *more: float) -> None:
+            self.waits = seconds
+
+        def __call__(self, state: RetryCallState) -> float:
+            return self.waits
+
+    def soon(state: RetryCallState) -> float:
+        return 1.0
+
+    def later(state: RetryCallState, seconds: float) -> float:
+        return seconds
+
+    class Unknown:
+        __signature__ = "not in Python"
+
+        def __call__(self, state: RetryCallState) -> float:
+            return 1.0
+
+    class Several:
+        def __init__(self, *several: float) -> None:
+            self.several = 3
+
+        def __call__(self, state: RetryCallState) -> bool:
+            return False
+
+    policy = RetryPolicy(wait=Patient(3), wait_calls=soon, stop=Several(), clock=FakeClock(3), max_overhead=0.5)
+    assert repr(policy) == (
+        "RetryPolicy(wait=Patient(...), wait_calls=soon, stop=Several(...), clock=FakeClock(3), max_overhead=0.5)"
+    )
+    assert "<lambda>" in repr(RetryPolicy(wait=lambda state: 1.0))
+    assert repr(RetryPolicy(wait=Unknown())) == "RetryPolicy(wait=Unknown(...), max_overhead=0.2)"
+    partial = functools.partial(later, seconds=3)
+    assert repr(RetryPolicy(wait=partial)) == "RetryPolicy(wait=partial(later, seconds=3), max_overhead=0.2)"
+
+
+def test_shorthands() -> None:
+    """For a constant wait, in seconds, calls or both; and for no retry at all."""
+    clock = FakeClock()
+    assert RetryPolicy.every(seconds=30) == RetryPolicy(wait=30)
+    assert RetryPolicy.every(calls=100) == RetryPolicy(wait=None, wait_calls=100)
+    assert RetryPolicy.every(seconds=30, calls=100) == RetryPolicy(wait=30, wait_calls=100)
+    others: dict[str, Any] = {"stop": tenacity.stop_after_attempt(3), "clock": clock, "max_overhead": 0.1}
+    others["retry"] = tenacity.retry_if_exception_type(OSError)
+    assert RetryPolicy.every(seconds=30, **others) == RetryPolicy(wait=30, **others)
+    fn = compile_with_fallback(
+        lambda x: x.sin(), backend=Compiler(lambda inputs: full_disk()), policy=RetryPolicy.never()
+    )
+    for _ in range(3):
+        fn(X)
+    assert (fn.stats.attempts, fn.stats.eager_calls, fn.state) == (1, 3, CompileState.GAVE_UP)
+    fn.retry_now()
+    fn(X)
+    assert (fn.stats.attempts, fn.state) == (2, CompileState.GAVE_UP)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, TypeError, r"every\(\) needs seconds, calls or both, such as every\(calls=100\)"),
+        ({"seconds": -1}, ValueError, "^seconds must be at least 0 seconds, not -1"),
+        ({"seconds": "soon"}, TypeError, "^seconds must be"),
+        ({"calls": 0}, ValueError, "^calls must be at least 1 call, not 0"),
+        ({"calls": 5, "stop": 3}, TypeError, "stop must be"),
+    ],
+)
+def test_wrong_shorthands(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    """They name their own arguments."""
+    with pytest.raises(error, match=message):
+        RetryPolicy.every(**arguments)
 
 
 @pytest.mark.parametrize("policy", [tenacity.AsyncRetrying(), "30s", tenacity.wait_fixed(3)])
@@ -227,6 +353,7 @@ def test_the_retry_predicate_decides() -> None:
         {"wait": lambda state: math.nan},
         {"wait": lambda state: -1.0},
         {"wait": None, "wait_calls": lambda state: "soon"},
+        {"wait": None, "wait_calls": lambda state: timedelta(seconds=3)},
         {"stop": lambda state: 1 / 0},
         {"retry": lambda state: state.nothing},
     ],

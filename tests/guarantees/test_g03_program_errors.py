@@ -90,22 +90,29 @@ def test_shape_mismatch(fullgraph: bool, compiled_before: bool) -> None:
     assert fn.stats.compiled_calls == stats.compiled_calls + 1
 
 
+BETWEEN_GRAPHS = [
+    ValueError("v"),
+    KeyError("k"),
+    StopIteration(3),
+    NotImplementedError("n"),
+    OSError(28, "No space left on device"),
+    MemoryError(),
+    Trouble("t", 1),
+    KeyboardInterrupt(),
+]
+ELSEWHERE = [StopIteration(3), OSError(28, "No space left on device"), Trouble("t", 1), KeyboardInterrupt()]
+
+
 @pytest.mark.parametrize(
-    "error",
+    ("when", "error"),
     [
-        ValueError("v"),
-        KeyError("k"),
-        StopIteration(3),
-        NotImplementedError("n"),
-        OSError(28, "No space left on device"),
-        MemoryError(),
-        Trouble("t", 1),
-        KeyboardInterrupt(),
+        *(("between", error) for error in BETWEEN_GRAPHS),
+        *(("before", error) for error in ELSEWHERE),
+        *(("after", error) for error in ELSEWHERE),
     ],
-    ids=lambda e: type(e).__name__,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-@pytest.mark.parametrize("when", ["before", "between", "after"])
-def test_any_error_anywhere(error: BaseException, when: str) -> None:
+def test_any_error_anywhere(when: str, error: BaseException) -> None:
     """At every place of a step with a graph break, the error is the same object, and the body runs once."""
     places: list[str] = []
     armed = False

@@ -357,7 +357,7 @@ def test_checkpoint_sequential() -> None:
         twin(x).sum().backward()
         torch.testing.assert_close([p.grad for p in net.parameters()], [p.grad for p in twin.parameters()])
         sgd.step(), twin_sgd.step()
-    assert compiler.asked == 6
+    assert compiler.asked == 3  # two failures; then one compile for all layers
 
 
 @pytest.mark.long

@@ -111,7 +111,7 @@ def test_looks_like_the_function() -> None:
     looks: Any = double
     assert looks.__name__ == "double"
     assert looks.__qualname__ == "double"
-    assert looks.__doc__ == "Twice x."
+    assert looks.__doc__ == "Return twice x."
     assert looks.__module__ == "module_level"
     assert inspect.signature(double) == inspect.signature(double.eager)
     assert looks.__wrapped__ is double.eager

@@ -10,6 +10,7 @@ import io
 import pickle
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from compile_retry import CompiledFunction, CompileState, RetryPolicy, compile_with_fallback, compiled_function
+from support import Compiler, full_disk
 
 X = torch.arange(8.0).reshape(2, 4)
 
@@ -58,6 +60,59 @@ def test_attributes() -> None:
     for twin in (copy.copy(fn), copy.deepcopy(fn)):
         assert (twin.tag, twin.later, twin.__wrapped__) == ("decoder", [1], step)
         torch.testing.assert_close(twin(X), X * 2)
+
+
+def line_of(text: str) -> int:
+    """The number of this file's only line with this text."""
+    lines = [n for n, line in enumerate(Path(__file__).read_text().splitlines(), 1) if line.endswith(f"# {text}")]
+    (number,) = lines
+    return number
+
+
+class Twice(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # forward of its own
+        return x * 2
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:  # another method
+        return x * 3
+
+
+def test_where_a_failure_is_located(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the function or forward; where it was decorated if that is torch's or not Python. Deep copies keep that."""
+    decorate: Any = compile_with_fallback(backend=Compiler(lambda inputs: full_disk()), policy=RetryPolicy(wait=1))
+    sequential = decorate(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))  # a Sequential
+    linear = compile_with_fallback(nn.Linear(4, 4), backend=Compiler(lambda inputs: full_disk()))  # a plain call
+    tree = nn.Sequential(nn.Sequential(nn.Linear(4, 4)))
+    tree.apply(lambda m: decorate(m) if isinstance(m, nn.Linear) else None)  # a lambda
+    applied = nn.Sequential(nn.Linear(4, 4))
+    applied.apply(decorate)  # apply itself
+    expected = {
+        sequential: ("Sequential", "a Sequential"),
+        copy.deepcopy(sequential): ("Sequential", "a Sequential"),
+        linear: ("Linear", "a plain call"),
+        tree[0][0]: ("Linear", "a lambda"),  # type: ignore[index]
+        applied: ("Sequential", "apply itself"),
+    }
+    for module, (name, text) in expected.items():
+        module(X)
+        failure = compiled_function(module).last_failure
+        assert failure is not None
+        assert (failure.frame, text) == ((name, __file__, line_of(text)), text)
+    monkeypatch.setattr(torch, "compile", broken)  # so that there is no frame
+    own = {
+        compiled_function(decorate(Twice())): ("Twice", line_of("forward of its own")),
+        decorate(Twice().encode): ("Twice", line_of("another method")),
+        decorate(sine): ("sine", sine.__code__.co_firstlineno),
+        decorate(functools.partial(sine)): ("sine", line_of("a partial")),  # a partial
+        decorate(torch.sin): ("_VariableFunctionsClass.sin", line_of("a builtin")),  # a builtin
+    }
+    for fn, (name, line) in own.items():
+        fn(X)
+        assert fn.last_failure.frame == (name, __file__, line)
+
+
+def broken(*args: Any, **kwargs: Any) -> Any:
+    raise full_disk()
 
 
 def test_compiled_function_of_anything() -> None:

@@ -101,10 +101,9 @@ def last_round(run: Run) -> Work:
     return Work(*map(sum, zip(*run.work[-len(run.work) // ROUNDS :], strict=True)))
 
 
-def attempts_to_fail(known: Baselines) -> list[int]:
-    """Return the first two attempts that stock makes in the first round, and the last one."""
-    made = sum(work.asked for work in first_round(known.stock))
-    return sorted({1, 2, made} & set(range(1, made + 1)))
+def attempts_of_first_round(known: Baselines) -> list[int]:
+    """Return the numbers of the attempts that stock makes in the first round."""
+    return list(range(1, 1 + sum(work.asked for work in first_round(known.stock))))
 
 
 def wrong_while_healthy(program: Program, known: Baselines) -> list[str]:
@@ -140,7 +139,19 @@ def test_program(program: Program, subtests: pytest.Subtests) -> None:
     with subtests.test("healthy"):
         problems = wrong_while_healthy(program, known)
         assert not problems, "\n".join(problems)
-    for attempt in attempts_to_fail(known):
+    attempts = attempts_of_first_round(known)
+    for attempt in dict.fromkeys(attempts[:1] + attempts[-1:]):
+        with subtests.test("failing", attempt=attempt):
+            problems = wrong_after_a_failure(program, known, attempt)
+            assert not problems, "\n".join(problems)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("program", [parameter(program) for program in PROGRAMS])
+def test_attempts_in_between(program: Program, subtests: pytest.Subtests) -> None:
+    """The same holds if an attempt fails that is neither the first nor the last one of a round."""
+    known = Baselines(eagerly(program), stock(program))
+    for attempt in attempts_of_first_round(known)[1:-1]:
         with subtests.test("failing", attempt=attempt):
             problems = wrong_after_a_failure(program, known, attempt)
             assert not problems, "\n".join(problems)

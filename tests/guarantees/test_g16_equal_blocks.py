@@ -135,37 +135,6 @@ def test_closures_that_are_made_and_dropped_all_get_compiled() -> None:
         gc.collect()
 
 
-def test_a_wrapper_that_is_remade_for_each_request_compiles_once() -> None:
-    """A function that is decorated again and again runs the code that is there, as with stock."""
-    compiler = Compiler()
-
-    def step(x: torch.Tensor) -> torch.Tensor:
-        return x.cos()
-
-    for _ in range(5):
-        fn = compile_with_fallback(step, backend=compiler)
-        torch.testing.assert_close(fn(torch.ones(3)), step(torch.ones(3)))
-        assert fn.stats.compiled_calls == 1
-        del fn
-        gc.collect()
-    assert compiler.asked == 1
-
-
-def test_a_wrapper_that_is_remade_does_not_attempt_anew() -> None:
-    """A failure holds off later wrappers of the function, too."""
-    compiler = Compiler(first(1))
-
-    def step(x: torch.Tensor) -> torch.Tensor:
-        return x.tan()
-
-    for _ in range(5):
-        fn = compile_with_fallback(step, backend=compiler, policy=RetryPolicy(wait=1e6))
-        torch.testing.assert_close(fn(torch.ones(3)), step(torch.ones(3)))
-        del fn
-        gc.collect()
-    assert compiler.asked == 1
-
-
 @pytest.mark.parametrize(
     "other",
     [
@@ -180,7 +149,7 @@ def test_a_wrapper_that_is_remade_does_not_attempt_anew() -> None:
 def test_other_options_do_not_mix(other: dict[str, Any]) -> None:
     """A wrapper with another option or policy has code, failures and a schedule of its own."""
     compiler = Compiler(first(1))
-    usual = {"backend": compiler, "policy": RetryPolicy(wait=1e6), "dynamic": False}
+    usual: dict[str, Any] = {"backend": compiler, "policy": RetryPolicy(wait=1e6), "dynamic": False}
     a, b = Block(), Block()
     compile_with_fallback(a, **usual)
     compile_with_fallback(b, **{**usual, **other})
@@ -215,12 +184,49 @@ def test_a_block_of_equal_blocks() -> None:
 
     eager = Tree(2)
     ours = copy.deepcopy(eager)
-    for tree in (ours, ours.inner, ours.inner.inner):  # type: ignore[union-attr]
-        compile_with_fallback(tree, backend=Compiler(first(2)), policy=EVERY_CALL)  # type: ignore[arg-type]
+    compiler = Compiler(first(2))
+    for tree in [module for module in ours.modules() if isinstance(module, Tree)]:
+        compile_with_fallback(tree, backend=compiler, policy=EVERY_CALL)
     for _ in range(6):
         x = torch.randn(2, 8)
         torch.testing.assert_close(ours(x), eager(x))
     assert compiled_function(ours).state is CompileState.COMPILED
+
+
+def test_a_call_within_the_probe_of_a_function_that_shares() -> None:
+    """It is part of the probe, and may attempt; the probe's end is the recovery."""
+
+    def step(depth: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            x = x.sin()
+            torch._dynamo.graph_break()
+            return functions[depth - 1](x).cos() if depth else x
+
+        return run
+
+    compiler = Compiler(first(1))
+    policy = RetryPolicy(wait=None, wait_calls=6)
+    functions = [compile_with_fallback(step(depth), backend=compiler, policy=policy, name="f") for depth in range(3)]
+    x = torch.ones(3)
+    expected = x.sin().sin().sin().cos().cos()
+    for _ in range(8):
+        torch.testing.assert_close(functions[2](x), expected)
+    assert {fn.state for fn in functions} == {CompileState.COMPILED}
+    assert sum(fn.stats.recoveries for fn in functions) == 1
+
+
+def test_a_block_that_waits_is_not_forgotten_while_others_are_called() -> None:
+    """A hundred equal blocks that run compiled code do not end the hold-off of one that is called after them."""
+    compiler = Compiler(lambda inputs: full_disk() if inputs[0].shape[-1] == 5 else None)
+    blocks = [*(Block() for _ in range(100)), Block(5)]
+    for block in blocks:
+        compile_with_fallback(block, backend=compiler, policy=EVERY_CALL, dynamic=False)
+    last = compiled_function(blocks[-1])
+    for step in range(3):
+        for block in blocks:
+            block(torch.randn(2, block.a.in_features))
+        assert last.last_failure is not None
+        assert (last.stats.recoveries, last.last_failure.attempt) == (0, step + 1)
 
 
 def test_a_hook_on_each_block_is_called_once() -> None:

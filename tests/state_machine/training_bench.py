@@ -20,6 +20,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.utils.checkpoint import checkpoint
 
 from compile_retry import CompiledFunction, compiled_function
+from compile_retry._compile.sharing import start_anew
 from compile_retry.testing import FakeClock
 
 LEARNING_RATE = 0.1
@@ -241,7 +242,8 @@ class Subject:
         getattr(self.model, what)()
 
     def copied(self, model: Model) -> Subject:
-        """Return a deep copy of the function, or of the module that contains it."""
+        """Return a deep copy of the function, or of its module. It does not share with the original."""
+        start_anew()
         net, twin = copy.deepcopy(self.net), copy.deepcopy(self.twin)
         if self.is_module:
             return Subject(self.body, compiled_function(net), net, net, twin, model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 
 import tenacity
 import torch
@@ -113,6 +114,12 @@ def policies() -> None:
     RetryPolicy(wait=30, wait_calls=None)
     RetryPolicy(wait=None, wait_calls=tenacity.wait_exponential(multiplier=2, max=64))
     RetryPolicy(retry=tenacity.retry_if_exception_type(OSError), clock=FakeClock())
+    assert_type(RetryPolicy.every(calls=100), RetryPolicy)
+    assert_type(RetryPolicy.never(), RetryPolicy)
+    RetryPolicy.every(seconds=timedelta(minutes=5), stop=tenacity.stop_after_attempt(10), clock=FakeClock(timedelta(1)))
+    RetryPolicy.every(100)  # type: ignore[call-arg]  # must be refused
+    RetryPolicy(wait=timedelta(seconds=30))
+    RetryPolicy(wait_calls=timedelta(1))  # type: ignore[arg-type]  # must be refused
     RetryPolicy(stop=5)  # type: ignore[arg-type]  # must be refused
     compile_with_fallback(policy=tenacity.Retrying(wait=tenacity.wait_fixed(3)))
     assert_type(is_transient(OSError()), bool)

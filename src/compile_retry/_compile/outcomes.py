@@ -279,7 +279,8 @@ class Outcomes:
         if probe is None or episode is None or probe.episode is not episode:  # it failed, or another call ended it
             return
         self._clean_calls += clean
-        if self._ledger.any_waiting() and self._clean_calls < WATCHED_CALLS:
+        # Each function that shares may be called once before one that is waiting.
+        if self._ledger.any_waiting() and self._clean_calls < WATCHED_CALLS * max(1, self.functions):
             return
         now = self._policy.clock()  # before another thread's failure can begin the next episode
         if self._breaker.end(episode) is None:

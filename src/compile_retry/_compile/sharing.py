@@ -6,7 +6,6 @@ They fail and recover together. Each keeps its own counters.
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import fields
 from types import CodeType, FunctionType, MethodType
@@ -72,44 +71,28 @@ class Group:
         """Return what calls ``torch.compile`` for one of the functions."""
         return Creation(self._region, self.calls, self.admission, self.outcomes)
 
-    def is_stale(self) -> bool:
-        """Return True after ``torch._dynamo.reset()``: new functions start anew."""
-        return self._region.was_reset()
+    def takes_more(self) -> bool:
+        """Return True if functions that are decorated now may join."""
+        return _groups.get(self.key) is self and not self._region.was_reset()
 
-    def add(self, record: Record, fn: object, wrapper: object) -> None:
-        """Add a function.
-
-        Args:
-            record: Its record.
-            fn: The original function.
-            wrapper: When this is gone, the group may be too, unless others are in it.
-        """
+    def add(self, record: Record) -> None:
+        """Add a function's record. The group lives as long as one of its functions."""
         self.journal.records.register(record)
-        owner = getattr(fn, "__self__", fn)
-        try:
-            reference = weakref.ref(owner)
-        except TypeError:  # not all callables can be referred to
-            return
-        weakref.finalize(wrapper, _rest, self, reference).atexit = False
 
 
-# Groups whose functions are gone, although what they wrapped is not: a wrapper may be made anew for each request, and
-# would compile each time otherwise. The least recently left ones go.
-_resting: deque[Group] = deque(maxlen=16)
 _groups: weakref.WeakValueDictionary[Hashable, Group] = weakref.WeakValueDictionary()
 _lock = Lock()
 
 
-def _rest(group: Group, owner: Callable[[], object]) -> None:
-    if owner() is not None and group not in _resting:
-        _resting.append(group)
+def start_anew() -> None:
+    """Let functions that are decorated from now on share with each other only. Tests need that."""
+    _groups.clear()
 
 
 def group_of(
     fn: Callable[..., Any],
     *,
-    name: str | None,
-    label: str,
+    name: str,
     location: Location,
     policy: RetryPolicy,
     options: dict[str, Any],
@@ -118,12 +101,12 @@ def group_of(
     """Return the group of a function: that of others with the same code, options and policy, or a new one."""
     code = _code_key(fn)
     if code is None:
-        return Group(label, location, policy, options, entry_frames)
+        return Group(name, location, policy, options, entry_frames)
     key = (code, name, _key(options), _policy_key(policy))
     with _lock:
         group = _groups.get(key)
-        if group is None or group.is_stale():
-            group = _groups[key] = Group(label, location, policy, options, entry_frames)
+        if group is None or not group.takes_more():
+            group = _groups[key] = Group(name, location, policy, options, entry_frames)
             group.key = key
         return group
 
@@ -137,7 +120,7 @@ def _code_key(fn: Callable[..., Any]) -> Hashable:
     owner = fn.__self__
     if not isinstance(owner, torch.nn.Module):
         return type(owner), fn.__func__.__code__
-    if "forward" in vars(owner):
+    if "forward" in vars(owner) or "_modules" not in vars(owner):  # replaced, or in the middle of being copied
         return None
     return fn.__func__.__code__, tuple(type(module) for module in torch.nn.Module.modules(owner))
 

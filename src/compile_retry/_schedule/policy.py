@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from datetime import timedelta
 from numbers import Real
 from typing import NamedTuple, TypeAlias
 
@@ -15,15 +16,20 @@ from tenacity import (
     RetryCallState,
     Retrying,
     retry_if_exception,
+    stop_after_attempt,
     stop_never,
     wait_exponential,
 )
 
 from compile_retry._failures import is_transient
 
-WaitStrategy: TypeAlias = Callable[[RetryCallState], float]
+from .reprs import as_call, as_expression
+
+WaitStrategy: TypeAlias = Callable[[RetryCallState], float | timedelta]
 StopStrategy: TypeAlias = Callable[[RetryCallState], bool]
 RetryPredicate: TypeAlias = Callable[[RetryCallState], bool]
+
+_IF_TRANSIENT = retry_if_exception(is_transient)
 
 # Default of `max_overhead` if waits are in seconds only. It decides when the second attempt comes if the first one took
 # long to fail; later on, waits that grow by a quarter cost far less than this share.
@@ -33,12 +39,12 @@ _DEFAULT_SHARE = 0.2
 _UNUSED_RETRYING = Retrying()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RetryPolicy:
     """A policy for how long to hold off after a failed attempt, which failures to retry, and when to give up.
 
     Attributes:
-        wait: Seconds until the next attempt: a tenacity wait strategy, a number, or ``None``.
+        wait: Seconds until the next attempt: a tenacity wait strategy, a number, a ``timedelta``, or ``None``.
         wait_calls: The wait in calls of the decorated function: after a failure in call *c*, a wait of *w* calls makes
             call *c + w* an attempt. A fraction is rounded up, to at least one call. If both waits are given, the
             attempt is due at whichever comes first.
@@ -58,14 +64,16 @@ class RetryPolicy:
             is neither between 0 and 1 nor infinite.
     """
 
-    wait: WaitStrategy | float | None = wait_exponential(multiplier=15, exp_base=1.25, min=15, max=3600)
+    wait: WaitStrategy | float | timedelta | None = wait_exponential(multiplier=15, exp_base=1.25, min=15, max=3600)
     wait_calls: WaitStrategy | float | None = None
     stop: StopStrategy = stop_never
-    retry: RetryPredicate = retry_if_exception(is_transient)
+    retry: RetryPredicate = _IF_TRANSIENT
     clock: Callable[[], float] = time.monotonic
     max_overhead: float | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.wait, timedelta):
+            object.__setattr__(self, "wait", self.wait.total_seconds())
         _check_wait("wait", self.wait, at_least=0)
         _check_wait("wait_calls", self.wait_calls, at_least=1)
         if self.wait is None and self.wait_calls is None:
@@ -79,6 +87,62 @@ class RetryPolicy:
         else:
             _check_share("max_overhead", self.max_overhead)
         _check_strategy("clock", self.clock, "a callable that returns seconds, such as time.monotonic")
+
+    @classmethod
+    def every(
+        cls,
+        *,
+        seconds: float | timedelta | None = None,
+        calls: int | None = None,
+        stop: StopStrategy = stop_never,
+        retry: RetryPredicate = _IF_TRANSIENT,
+        clock: Callable[[], float] = time.monotonic,
+        max_overhead: float | None = None,
+    ) -> RetryPolicy:
+        """Make a policy with a constant wait in seconds, in calls, or whichever comes first.
+
+        Args:
+            seconds: The wait in seconds, or a ``timedelta``.
+            calls: The wait in calls of the decorated function.
+            stop: As in :class:`RetryPolicy`.
+            retry: As in :class:`RetryPolicy`.
+            clock: As in :class:`RetryPolicy`.
+            max_overhead: As in :class:`RetryPolicy`. So failed attempts may take at most a fifth of the time by default
+                if only `seconds` is given.
+
+        Raises:
+            TypeError: A value has the wrong type, or neither `seconds` nor `calls` is given.
+            ValueError: `seconds` is negative or NaN, or `calls` is less than one.
+
+        Example:
+            >>> RetryPolicy.every(calls=100)
+            RetryPolicy(wait=None, wait_calls=100)
+        """
+        if seconds is None and calls is None:
+            raise TypeError("every() needs seconds, calls or both, such as every(calls=100)")
+        in_seconds = seconds.total_seconds() if isinstance(seconds, timedelta) else seconds
+        _check_wait("seconds", in_seconds, at_least=0)
+        _check_wait("calls", calls, at_least=1)
+        return cls(in_seconds, calls, stop, retry, clock, max_overhead)
+
+    @classmethod
+    def never(cls) -> RetryPolicy:
+        """Make a policy that gives up after the first failed attempt.
+
+        What has failed runs eagerly until :meth:`CompiledFunction.reset` or :meth:`CompiledFunction.retry_now`.
+        """
+        return cls(stop=stop_after_attempt(1))
+
+    def __repr__(self) -> str:
+        arguments = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = {
+            field.name: arguments[field.name]
+            for field in fields(self)
+            if field.name == "wait" or arguments[field.name] is not field.default
+        }
+        if self.wait_calls is not None and self.max_overhead == math.inf:
+            del given["max_overhead"]  # the default
+        return as_call(type(self).__name__, given)
 
     @classmethod
     def of(cls, policy: object) -> RetryPolicy:
@@ -97,7 +161,10 @@ def _check_wait(name: str, value: object, at_least: int) -> None:
     if value is None or (callable(value) and not isinstance(value, type)):
         return
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a tenacity wait strategy, a number of {unit}s or None, not {value!r}")
+        duration = "" if at_least else ", a timedelta"
+        raise TypeError(
+            f"{name} must be a tenacity wait strategy, a number of {unit}s{duration} or None, not {value!r}"
+        )
     if math.isnan(value) or value < at_least:
         raise ValueError(f"{name} must be at least {at_least} {unit}{'s' * (not at_least)}, not {value!r}")
 
@@ -191,10 +258,18 @@ def pause(policy: RetryPolicy, elapsed: float, spent: float, cost: float) -> flo
     return max(0.0, (spent + cost) / share - cost - elapsed)
 
 
-def _evaluate(name: str, wait: WaitStrategy | float | None, state: RetryCallState) -> float:
+def _evaluate(name: str, wait: WaitStrategy | float | timedelta | None, state: RetryCallState) -> float:
     if wait is None:
         return math.inf
     value = wait(state) if callable(wait) else wait
+    if isinstance(value, timedelta):
+        if name != "wait":
+            raise TypeError(
+                f"{name} strategy {as_expression(wait)} returned {value!r}; it must return a number of calls"
+            )
+        value = value.total_seconds()
     if math.isnan(value) or value < 0:
-        raise ValueError(f"{name} strategy {wait!r} returned {value!r}; it must return a non-negative number")
+        raise ValueError(
+            f"{name} strategy {as_expression(wait)} returned {value!r}; it must return a non-negative number"
+        )
     return float(value)

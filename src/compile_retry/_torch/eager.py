@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from types import CodeType
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ has_forward_gradients = torch._C._is_fwd_grad_enabled
 # Within it, reading a tensor's metadata runs neither a subclass's `__torch_function__` nor the user's modes. Since 1.0,
 # and for modes since 2.0. Essential: inspecting arguments must not run user code.
 without_torch_function = torch._C.DisableTorchFunction
+
+_FOLDER = os.path.dirname(torch.__file__) + os.sep  # noqa: PTH120  # as a string, to compare with code's file names
 
 
 def in_backward() -> bool:
@@ -64,6 +68,11 @@ def path_of_part(part: object, models: Iterable[weakref.ref[Any]]) -> str:
         trees = (torch.nn.Module.named_modules(model()) for model in models)  # type: ignore[arg-type]
         return next(str(name) for tree in trees for name, module in tree if module is part)
     return ""
+
+
+def is_from_torch(code: CodeType) -> bool:
+    """Return True for code from PyTorch's own files."""
+    return code.co_filename.startswith(_FOLDER)
 
 
 def may_run_again() -> bool:

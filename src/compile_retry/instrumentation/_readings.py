@@ -70,8 +70,7 @@ class Totals:
                 stats[name] = _sum(stats.get(name, _NOTHING), books.snapshot())
             by_name: dict[str, list[CompiledFunction[..., Any]]] = {name: [] for name in stats}
             for function in functions:
-                name, _ = self._books[weakref.ref(function)]  # function.name may have changed since
-                by_name[name].append(function)
+                by_name[function.name].append(function)
         return [_reading(name, stats[name], functions) for name, functions in by_name.items()]
 
 
