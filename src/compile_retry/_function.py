@@ -339,14 +339,17 @@ class CompiledFunction(Generic[P, R]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         attributes = vars(self) if inspect.isroutine(self.eager) else copy.deepcopy(vars(self), memo)
-        return self._renewed(copy.deepcopy(self.eager, memo), attributes)
-
-    def __copy__(self) -> Self:
-        return self._renewed(self.eager, vars(self))
-
-    def _renewed(self, fn: Callable[P, R], attributes: dict[str, Any]) -> Self:
         # A module that is being copied does not have its submodules yet, so its group could not be found.
         group = self._group if self._group.takes_more() else None
+        return self._renewed(copy.deepcopy(self.eager, memo), attributes, group)
+
+    def __copy__(self) -> Self:
+        location = _location(self.eager, self._decorated_at)
+        return self._renewed(
+            self.eager, vars(self), Group(self._name, location, self._policy, self._options, ENTRY_FRAMES)
+        )
+
+    def _renewed(self, fn: Callable[P, R], attributes: dict[str, Any], group: Group | None) -> Self:
         renewed = type(self)(
             fn,
             policy=self._policy,

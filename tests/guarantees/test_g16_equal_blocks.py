@@ -249,6 +249,17 @@ def test_a_copy_of_a_block_shares() -> None:
     assert compiler.asked == 1
 
 
+def test_a_shallow_copy_does_not_share() -> None:
+    """What ``copy.copy()`` returns starts uncompiled and without failures."""
+    compiler = Compiler(first(1))
+    fn = compile_with_fallback(factory(2.0), backend=compiler, policy=RetryPolicy(wait=1e6))
+    fn(torch.ones(3))
+    twin = copy.copy(fn)
+    assert (fn.state, twin.state) == (CompileState.FALLBACK, CompileState.PENDING)
+    twin(torch.ones(3))
+    assert (fn.state, twin.state) == (CompileState.FALLBACK, CompileState.COMPILED)
+
+
 def test_blocks_that_are_gone_take_their_code_along() -> None:
     """When the last block is gone, so are its wrapper and the graphs that were compiled for it."""
     graphs = list[weakref.ref[Any]]()
