@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import _thread
 import logging
 import os
 import signal
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -55,6 +59,23 @@ def _unmeasured() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in _MEASURED:
             patch.delenv(name)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _measured_threads() -> Iterator[None]:
+    """Measure threads that the library starts without `threading.Thread`, too."""
+    start = _thread.start_new_thread
+
+    def start_traced(function: Callable[..., object], args: tuple[Any, ...]) -> int:
+        def traced() -> None:
+            sys.settrace(threading.gettrace())
+            function(*args)
+
+        return start(traced, ())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_thread, "start_new_thread", start_traced)
         yield
 
 
