@@ -168,10 +168,7 @@ class Moment:
             sys.setprofile(None)
 
     def _enter(self, action: Callable[[], object], frame: FrameType, event: str, arg: object) -> None:
-        code = frame.f_code
-        if code.co_name in ("__enter__", "__exit__"):
-            return  # an exception in a lock's methods would leave it locked
-        if event == "call" and code.co_filename.startswith(LIBRARY):
+        if event == "call" and frame.f_code.co_filename.startswith(LIBRARY):
             self._left -= 1
             if self._left == 0:
                 self.came = True

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from operator import attrgetter
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 
 class Lock:
@@ -15,13 +17,19 @@ class Lock:
         self._lock = threading.RLock()
         _all.add(self)
 
-    def __enter__(self) -> None:
-        self._lock.acquire()
+    if TYPE_CHECKING:
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._lock.release()
+        def __enter__(self) -> bool: ...
+
+        def __exit__(
+            self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+        ) -> None: ...
+
+    else:
+        # A `with` statement looks both up before it begins, and then calls methods in C. Methods in Python could be
+        # interrupted by Ctrl-C before their first line, and leave the lock held.
+        __enter__ = property(attrgetter("_lock.__enter__"))
+        __exit__ = property(attrgetter("_lock.__exit__"))
 
     def after_fork(self) -> None:  # pragma: no cover  # only in forked children: test_g02_g04_g11_processes.py
         """Free the lock if a thread that the child does not have held it."""
