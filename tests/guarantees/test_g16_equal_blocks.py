@@ -125,14 +125,20 @@ def test_closures_that_need_code_of_their_own_all_get_it() -> None:
     assert [fn.stats.compiled_calls for fn in functions] == [2] * 20
 
 
-def test_closures_that_are_made_and_dropped_all_get_compiled() -> None:
-    """At the recompile limit, the code of functions that are gone makes room."""
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_closures_that_are_made_and_dropped_all_get_compiled(fullgraph: bool) -> None:
+    """At the recompile limit, the code of functions that are gone makes room, and that of others stays."""
+    options: dict[str, Any] = {"backend": Compiler(), "dynamic": False, "fullgraph": fullgraph}
+    kept, x = compile_with_fallback(factory(-1.0), **options), torch.ones(3)
+    kept(x)
     for k in range(40):
-        fn = compile_with_fallback(factory(k / 3), backend=COMPILER, dynamic=False)
-        torch.testing.assert_close(fn(torch.ones(3)), torch.ones(3) * (k / 3))
+        fn = compile_with_fallback(factory(k / 3), **options)
+        torch.testing.assert_close(fn(x), x * (k / 3))
         assert fn.stats.compiled_calls == 1
         del fn
         gc.collect()
+    torch.testing.assert_close(kept(x), -x)
+    assert (kept.stats.compiled_calls, kept.stats.attempts) == (2, 1)
 
 
 @pytest.mark.parametrize(
