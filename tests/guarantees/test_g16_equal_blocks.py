@@ -165,6 +165,17 @@ def test_other_options_do_not_mix(other: dict[str, Any]) -> None:
     assert compiled_function(b).state is CompileState.COMPILED
 
 
+def test_hooks_on_a_part_of_one_block() -> None:
+    """A block with a hook inside runs it, although PyTorch does not guard hooks."""
+    blocks = [Block(), Block()]
+    blocks[1].a.register_forward_hook(lambda module, args, output: output * 2)
+    x = torch.randn(2, 8)
+    expected = [block(x) for block in blocks]
+    for block in blocks:
+        compile_with_fallback(block, backend=COMPILER)
+    torch.testing.assert_close([block(x) for block in blocks], expected)
+
+
 def test_equal_policies_share() -> None:
     """Policies that are made in each turn of a loop are the same policy if they say the same."""
     compiler = Compiler(lambda inputs: full_disk())

@@ -20,6 +20,7 @@ from compile_retry._record.record import Record
 from compile_retry._schedule.breaker import Breaker
 from compile_retry._schedule.policy import RetryPolicy
 from compile_retry._stats import Counter
+from compile_retry._torch.eager import has_hooks
 
 from .admission import Admission
 from .call import Calls
@@ -112,7 +113,10 @@ def group_of(
 
 
 def _code_key(fn: Callable[..., Any]) -> Hashable:
-    """Identify the code that Dynamo would compile; None if it is this function's alone."""
+    """Identify the code that Dynamo would compile; None if it is this function's alone.
+
+    By default Dynamo does not guard the hooks of submodules, and would run code without a hook for a module that has it.
+    """
     if isinstance(fn, FunctionType):
         return fn.__code__
     if not isinstance(fn, MethodType) or not isinstance(fn.__func__, FunctionType):
@@ -122,7 +126,10 @@ def _code_key(fn: Callable[..., Any]) -> Hashable:
         return type(owner), fn.__func__.__code__
     if "forward" in vars(owner) or "_modules" not in vars(owner):  # replaced, or in the middle of being copied
         return None
-    return fn.__func__.__code__, tuple(type(module) for module in torch.nn.Module.modules(owner))
+    modules = tuple(torch.nn.Module.modules(owner))
+    if any(has_hooks(module) for module in modules[1:]):
+        return None
+    return fn.__func__.__code__, tuple(map(type, modules))
 
 
 def _policy_key(policy: RetryPolicy) -> Hashable:

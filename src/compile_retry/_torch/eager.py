@@ -48,6 +48,15 @@ def set_compiled_call(module: torch.nn.Module, call: object) -> None:
     module.__dict__["_compiled_call_impl"] = call
 
 
+# The hooks that a module's call runs; since 2.0. Other names are private to other uses.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Return True if calling the module runs hooks. Without these attributes it seems to have none."""
+    return any(module.__dict__.get(name) for name in _HOOKS)
+
+
 def is_from_torch_compile(module: torch.nn.Module) -> bool:
     """Return True if the module is the wrapper module that ``torch.compile(module)`` returns. Since 2.0.
 
