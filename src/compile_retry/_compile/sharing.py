@@ -115,7 +115,7 @@ def group_of(
 def _code_key(fn: Callable[..., Any]) -> Hashable:
     """Identify the code that Dynamo would compile; None if it is this function's alone.
 
-    By default Dynamo does not guard the hooks of submodules, and would run code without a hook for a module that has it.
+    By default Dynamo does not guard the hooks of submodules. It would run code without a hook for a module that has it.
     """
     if isinstance(fn, FunctionType):
         return fn.__code__
