@@ -16,7 +16,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
-from ._compile.call import Tally
+from ._compile.call import NOBODY, Tally
 from ._compile.sharing import Group, group_of
 from ._failures import CompileFailure, Location
 from ._record.history import CallPath
@@ -160,7 +160,7 @@ class CompiledFunction(Generic[P, R]):
             else:
                 self._finish(tally, probing=False, raised=False)
         finally:
-            tally.call = 0
+            tally.call, tally.record = 0, NOBODY
         return result
 
     def _watched(self, number: int, tally: Tally, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:

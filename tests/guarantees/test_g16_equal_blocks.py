@@ -15,6 +15,7 @@ from torch import nn
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback, compiled_function
 from compile_retry.events import Event
+from compile_retry.testing import record_events
 from support import Compiler, first, full_disk
 
 COMPILER = Compiler()
@@ -254,6 +255,21 @@ def test_a_hook_on_each_block_is_called_once() -> None:
     stack(torch.randn(2, 8))
     assert [event.kind for event in events].count("failed") == 1
     assert {(event.function, event.functions) for event in events} == {("Block", 3)}
+
+
+def test_a_function_that_is_gone_has_no_hooks() -> None:
+    """A function that others share with is not counted once it is gone, even if it was the last one called."""
+    compiler, events = Compiler(lambda inputs: full_disk() if len(inputs[0]) == 5 else None), list[Event]()
+    a, b = (compile_with_fallback(factory(k), backend=compiler, dynamic=False) for k in (1.0, 2.0))
+    a.register_hook(events.append)
+    for _ in range(4):
+        b(torch.ones(3)), a(torch.ones(3))
+    del a
+    gc.collect()
+    events.clear()
+    with record_events(kinds={"failed"}) as failed:
+        b(torch.ones(5))
+    assert (events, [event.functions for event in failed]) == ([], [1])
 
 
 def test_a_copy_of_a_block_shares() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,6 +82,10 @@ class Doubt(Unsettled):
         self.traceback, self.exc, self.can_be_retried = traceback, exc, can_be_retried
 
 
+# Between calls: a tally must not keep alive the record of a function that is gone, and with it its hooks.
+NOBODY = Record(time.monotonic)
+
+
 class Tally:
     """Counts of what one thread's current call has run, and its permission to attempt."""
 
@@ -99,8 +104,8 @@ class Tally:
         "record",
     )
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.record = Record(clock)  # replaced by that of the function that is called
+    def __init__(self) -> None:
+        self.record = NOBODY  # while a call is under way, that of its function
         self.call = 0  # its number; 0 if there is none
         self.compiled = 0  # graphs that ran compiled
         self.eager = 0  # graphs and frames that ran eagerly
@@ -136,5 +141,5 @@ class Calls(threading.local):
         tally: This thread's tally.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.tally = Tally(clock)
+    def __init__(self) -> None:
+        self.tally = Tally()

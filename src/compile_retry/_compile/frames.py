@@ -86,10 +86,8 @@ class FrameConverter:
         self._calls, self._admission, self._outcomes = calls, admission, outcomes
         self._entry_frames = entry_frames  # of other decorated functions, which compile on their own
         self._known: dict[int, _Known] = {}
-        # Each with the record of the function in whose call it was compiled.
-        self._entries: list[
-            tuple[cache_entries.CachedFrame, weakref.ref[Record]]
-        ] = []  # this function's entries in Dynamo's cache
+        # The entries in Dynamo's cache, each with the record of the function in whose call it was compiled.
+        self._entries: list[tuple[cache_entries.CachedFrame, weakref.ref[Record]]] = []
         self._codes_compiled = 0  # the number of code objects with compiled code
 
     def __call__(self, frame: Frame, cache_entry: object, frame_state: FrameState) -> ConvertFrameReturn:

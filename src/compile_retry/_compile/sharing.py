@@ -41,7 +41,7 @@ class Group:
         admission: Decides which frames may be compiled now.
         journal: Counts and publishes what happens to them.
         outcomes: Records how attempts end.
-        key: Equal for functions that may share; None for a function that shares with its copies at most.
+        key: Equal for functions that may share; None for a function that does not share.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Group:
         entry_frames: Collection[CodeType],
     ) -> None:
         self.key: Hashable = None
-        self.numbers, self.calls = Counter(), Calls(policy.clock)
+        self.numbers, self.calls = Counter(), Calls()
         self.breaker, self.ledger, turns = Breaker(policy), Ledger(), Turns()
         self.admission = admission = Admission(self.breaker, self.ledger, turns)
         self.journal = Journal(name, self.breaker, lambda: admission.state)
