@@ -74,7 +74,7 @@ def path_of_part(part: object, models: Iterable[weakref.ref[Any]]) -> str:
         models: The models to search, in this order.
     """
     with suppress(Exception):  # not found, or a model is gone or overrides something
-        trees = (torch.nn.Module.named_modules(model()) for model in models)  # type: ignore[arg-type]
+        trees = (torch.nn.Module.named_modules(model()) for model in models)  # type: ignore[arg-type]  # None raises
         return next(str(name) for tree in trees for name, module in tree if module is part)
     return ""
 
