@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -182,6 +183,35 @@ def test_simulated(benchmark: BenchmarkFixture, day: Day, contestant: Contestant
     benchmark.extra_info.update(
         table=f"bad day, {day.length}", row=str(contestant), column=str(day), lap=0, value=value
     )
+
+
+def share_of(contestant: Contestant, functions: int) -> float:
+    """Return the share of eight hours that the failed attempts of several functions take, one step after another."""
+    world, failed = World(Day("8 h", 1.0, 60.0)), 0.0
+
+    def compiler(graph: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        nonlocal failed
+        failed += 60
+        return world.compiler(graph, inputs)
+
+    with contestant.subject.setting():
+        copies = [FunctionType(double.__code__.replace(), globals()) for _ in range(functions)]
+        steps = [contestant.make(copy, clock=world.clock, backend=compiler) for copy in copies]
+        while world.clock() < LENGTHS["8 h"]:
+            for step in steps:
+                step(torch.ones(2))
+            world.clock.advance(EAGER_STEP)
+    return failed / world.clock()
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("contestant", [Contestant(OURS), OFTEN, Contestant(RETRY)], ids=str)
+@pytest.mark.parametrize("functions", [1, 20, 100])
+def test_simulated_functions(benchmark: BenchmarkFixture, functions: int, contestant: Contestant) -> None:
+    """Ignore the timer, which measures the simulation: the value is in `extra_info`."""
+    value = benchmark.pedantic(share_of, args=(contestant, functions), rounds=1, iterations=1)
+    column = "1 function" if functions == 1 else f"{functions} functions"
+    benchmark.extra_info.update(table="bad day, functions", row=str(contestant), column=column, lap=0, value=value)
 
 
 # --- A short run, in real time, with a compiler that is really broken. ------------------------------------------------

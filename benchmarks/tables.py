@@ -54,6 +54,9 @@ TABLES = {
     "bad day, 10 min": Table("A bad day of 10 minutes, simulated: time to finish against an ideal"),
     "bad day, 1 h": Table("A bad day of 1 hour, simulated: time to finish against an ideal"),
     "bad day, 8 h": Table("A bad day of 8 hours, simulated: time to finish against an ideal"),
+    "bad day, functions": Table(
+        "Several functions, 8 hours without a repair, 60 s to fail, simulated: share of the time taken by failures"
+    ),
     "bad day, for real": Table("A bad day of two minutes, for real", "ideal", ("ratio",)),
     "import": Table("Importing, with torch already imported", "", ()),
     "decorating": Table("Decorating a thousand functions", BARE, ("ratio",), unit="bytes"),

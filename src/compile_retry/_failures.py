@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import traceback
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -115,6 +115,11 @@ class CompileFailure:
         text = output.strip()
         first_line = text.splitlines()[0][:_LINE] if text else ""
         return f"{self.error_type.removeprefix('builtins.')}: {first_line}".removesuffix(": ")
+
+
+def reason(exc: BaseException) -> Hashable:
+    """Return equal keys for root causes that are probably the same: the class, and the number of a system error."""
+    return qualified_name(exc), exc.errno if isinstance(exc, OSError) else None
 
 
 def in_words(location: Location) -> str:

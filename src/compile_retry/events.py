@@ -20,6 +20,7 @@ from ._stats import CompileState
 
 __all__ = [
     "AttemptFailed",
+    "AttemptPostponed",
     "AttemptStarted",
     "CacheMoved",
     "Compiled",
@@ -112,6 +113,18 @@ class RetryScheduled(Event):
     """
 
     kind = "retry scheduled"
+    next_retry: NextRetry
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptPostponed(Event):
+    """Something that has not failed is not attempted yet, because the failed attempts of other functions cost too much.
+
+    Attributes:
+        next_retry: The due moment of the next attempt.
+    """
+
+    kind = "postponed"
     next_retry: NextRetry
 
 

@@ -327,3 +327,18 @@ def test_wrappers_start_anew_after_a_reset_of_dynamo() -> None:
     twin(torch.randn(2, 8))
     assert compiled_function(block).state is CompileState.FALLBACK
     assert compiled_function(twin).state is CompileState.COMPILED
+
+
+def test_functions_with_equal_code_objects_do_not_share() -> None:
+    """Dynamo keeps compiled code per code object, so one of them cannot use the other's, nor fail in its place."""
+    compiler = Compiler(first(1))
+
+    def make() -> Any:
+        namespace: dict[str, Any] = {}
+        exec(compile("def step(x):\n    return x.sin()", "step.py", "exec"), namespace)
+        return compile_with_fallback(namespace["step"], backend=compiler, policy=RetryPolicy(wait=1e6))
+
+    a, b = make(), make()
+    assert a.__code__ == b.__code__
+    a(torch.ones(2)), b(torch.ones(2))
+    assert (a.state, b.state) == (CompileState.FALLBACK, CompileState.COMPILED)

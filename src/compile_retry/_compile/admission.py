@@ -7,6 +7,7 @@ from types import CodeType
 
 from compile_retry._schedule.breaker import Breaker, Episode, Probe
 from compile_retry._stats import CompileState
+from compile_retry._torch.distributed import world_size
 from compile_retry._torch.eager import may_run_again
 
 from .call import Tally
@@ -52,7 +53,7 @@ class Admission:
             return False
         episode = self._breaker.episode
         if episode is None:
-            return self._breaker.affords_another_refusal()
+            return self._breaker.affords_another_refusal() and self._may_begin()
         probe = tally.probe
         if probe is None:
             return False
@@ -63,7 +64,16 @@ class Admission:
         if self._breaker.is_in_doubt:
             return False
         episode, probe = self._breaker.episode, tally.probe
-        return episode is None or (probe is not None and (probe.episode is episode or bool(probe.claims)))
+        if episode is None:
+            return self._may_begin()
+        return probe is not None and (probe.episode is episode or bool(probe.claims))
+
+    def _may_begin(self) -> bool:
+        """Return True if failures of other functions do not forbid an attempt.
+
+        With several ranks they never do: here an attempt would wait, and elsewhere perhaps not.
+        """
+        return world_size() > 1 or self._breaker.may_begin()
 
     def is_given_up(self, key: FrameKey) -> bool:
         """Return True if this frame, or a graph without one, is never attempted again."""
@@ -85,6 +95,11 @@ class Admission:
         self._ledger.forget_code(code)
 
     # Calls
+
+    def hold_off_first(self, tally: Tally) -> None:
+        """Hold off later calls without further checks while other functions' failures forbid the first attempt."""
+        if not self.has_code:
+            self._breaker.hold_off_first(tally.record.history.next_call)
 
     def let_through(self, tally: Tally, call: int) -> Probe | None:
         """Make a call the episode's probe. Return None if it may not be."""

@@ -67,6 +67,8 @@ class Creation:
         # Inside torch.export, torch.compile would return the plain function, and we would keep it for good.
         if not admission.admits(tally, CREATION) or is_exporting():
             admission.ran_eagerly(UNSEEN)
+            outcomes.postponed(tally)
+            admission.hold_off_first(tally)
             return None
         conversion = outcomes.begin(CREATION)
         conversion.stage = "torch.compile"

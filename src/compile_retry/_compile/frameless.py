@@ -92,6 +92,7 @@ class FramelessGraph:
         conversion = outcomes.begin(self._key)
         if not self._admission.may_attempt(tally, self._key):
             self._admission.refused(tally, self._key)
+            outcomes.postponed(tally)
             return None
         try:
             code = self._compile(graph_module, example_inputs, conversion, tally)

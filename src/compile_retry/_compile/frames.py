@@ -124,6 +124,7 @@ class FrameConverter:
         if request.would_be_passed_over():
             return torch_frames.run_eagerly(inner_frames=True)
         self._admission.refused(request.tally, request.key)
+        self._outcomes.postponed(request.tally)
         return self._eagerly(request)
 
     def _eagerly(self, request: _Request) -> ConvertFrameReturn:

@@ -105,7 +105,7 @@ class Outcomes:
     def _made_progress(self) -> None:
         """Record that something compiled that had failed or had not been compiled before."""
         self._progress = True
-        self._breaker.refusals.end()
+        self._breaker.succeeded()
 
     def compiled(self, conversion: Conversion, tally: Tally) -> None:
         """Record that a whole frame is compiled."""
@@ -123,6 +123,13 @@ class Outcomes:
     def over_limit(self, conversion: Conversion, tally: Tally) -> None:
         """Record that a frame has reached torch's recompile limit."""
         self._journal.over_limit(tally.call, conversion.location)
+
+    def postponed(self, tally: Tally) -> None:
+        """Record that an attempt was refused. Note it once if failures of other functions are the reason."""
+        postponed = self._breaker.newly_postponed()
+        if postponed is not None:
+            next_retry, is_first = postponed
+            self._journal.postponed(tally.call, next_retry, is_first=is_first)
 
     def tell(self) -> None:
         """Publish this thread's recorded events to hooks and the log. Call it only while holding no lock."""

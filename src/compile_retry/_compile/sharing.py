@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Hashable
-from dataclasses import fields
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -17,8 +16,10 @@ from compile_retry._failures import Location
 from compile_retry._locks import Lock
 from compile_retry._record.journal import Journal
 from compile_retry._record.record import Record
+from compile_retry._schedule import budget
 from compile_retry._schedule.breaker import Breaker
-from compile_retry._schedule.policy import RetryPolicy
+from compile_retry._schedule.equality import meaning
+from compile_retry._schedule.policy import RetryPolicy, policy_key
 from compile_retry._stats import Counter
 from compile_retry._torch.eager import has_hooks
 
@@ -88,6 +89,7 @@ _lock = Lock()
 def start_anew() -> None:
     """Let functions that are decorated from now on share with each other only. Tests need that."""
     _groups.clear()
+    budget.start_anew()
 
 
 def group_of(
@@ -103,7 +105,7 @@ def group_of(
     code = _code_key(fn)
     if code is None:
         return Group(name, location, policy, options, entry_frames)
-    key = (code, name, _key(options), _policy_key(policy))
+    key = (code, name, meaning(options), policy_key(policy))
     with _lock:
         group = _groups.get(key)
         if group is None or not group.takes_more():
@@ -115,42 +117,20 @@ def group_of(
 def _code_key(fn: Callable[..., Any]) -> Hashable:
     """Identify the code that Dynamo would compile; None if it is this function's alone.
 
+    Code objects are compared by identity: equal ones, of the same line in two files, have their own cache entries.
+
     By default Dynamo does not guard the hooks of submodules. It would run code without a hook for a module that has it.
     """
     if isinstance(fn, FunctionType):
-        return fn.__code__
+        return id(fn.__code__)
     if not isinstance(fn, MethodType) or not isinstance(fn.__func__, FunctionType):
         return None
     owner = fn.__self__
     if not isinstance(owner, torch.nn.Module):
-        return type(owner), fn.__func__.__code__
+        return type(owner), id(fn.__func__.__code__)
     if "forward" in vars(owner) or "_modules" not in vars(owner):  # replaced, or in the middle of being copied
         return None
     modules = tuple(torch.nn.Module.modules(owner))
     if any(has_hooks(module) for module in modules[1:]):
         return None
-    return fn.__func__.__code__, tuple(map(type, modules))
-
-
-def _policy_key(policy: RetryPolicy) -> Hashable:
-    return tuple(_key(getattr(policy, field.name)) for field in fields(policy))
-
-
-def _key(value: object) -> Hashable:
-    """Return equal keys for values that mean the same, as far as that can be told.
-
-    Objects are told apart by their identity, which holds as long as the group that has them.
-    """
-    kind = type(value)
-    if isinstance(value, dict):
-        return kind, frozenset((_key(name), _key(item)) for name, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return kind, tuple(map(_key, value))
-    if kind in _PLAIN:
-        return kind, value
-    if kind.__module__.partition(".")[0] == "tenacity":
-        return kind, _key(vars(value))
-    return kind, id(value)
-
-
-_PLAIN = (bool, int, float, str, type(None))
+    return id(fn.__func__.__code__), tuple(map(type, modules))

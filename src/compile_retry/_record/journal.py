@@ -11,11 +11,12 @@ from typing import Any
 
 from compile_retry._failures import CompileFailure, Location, in_words, summary
 from compile_retry._locks import Lock
-from compile_retry._schedule.breaker import Breaker, Episode
+from compile_retry._schedule.breaker import Breaker, Episode, NextRetry
 from compile_retry._stats import CompileState
 from compile_retry._strict import is_strict
 from compile_retry.events import (
     AttemptFailed,
+    AttemptPostponed,
     AttemptStarted,
     CacheMoved,
     Compiled,
@@ -176,6 +177,18 @@ class Journal:
         """Note that all ranks run the function eagerly, without a log line for the same reason."""
         message = f"{in_words(failure.frame)} cannot be compiled on any rank: {failure}; all ranks run it eagerly"
         self._note(GaveUp, failure.call, message, None, failure=failure)
+
+    def postponed(self, call: int, next_retry: NextRetry, *, is_first: bool) -> None:
+        """Note that something which has not failed is not attempted now, because other functions' attempts failed.
+
+        Only the first function that says so does it as a warning: with a broken compiler, all of them say so.
+        """
+        message = (
+            "attempts of other functions have failed, so what is not compiled yet runs eagerly; next attempt"
+            f" {next_retry}"
+        )
+        level = logging.WARNING if is_first else logging.INFO
+        self._note(AttemptPostponed, call, message, level, next_retry=next_retry)
 
     def missed(self, failure: CompileFailure, call: int) -> None:
         """Note that a graph was held off in the only call in which torch passes it to the backend."""

@@ -1,8 +1,8 @@
 """The breaker: decide which calls may attempt. Depends on the policy and the clock only, not on torch.
 
-While nothing has failed there is no episode, and every call may attempt. The first failure starts an episode: calls are
-held off until the next attempt is due. Then one call at a time becomes the *probe*. The probe may attempt until one of
-its own attempts fails, which holds off all calls again.
+While nothing has failed there is no episode, and every call may attempt, within the budget of all functions. The first
+failure starts an episode: calls are held off until the next attempt is due. Then one call at a time becomes the
+*probe*. The probe may attempt until one of its own attempts fails, which holds off all calls again.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from compile_retry._failures import reason
 from compile_retry._locks import Lock
 
+from .budget import Standing, budget_of
 from .policy import RetryPolicy, decide, pause
 
 # Number of calls after a failure that still go through Dynamo even if nothing is compiled, to find out which other
@@ -77,6 +79,11 @@ class Episode(NamedTuple):
         if call >= self.due_call and (self.not_before == -math.inf or clock() >= self.not_before):
             return True
         return self.due_time < math.inf and clock() >= self.due_time
+
+    @property
+    def is_asked_for(self) -> bool:
+        """True if the user has made an attempt due now."""
+        return self.due_time == -math.inf or self.due_call == 0
 
     def nothing_due_before(self, call: int) -> tuple[float, float]:
         """Return a call and a time before which nothing is due, for this call and later ones."""
@@ -162,11 +169,16 @@ class Breaker:
 
     def __init__(self, policy: RetryPolicy) -> None:
         self.policy = policy
+        self._budget = budget_of(policy)
         self._lock = Lock()
         self.probe: weakref.ref[Probe] | None = None
         self._unsettled: weakref.ref[Unsettled] | None = None
         self.refusals = Refusals()
         self.episode: Episode | None = None
+        self._gave_way: Episode | None = None
+        self._is_asked_for = False  # while there is no episode
+        self._begins_at: float | None = None  # the clock, if the budget does not allow an attempt before
+        self._told_of_postponing = False
         self.resume_checks()
 
     def _begin(self, episode: Episode | None) -> None:
@@ -199,11 +211,36 @@ class Breaker:
         probe, running = Probe(episode), last() if last is not None else None
         if running is not None and running.process == probe.process and running.thread != probe.thread:
             return None
+        if not (episode.is_asked_for or self._is_next(episode)):
+            return None
         with self._lock:
             if self.probe is not last or self.episode is not episode:
                 return None
             self.probe = weakref.ref(probe)
-            return probe
+        if self._budget is not None:
+            self._budget.tries(self, self.probe)
+        return probe
+
+    def _is_next(self, episode: Episode) -> bool:
+        """Return True if the budget allows an attempt and no other function should go first."""
+        budget = self._budget
+        if budget is None:
+            return True
+        if wait := budget.wait(self):
+            self._postpone(episode, self.policy.clock() + wait)
+            return False
+        if budget.is_tried(self):
+            return False
+        if self._gave_way is not episode and budget.gives_way(self):
+            self._gave_way = episode  # give way for one call: the other function may not be called any more
+            return False
+        return True
+
+    def _postpone(self, episode: Episode, until: float) -> None:
+        with self._lock:
+            if self.episode is episode:
+                due_time = max(episode.due_time, until) if episode.due_time < math.inf else math.inf
+                self._begin(episode._replace(due_time=due_time, not_before=until))
 
     def probe_ended(self) -> None:
         """Let another call become the probe."""
@@ -232,13 +269,78 @@ class Breaker:
     def refused(self, now: float, seconds: float) -> None:
         """Record a permanent failure: its time counts, but nothing is held off."""
         self.refusals.add(now, seconds)
+        self._is_asked_for = False
         with self._lock:
             if self.episode is not None:
                 self._begin(self.episode._replace(spent=self.episode.spent + seconds))
+        if self._budget is not None:
+            self._budget.spend(seconds)
 
     def affords_another_refusal(self) -> bool:
         """Return True if another permanent failure would stay within the limit."""
         return self.refusals.affords_another(self.policy)
+
+    def may_begin(self) -> bool:
+        """Return True if the budget allows an attempt although nothing of the function is held off."""
+        wait = 0.0 if self._budget is None or self._is_asked_for else self._budget.wait(self)
+        self._begins_at = self.policy.clock() + wait if wait else None
+        return not wait
+
+    def newly_postponed(self) -> tuple[NextRetry, bool] | None:
+        """Return the due moment of an attempt that the budget does not allow yet, once until there is one.
+
+        The second value is True if no other function has been told so.
+        """
+        if self._budget is None or self._begins_at is None or self._told_of_postponing:
+            return None
+        self._told_of_postponing = True
+        wait = max(0.0, self._begins_at - self.policy.clock())
+        return NextRetry(None, wait), self._budget.first_tells()
+
+    def hold_off_first(self, before_call: float) -> None:
+        """Hold off calls of a function that has not been attempted for as long as the budget does not allow it."""
+        if self._begins_at is not None:
+            self.hold_off(before_call, self._begins_at)
+
+    def succeeded(self) -> None:
+        """Record that an attempt has succeeded."""
+        self.refusals.end()
+        self._attempted()
+        if self._budget is not None:
+            self._budget.succeeded(self)
+
+    def _attempted(self) -> None:
+        self._is_asked_for, self._begins_at, self._told_of_postponing = False, None, False
+
+    @property
+    def due_time(self) -> float:
+        """The clock when the next attempt is due; infinite if none is."""
+        episode = self.episode
+        return math.inf if episode is None else episode.due_time
+
+    @property
+    def failed_at(self) -> float:
+        """The clock at the last failed attempt; infinite if nothing is held off."""
+        episode = self.episode
+        return math.inf if episode is None else episode.failed_at
+
+    def move_due_time(self, time: float, *, at_once: bool = False) -> None:
+        """Make the next attempt due at this time, because of another function's attempt.
+
+        Args:
+            time: The clock.
+            at_once: Whether the function's own share of the time does not matter.
+        """
+        with self._lock:
+            episode = self.episode
+            if episode is None or episode.stopped or episode.is_asked_for or self._is_probing():
+                return
+            not_before = -math.inf if at_once else episode.not_before
+            self._begin(episode._replace(due_time=max(time, not_before), not_before=not_before))
+
+    def _is_probing(self) -> bool:
+        probe = self.probe() if self.probe is not None else None
+        return probe is not None and probe.process == os.getpid()
 
     def failed(self, exc: BaseException, call: int, began: float, cost: float) -> tuple[int, bool]:
         """Record a failed attempt. Hold off as the policy decides, or not at all if it rejects a retry.
@@ -255,6 +357,8 @@ class Breaker:
         Raises:
             Exception: Whatever the policy's strategies raise. The episode is then stopped.
         """
+        self._attempted()
+        budget, cause = self._budget, reason(exc)
         while True:
             last, now = self.episode, began + cost
             attempt = last.failures + 1 if last else 1
@@ -265,22 +369,39 @@ class Breaker:
             episode = Episode(
                 attempt, started, now, waited, call, watched_until, math.inf, math.inf, stopped=True, spent=spent
             )
+            standing = budget.standing(self, cause, began, cost) if budget is not None else Standing(1, 0.0)
             try:  # without the lock, because the strategies are user code
                 decision = decide(
-                    self.policy, exc, attempt=attempt, started=started, now=now, waited=waited, spent=spent, cost=cost
+                    self.policy,
+                    exc,
+                    attempt=attempt,
+                    number=max(attempt, standing.number),
+                    started=started,
+                    now=now,
+                    waited=waited,
+                    at_least=max(standing.at_least, pause(self.policy, now - started, spent, cost)),
                 )
             except Exception:
                 self._begin(episode)
+                if budget is not None:
+                    budget.leave(self)
                 raise
             if decision.retry and not decision.stop:
                 due_call, due_time = call + decision.calls, now + decision.seconds
                 not_before = now + decision.at_least if decision.at_least else -math.inf
                 episode = episode._replace(due_call=due_call, due_time=due_time, not_before=not_before, stopped=False)
             with self._lock:
-                if self.episode is last:  # otherwise another thread has replaced it: evaluate again
-                    if decision.retry:
-                        self._begin(episode)
-                    return attempt, decision.retry
+                if self.episode is not last:  # another thread has replaced it: evaluate again
+                    continue
+                if decision.retry:
+                    self._begin(episode)
+            if budget is not None:
+                if not episode.stopped:
+                    budget.failed(self, cause, began, cost, now + max(decision.wait, standing.at_least))
+                elif decision.retry:
+                    budget.leave(self)
+                    budget.spend(cost)
+            return attempt, decision.retry
 
     def end(self, only: Episode | None = None) -> Episode | None:
         """End the episode and return it. With `only`, do nothing if another episode has begun since."""
@@ -289,18 +410,24 @@ class Breaker:
                 return None
             ended = self.episode
             self._begin(None)
-            return ended
+        if self._budget is not None:
+            self._budget.leave(self)
+        return ended
 
     def reset(self) -> None:
-        """Forget all failures."""
+        """Forget all failures, and let the next call attempt."""
         self.refusals = Refusals()
+        self._is_asked_for, self._begins_at = True, None
         self.end()
 
     def retry_now(self) -> None:
         """Make an attempt due now, even after giving up."""
         self.refusals.end()
         with self._lock:
-            if self.episode is not None:
+            if self.episode is None:
+                self._is_asked_for, self._begins_at = True, None
+                self.resume_checks()
+            else:
                 due_call = math.inf if self.policy.wait_calls is None else 0
                 due_time = math.inf if self.policy.wait is None else -math.inf
                 episode = self.episode._replace(
@@ -310,11 +437,22 @@ class Breaker:
 
     def next_retry(self, calls: int) -> NextRetry | None:
         """Return the next due moment, after `calls` calls; None if nothing is held off or no retry will come."""
-        episode = self.episode
-        if episode is None or episode.stopped:
+        episode, now = self.episode, self.policy.clock()
+        if episode is None:
+            return self._first_attempt(now)
+        if episode.stopped:
             return None
         left = None if math.isinf(episode.due_call) else max(1, int(episode.due_call) - calls)
-        now = self.policy.clock()
         seconds = None if episode.due_time == math.inf else max(0.0, episode.due_time - now)
         at_least = max(0.0, episode.not_before - now)
+        if self._budget is not None and not episode.is_asked_for:
+            wait = self._budget.wait(self)
+            if wait > (seconds or 0.0):
+                at_least = max(at_least, wait)
+                seconds = None if seconds is None else max(seconds, at_least)
         return NextRetry(left, seconds, at_least, self.policy.max_overhead if at_least else None)
+
+    def _first_attempt(self, now: float) -> NextRetry | None:
+        if self._begins_at is None or self._begins_at <= now:
+            return None
+        return NextRetry(None, self._begins_at - now)

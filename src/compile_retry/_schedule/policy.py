@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from numbers import Real
@@ -23,6 +23,7 @@ from tenacity import (
 
 from compile_retry._failures import is_transient
 
+from .equality import meaning
 from .reprs import as_call, as_expression
 
 WaitStrategy: TypeAlias = Callable[[RetryCallState], float | timedelta]
@@ -52,11 +53,12 @@ class RetryPolicy:
             failure.
         retry: A tenacity retry predicate that selects the failures to retry. By default :func:`is_transient` decides.
         clock: A callable that returns seconds and never runs backwards. Tests pass a fake clock.
-        max_overhead: The share of the time since the episode began that failed attempts may take, for example 0.05 for
-            5 %. The next attempt is delayed until one as long as the last would stay within this share. ``math.inf``
-            removes the limit. The default is 0.2 if only ``wait`` is given: after a first attempt that took *c* seconds
-            to fail, the next one comes after 9 *c* seconds or later. The default is ``math.inf`` if ``wait_calls`` is
-            given, so that attempts come at exactly those calls.
+        max_overhead: The share of the time since the first failure that failed attempts may take, those of the function
+            and those of all decorated functions together, for example 0.05 for 5 %. The next attempt is delayed until
+            one as long as the last would stay within this share. ``math.inf`` removes the limit, and the function
+            neither waits for others nor delays them. The default is 0.2 if only ``wait`` is given: after a first
+            attempt that took *c* seconds to fail, the next one comes after 9 *c* seconds or later. The default is
+            ``math.inf`` if ``wait_calls`` is given, so that attempts come at exactly those calls.
 
     Raises:
         TypeError: A value has the wrong type, for example a number instead of a strategy.
@@ -193,6 +195,7 @@ class Decision(NamedTuple):
         seconds: Seconds to hold off; infinite if that wait does not apply.
         calls: Calls to hold off; infinite if that wait does not apply.
         at_least: Minimum number of seconds to hold off in any case; 0 if the waits are longer.
+        wait: The policy's own wait in seconds.
     """
 
     retry: bool
@@ -200,6 +203,7 @@ class Decision(NamedTuple):
     seconds: float
     calls: float
     at_least: float = 0.0
+    wait: float = math.inf
 
 
 def decide(
@@ -207,11 +211,11 @@ def decide(
     exc: BaseException,
     *,
     attempt: int,
+    number: int,
     started: float,
     now: float,
     waited: float,
-    spent: float,
-    cost: float,
+    at_least: float,
 ) -> Decision:
     """Evaluate the policy's strategies after a failed attempt.
 
@@ -222,11 +226,11 @@ def decide(
         policy: The policy.
         exc: The root cause of the failure.
         attempt: Number of the failed attempt within its episode, from 1.
+        number: The number that ``wait`` sees: the same, or more if other functions have failed for the same reason.
         started: The clock at the episode's first failure.
         now: The clock now.
         waited: Seconds of hold-off so far in this episode.
-        spent: Seconds that the episode's failed attempts have taken, including this one.
-        cost: Seconds that this attempt has taken.
+        at_least: Seconds to hold off at least, because of ``max_overhead``.
     """
     state = RetryCallState(_UNUSED_RETRYING, None, (), {})
     state.attempt_number = attempt
@@ -237,15 +241,17 @@ def decide(
     try:
         if not policy.retry(state):
             return Decision(retry=False, stop=False, seconds=math.inf, calls=math.inf)
-        at_least = pause(policy, now - started, spent, cost)
-        wait, calls = _evaluate("wait", policy.wait, state), _evaluate("wait_calls", policy.wait_calls, state)
+        state.attempt_number = number
+        wait = _evaluate("wait", policy.wait, state)
+        state.attempt_number = attempt
+        calls = _evaluate("wait_calls", policy.wait_calls, state)
         if math.isinf(calls) and at_least <= wait:
             at_least = 0.0
         seconds = max(at_least, wait)
         state.upcoming_sleep = 0.0 if math.isinf(seconds) else seconds
         stop = bool(policy.stop(state))
         calls = max(1, calls if math.isinf(calls) else math.ceil(calls))
-        return Decision(retry=True, stop=stop, seconds=seconds, calls=calls, at_least=at_least)
+        return Decision(retry=True, stop=stop, seconds=seconds, calls=calls, at_least=at_least, wait=wait)
     finally:
         state.outcome = None
 
@@ -256,6 +262,11 @@ def pause(policy: RetryPolicy, elapsed: float, spent: float, cost: float) -> flo
     if share is None or math.isinf(share):
         return 0.0
     return max(0.0, (spent + cost) / share - cost - elapsed)
+
+
+def policy_key(policy: RetryPolicy) -> Hashable:
+    """Return equal keys for policies that mean the same."""
+    return tuple(meaning(getattr(policy, field.name)) for field in fields(policy))
 
 
 def _evaluate(name: str, wait: WaitStrategy | float | timedelta | None, state: RetryCallState) -> float:
