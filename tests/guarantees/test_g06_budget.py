@@ -154,6 +154,22 @@ def test_other_reasons_have_due_moments_of_their_own() -> None:
     assert a.stats.failures == 2
 
 
+def test_a_function_with_a_problem_of_its_own_delays_nobody() -> None:
+    """Others have compiled since, so what fails next for the same reason keeps its own, short wait."""
+    clock = FakeClock()
+    compiler = SlowCompiler(clock, 0.0)
+    bad, good, other = decorated(compiler, 3)
+    for _ in range(20):
+        call_all([bad])
+        clock.advance(bad.next_retry.seconds or 0.0)  # type: ignore[union-attr]  # it is held off
+    call_all([bad])
+    assert bad.next_retry.seconds > 1000  # type: ignore[union-attr, operator]
+    compiler.broken = lambda name: None if name == "step1" else full_disk()
+    call_all([good, other])
+    assert good.state is CompileState.COMPILED
+    assert other.next_retry.seconds == 15  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("other", [{"wait": 20}, {"wait_calls": 5, "wait": None, "max_overhead": 0.2}])
 def test_functions_with_another_policy_share_the_time_only(other: dict[str, Any]) -> None:
     """They have due moments of their own, but wait for each other's cost."""

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from compile_retry._failures import reason
@@ -146,6 +147,11 @@ class Probe:
         self.exclusive = False
 
 
+def _is_running(probe: weakref.ref[Probe] | None) -> bool:
+    running = probe() if probe is not None else None
+    return running is not None and running.process == os.getpid()
+
+
 class Unsettled:
     """A failure in a call that is not over yet. No other attempt is made in the meantime."""
 
@@ -218,7 +224,7 @@ class Breaker:
                 return None
             self.probe = weakref.ref(probe)
         if self._budget is not None:
-            self._budget.tries(self, self.probe)
+            self._budget.tries(self, partial(_is_running, self.probe))
         return probe
 
     def _is_next(self, episode: Episode) -> bool:
@@ -333,14 +339,10 @@ class Breaker:
         """
         with self._lock:
             episode = self.episode
-            if episode is None or episode.stopped or episode.is_asked_for or self._is_probing():
+            if episode is None or episode.stopped or episode.is_asked_for or _is_running(self.probe):
                 return
             not_before = -math.inf if at_once else episode.not_before
             self._begin(episode._replace(due_time=max(time, not_before), not_before=not_before))
-
-    def _is_probing(self) -> bool:
-        probe = self.probe() if self.probe is not None else None
-        return probe is not None and probe.process == os.getpid()
 
     def failed(self, exc: BaseException, call: int, began: float, cost: float) -> tuple[int, bool]:
         """Record a failed attempt. Hold off as the policy decides, or not at all if it rejects a retry.

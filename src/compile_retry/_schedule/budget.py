@@ -54,14 +54,14 @@ class Outage:
         members: Their breakers.
         failures: The number of failed attempts at its due moments.
         due_time: The clock when one of the functions may try again.
-        probe: Returns the call that is trying, or None.
+        is_tried: Returns True while a call tries.
     """
 
     def __init__(self, policy: Hashable) -> None:
         self.policy = policy
         self.members: weakref.WeakSet[Member] = weakref.WeakSet()
         self.failures, self.due_time = 0, -math.inf
-        self.probe: Callable[[], object | None] = lambda: None
+        self.is_tried: Callable[[], bool] = bool
 
     def moves(self, member: Member, began: float) -> bool:
         """Return True if this failed attempt moves the due moment. A function that joins early does not."""
@@ -187,7 +187,7 @@ class Budget:
 
     def is_tried(self, member: Member) -> bool:
         """Return True while another call tries for the function's outage."""
-        return any(outage.probe() is not None for outage in self._outages_of(member))
+        return any(outage.is_tried() for outage in self._outages_of(member))
 
     def gives_way(self, member: Member) -> bool:
         """Return True if another function should go first: one never attempted, or else the one untried for longest."""
@@ -198,24 +198,33 @@ class Budget:
                 for other in self._held_off
             )
 
-    def tries(self, member: Member, probe: Callable[[], object | None]) -> None:
-        """Record that this call tries for the function's outage. `probe` returns None when the call is over."""
+    def tries(self, member: Member, is_running: Callable[[], bool]) -> None:
+        """Record that a call tries for the function's outage. `is_running` returns False when the call is over."""
         for outage in self._outages_of(member):
-            outage.probe = probe
+            outage.is_tried = is_running
 
     def succeeded(self, member: Member) -> None:
-        """Record that an attempt succeeded. Its outage is over, or, if it was not held off, those that are due."""
+        """Record that an attempt succeeded.
+
+        If the function was held off, or an outage was due, the others may succeed as well, so they are due at once.
+        Otherwise they failed for reasons of their own: they stay held off, but who fails next does not join them.
+        """
         if not self._held_off:  # the usual case
             return
         now = self._clock()
         with self._lock:
-            if member in self._held_off:
-                over = self._outages_of(member)
-            else:
+            over = self._outages_of(member)
+            if member not in self._held_off:
                 key = policy_key(member.policy)
-                over = [outage for outage in self._outages.values() if outage.policy == key and outage.due_time <= now]
+                over = [outage for outage in self._outages.values() if outage.policy == key]
             self._outages = {key: outage for key, outage in self._outages.items() if outage not in over}
-            others = [other for outage in over for other in outage.members if other is not member]
+            others = [
+                other
+                for outage in over
+                if member in outage.members or outage.due_time <= now
+                for other in outage.members
+                if other is not member
+            ]
         for other in others:
             other.move_due_time(now, at_once=True)
 
