@@ -15,7 +15,7 @@ from torch import nn
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback, compiled_function
 from compile_retry.events import Event
-from compile_retry.testing import record_events
+from compile_retry.testing import FakeClock, record_events
 from support import Compiler, first, full_disk
 
 COMPILER = Compiler()
@@ -293,14 +293,18 @@ def test_a_shallow_copy_does_not_share() -> None:
     assert (fn.state, twin.state) == (CompileState.FALLBACK, CompileState.COMPILED)
 
 
-def test_blocks_that_are_gone_take_their_code_along() -> None:
-    """When the last block is gone, so are its wrapper and the graphs that were compiled for it."""
+def test_blocks_that_are_gone() -> None:
+    """They leave no more than their code to blocks that are made later. With another backend, that is gone too."""
     graphs = list[weakref.ref[Any]]()
 
-    def backend(graph_module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        graphs.append(weakref.ref(graph_module))
-        return graph_module.forward
+    def make_backend() -> Callable[..., Any]:
+        def backend(graph_module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+            graphs.append(weakref.ref(graph_module))
+            return graph_module.forward
 
+        return backend
+
+    backend = make_backend()
     stack = wrapped(Stack(3), backend=backend)
     stack(torch.randn(2, 8))
     references: list[weakref.ref[Any]] = [weakref.ref(block) for block in stack.blocks]
@@ -309,8 +313,13 @@ def test_blocks_that_are_gone_take_their_code_along() -> None:
     del stack
     gc.collect()
     assert [reference() for reference in references] == [None] * 6
-    other = wrapped(Stack(1), backend=backend)  # the next compile drops them
+    other = wrapped(Stack(1), backend=backend)
     other(torch.randn(2, 8))
+    assert len(graphs) == len(first_graphs)
+    del other
+    other = wrapped(Stack(1), backend=make_backend())
+    gc.collect()
+    other(torch.randn(2, 8))  # this compile drops them
     gc.collect()
     assert [graph() for graph in first_graphs] == [None] * len(first_graphs)
 
@@ -327,6 +336,75 @@ def test_wrappers_start_anew_after_a_reset_of_dynamo() -> None:
     twin(torch.randn(2, 8))
     assert compiled_function(block).state is CompileState.FALLBACK
     assert compiled_function(twin).state is CompileState.COMPILED
+
+
+def plain(x: torch.Tensor) -> torch.Tensor:
+    return x.sin()
+
+
+@pytest.mark.parametrize("make", [lambda: plain, Block], ids=["function", "module"])
+@pytest.mark.parametrize("options", [{}, {"dynamic": True}], ids=str)
+def test_a_wrapper_made_for_each_call_compiles_once(make: Callable[[], Any], options: dict[str, Any]) -> None:
+    """It finds the code of the wrapper before it, which is gone, as with stock."""
+    x = torch.randn(2, 8)
+    stock, ours = Compiler(), Compiler()
+    for _ in range(5):
+        torch.compile(make(), backend=stock, **options)(x)
+        compile_with_fallback(make(), backend=ours, **options)(x)
+        gc.collect()
+    assert ours.asked == stock.asked == 1
+
+
+def test_a_wrapper_made_for_each_call_is_held_off() -> None:
+    """A broken compiler does not run for each of them, and holds off other functions only while one of them lives."""
+    clock = FakeClock()
+
+    def fails(inputs: object) -> Exception | None:
+        clock.advance(10)
+        return full_disk() if clock() < 100 else None
+
+    compiler = Compiler(fails)
+    options: dict[str, Any] = {"backend": compiler, "policy": RetryPolicy(clock=clock)}
+    other = compile_with_fallback(lambda x: x.cos(), backend="eager", policy=options["policy"])
+    for _ in range(5):
+        fn = compile_with_fallback(plain, **options)
+        fn(torch.ones(2))
+        assert fn.state is CompileState.FALLBACK
+    assert compiler.asked == 1
+    other(torch.ones(2))
+    assert other.state is CompileState.PENDING
+    del fn
+    gc.collect()
+    other(torch.ones(2))
+    assert other.state is CompileState.COMPILED
+    clock.advance(100)
+    fn = compile_with_fallback(plain, **options)
+    fn(torch.ones(2))
+    assert (fn.state, compiler.asked) == (CompileState.COMPILED, 2)
+
+
+def test_wrappers_with_new_objects_do_not_pile_up() -> None:
+    """Only the last of those that differ in a backend or a clock alone is kept, and none that outlives its code."""
+
+    def alive(backends: list[weakref.ref[Any]]) -> int:
+        gc.collect()
+        return sum(backend() is not None for backend in backends)
+
+    def make(fn: Callable[..., Any]) -> weakref.ref[Any]:
+        backend = Compiler()
+        compile_with_fallback(fn, backend=backend, policy=RetryPolicy(clock=FakeClock()))(torch.ones(2))
+        return weakref.ref(backend)
+
+    def short_lived() -> weakref.ref[Any]:
+        namespace: dict[str, Any] = {}
+        exec("def step(x):\n    return x.sin()", namespace)
+        return make(namespace["step"])
+
+    short_lived()  # Dynamo keeps the code that it compiles first in a process
+    kept = [make(plain) for _ in range(5)]
+    gone = [short_lived() for _ in range(5)]
+    torch._dynamo.reset()  # Dynamo keeps backends until then
+    assert (alive(kept), alive(gone)) == (1, 0)
 
 
 def test_functions_with_equal_code_objects_do_not_share() -> None:

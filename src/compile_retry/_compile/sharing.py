@@ -6,6 +6,7 @@ They fail and recover together. Each keeps its own counters.
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -78,17 +79,59 @@ class Group:
         return _groups.get(self.key) is self and not self._region.was_reset()
 
     def add(self, record: Record) -> None:
-        """Add a function's record. The group lives as long as one of its functions."""
-        self.journal.records.register(record)
+        """Add a function's record. The group rests when its last function is gone."""
+        records, breaker = self.journal.records, self.breaker
+        if not records.alive():
+            breaker.come_back()
+        records.register(record)
 
+        def left() -> None:
+            if not records.alive():
+                breaker.rest()
+
+        weakref.finalize(record, left).atexit = False
+
+
+class Resting:
+    """The last groups, which may have no function left.
+
+    A function may be decorated anew for each request. Then it finds the code of the one before, as with stock
+    ``torch.compile``, or that it is held off. A group rests as long as its code object lives, unless a group that
+    differs in its objects only, such as a new backend, takes its place.
+    """
+
+    def __init__(self) -> None:
+        self._groups: OrderedDict[Hashable, tuple[weakref.ref[CodeType], Group]] = OrderedDict()
+
+    def add(self, key: Hashable, code: CodeType, group: Group) -> None:
+        """Keep a group."""
+        self._groups[key] = weakref.ref(code, self._forget_dead), group
+        self._groups.move_to_end(key)
+        if len(self._groups) > _MAX_RESTING:
+            self._groups.popitem(last=False)
+
+    def _forget_dead(self, _: object) -> None:
+        for key, (code, _) in self._groups.copy().items():
+            if code() is None:
+                self._groups.pop(key, None)
+
+    def clear(self) -> None:
+        """Forget all groups."""
+        self._groups.clear()
+
+
+# Enough for any program that decorates its functions again and again.
+_MAX_RESTING = 64
 
 _groups: weakref.WeakValueDictionary[Hashable, Group] = weakref.WeakValueDictionary()
+_resting = Resting()
 _lock = Lock()
 
 
 def start_anew() -> None:
     """Let functions that are decorated from now on share with each other only. Tests need that."""
     _groups.clear()
+    _resting.clear()
     budget.start_anew()
 
 
@@ -102,35 +145,36 @@ def group_of(
     entry_frames: Collection[CodeType],
 ) -> Group:
     """Return the group of a function: that of others with the same code, options and policy, or a new one."""
-    code = _code_key(fn)
+    code, of = _code_of(fn)
     if code is None:
         return Group(name, location, policy, options, entry_frames)
-    key = (code, name, meaning(options), policy_key(policy))
+    # By identity: equal code objects, of the same line in two files, have their own cache entries.
+    key = (id(code), of, name, meaning(options), policy_key(policy))
+    kind = (id(code), of, name, meaning(options, of_objects=type), policy_key(policy, of_objects=type))
     with _lock:
         group = _groups.get(key)
         if group is None or not group.takes_more():
             group = _groups[key] = Group(name, location, policy, options, entry_frames)
             group.key = key
+            _resting.add(kind, code, group)
         return group
 
 
-def _code_key(fn: Callable[..., Any]) -> Hashable:
-    """Identify the code that Dynamo would compile; None if it is this function's alone.
-
-    Code objects are compared by identity: equal ones, of the same line in two files, have their own cache entries.
+def _code_of(fn: Callable[..., Any]) -> tuple[CodeType | None, Hashable]:
+    """Return the code that Dynamo would compile, and what else must be equal; None if it is this function's alone.
 
     By default Dynamo does not guard the hooks of submodules. It would run code without a hook for a module that has it.
     """
     if isinstance(fn, FunctionType):
-        return id(fn.__code__)
+        return fn.__code__, None
     if not isinstance(fn, MethodType) or not isinstance(fn.__func__, FunctionType):
-        return None
+        return None, None
     owner = fn.__self__
     if not isinstance(owner, torch.nn.Module):
-        return type(owner), id(fn.__func__.__code__)
+        return fn.__func__.__code__, type(owner)
     if "forward" in vars(owner) or "_modules" not in vars(owner):  # replaced, or in the middle of being copied
-        return None
+        return None, None
     modules = tuple(torch.nn.Module.modules(owner))
     if any(has_hooks(module) for module in modules[1:]):
-        return None
-    return id(fn.__func__.__code__), tuple(map(type, modules))
+        return None, None
+    return fn.__func__.__code__, tuple(map(type, modules))

@@ -416,6 +416,17 @@ class Breaker:
             self._budget.leave(self)
         return ended
 
+    def rest(self) -> None:
+        """Take no more part in the budget: the function is gone."""
+        if self._budget is not None:
+            self._budget.leave(self)
+
+    def come_back(self) -> None:
+        """Take part in the budget again: the function has been decorated anew."""
+        episode = self.episode
+        if self._budget is not None and episode is not None and not episode.stopped:
+            self._budget.come_back(self)
+
     def reset(self) -> None:
         """Forget all failures, and let the next call attempt."""
         self.refusals = Refusals()

@@ -264,9 +264,9 @@ def pause(policy: RetryPolicy, elapsed: float, spent: float, cost: float) -> flo
     return max(0.0, (spent + cost) / share - cost - elapsed)
 
 
-def policy_key(policy: RetryPolicy) -> Hashable:
-    """Return equal keys for policies that mean the same."""
-    return tuple(meaning(getattr(policy, field.name)) for field in fields(policy))
+def policy_key(policy: RetryPolicy, *, of_objects: Callable[[object], Hashable] = id) -> Hashable:
+    """Return equal keys for policies that mean the same. See `meaning`."""
+    return tuple(meaning(getattr(policy, field.name), of_objects=of_objects) for field in fields(policy))
 
 
 def _evaluate(name: str, wait: WaitStrategy | float | timedelta | None, state: RetryCallState) -> float:
