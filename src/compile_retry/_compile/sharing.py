@@ -170,9 +170,8 @@ def _code_of(fn: Callable[..., Any]) -> tuple[CodeType | None, Hashable]:
     if not isinstance(fn, MethodType) or not isinstance(fn.__func__, FunctionType):
         return None, None
     owner = fn.__self__
-    of: Hashable = type(owner)
     if not isinstance(owner, torch.nn.Module):
-        return fn.__func__.__code__, of
+        return fn.__func__.__code__, (type(owner),)
     if "forward" in vars(owner) or "_modules" not in vars(owner):  # replaced, or in the middle of being copied
         return None, None
     modules = tuple(torch.nn.Module.modules(owner))
