@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -136,6 +138,56 @@ def test_a_function_that_is_not_called_any_more_holds_up_nobody() -> None:
     assert step.stats.attempts == 1
     call_all([step])
     assert step.state is CompileState.COMPILED
+
+
+def test_while_one_function_tries_the_others_wait() -> None:
+    """Its attempt may take longer than a call, and the others may be called in other threads meanwhile."""
+    clock = FakeClock()
+    compiler = SlowCompiler(clock, 0.0)
+    a, b = decorated(compiler, 2, wait=10)
+    call_all([a, b])
+    clock.advance(10)
+    tries, goes_on = threading.Event(), threading.Event()
+
+    def slowly(name: str) -> Exception | None:
+        tries.set()
+        goes_on.wait(30)
+        return None
+
+    compiler.broken = slowly
+    thread = threading.Thread(target=call_all, args=([a],))
+    thread.start()
+    try:
+        assert tries.wait(30)
+        call_all([b] * 3)
+        assert b.stats.attempts == 1
+    finally:
+        goes_on.set()
+        thread.join()
+    call_all([b])
+    assert (a.state, b.state) == (CompileState.COMPILED, CompileState.COMPILED)
+
+
+def test_a_clock_that_cannot_be_hashed() -> None:
+    """It is told apart by its identity."""
+
+    @dataclass
+    class Clock:
+        time: float = 0.0
+
+        def __call__(self) -> float:
+            return self.time
+
+    clock = Clock()
+    policy = RetryPolicy(wait=10, clock=clock)
+
+    def compiler(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        clock.time += 10
+        raise full_disk()
+
+    a, b = (compile_with_fallback(lambda x: x.sin(), name=name, backend=compiler, policy=policy) for name in "ab")
+    call_all([a, b])
+    assert (a.stats.failures, b.stats.failures) == (1, 0)
 
 
 def test_other_reasons_have_due_moments_of_their_own() -> None:

@@ -384,6 +384,26 @@ def test_a_wrapper_made_for_each_call_is_held_off() -> None:
     assert (fn.state, compiler.asked) == (CompileState.COMPILED, 2)
 
 
+def test_a_wrapper_made_anew_runs_compiled_code_while_other_functions_fail() -> None:
+    """It needs no attempt, so it does not wait until it can afford one."""
+    clock = FakeClock()
+
+    def fails(inputs: object) -> Exception:
+        clock.advance(10)
+        return full_disk()
+
+    policy = RetryPolicy(clock=clock)
+    compile_with_fallback(plain, backend="eager", policy=policy)(torch.ones(2))
+    failing = compile_with_fallback(lambda x: x.cos(), backend=Compiler(fails), policy=policy)
+    failing(torch.ones(2))
+    fn = compile_with_fallback(plain, backend="eager", policy=policy)
+    fn(torch.ones(2))
+    assert failing.state is CompileState.FALLBACK
+    assert fn.stats.compiled_calls == 1
+    fn(torch.ones(2, 2))
+    assert fn.stats.eager_calls == 1
+
+
 def test_wrappers_with_new_objects_do_not_pile_up() -> None:
     """Only the last of those that differ in a backend or a clock alone is kept, and none that outlives its code."""
 

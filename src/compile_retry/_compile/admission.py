@@ -43,9 +43,9 @@ class Admission:
 
     # Frames
 
-    def admits(self, tally: Tally, key: FrameKey) -> bool:
+    def admits(self, tally: Tally, key: FrameKey, *, at_no_cost: bool = False) -> bool:
         """Return True if this frame may be attempted and no backward pass needs it to stay eager."""
-        return self.may_attempt(tally, key) and not self._step.must_stay_eager(key.code)
+        return (at_no_cost or self.may_attempt(tally, key)) and not self._step.must_stay_eager(key.code)
 
     def may_attempt(self, tally: Tally, key: FrameKey) -> bool:
         """Return True if this thread's call may run the compiler for this frame now."""
@@ -98,8 +98,7 @@ class Admission:
 
     def hold_off_first(self, tally: Tally) -> None:
         """Hold off later calls without further checks while other functions' failures forbid the first attempt."""
-        if not self.has_code:
-            self._breaker.hold_off_first(tally.record.history.next_call)
+        self._breaker.hold_off_first(tally.record.history.next_call)
 
     def let_through(self, tally: Tally, call: int) -> Probe | None:
         """Make a call the episode's probe. Return None if it may not be."""

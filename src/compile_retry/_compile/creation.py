@@ -65,7 +65,7 @@ class Creation:
     def _attempt(self, fn: Callable[..., Any]) -> Created | None:
         admission, outcomes, tally = self._admission, self._outcomes, self._calls.tally
         # Inside torch.export, torch.compile would return the plain function, and we would keep it for good.
-        if not admission.admits(tally, CREATION) or is_exporting():
+        if not admission.admits(tally, CREATION, at_no_cost=self._region.is_open) or is_exporting():
             admission.ran_eagerly(UNSEEN)
             outcomes.postponed(tally)
             admission.hold_off_first(tally)
@@ -127,6 +127,11 @@ class Region:
             functions.interpose(compiled, self._in_front)
             self._number = functions.join_region(compiled, self._number)
         return Created(compiled, functions.with_guards(compiled), functions.skips_guards), usual
+
+    @property
+    def is_open(self) -> bool:
+        """True once ``torch.compile`` has returned for one of the functions. For the others it compiles nothing."""
+        return self._converter is not None
 
     def was_reset(self) -> bool:
         """Return True if Dynamo has forgotten the region's code."""

@@ -81,8 +81,6 @@ class Group:
     def add(self, record: Record) -> None:
         """Add a function's record. The group rests when its last function is gone."""
         records, breaker = self.journal.records, self.breaker
-        if not records.alive():
-            breaker.come_back()
         records.register(record)
 
         def left() -> None:

@@ -244,7 +244,7 @@ class Breaker:
 
     def _postpone(self, episode: Episode, until: float) -> None:
         with self._lock:
-            if self.episode is episode:
+            if self.episode is episode:  # pragma: no branch  # another thread has replaced it
                 due_time = max(episode.due_time, until) if episode.due_time < math.inf else math.inf
                 self._begin(episode._replace(due_time=due_time, not_before=until))
 
@@ -420,12 +420,6 @@ class Breaker:
         """Take no more part in the budget: the function is gone."""
         if self._budget is not None:
             self._budget.leave(self)
-
-    def come_back(self) -> None:
-        """Take part in the budget again: the function has been decorated anew."""
-        episode = self.episode
-        if self._budget is not None and episode is not None and not episode.stopped:
-            self._budget.come_back(self)
 
     def reset(self) -> None:
         """Forget all failures, and let the next call attempt."""

@@ -238,13 +238,6 @@ class Budget:
         for other in waiting:
             other.resume_checks()
 
-    def come_back(self, member: Member) -> None:
-        """Record that a function is called again of which something is still held off."""
-        with self._lock:
-            if self._is_quiet():
-                self._since = self._clock()
-            self._held_off.add(member)
-
     def _outages_of(self, member: Member) -> list[Outage]:
         return [outage for outage in list(self._outages.values()) if member in outage.members]
 
