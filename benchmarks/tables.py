@@ -50,6 +50,8 @@ TABLES = {
     "scale": Table("Many graphs, many parameters: a compiled call", BARE, ("difference", "ratio")),
     "memory": Table("Memory kept after the first calls, Python objects only", unit="kB"),
     "attempt": Table("An attempt, in a fresh process with an empty cache", BARE, ("ratio",)),
+    "equal blocks": Table("The first step of equal blocks wrapped one by one, in a fresh process", BARE, ("ratio",)),
+    "peak memory": Table("The largest size of a process in memory", unit="kB"),
     "recovered": Table("A train step after a recovery, against one that never failed", "never failed", ("ratio",)),
     "bad day, 10 min": Table("A bad day of 10 minutes, simulated: time to finish against an ideal"),
     "bad day, 1 h": Table("A bad day of 1 hour, simulated: time to finish against an ideal"),
