@@ -78,7 +78,7 @@ class Group:
 
     def add(self, record: Record) -> None:
         """Add a function's record. The group lives as long as one of its functions."""
-        self.journal.records.register(record)
+        self.journal.records.add(record)
 
 
 _groups: weakref.WeakValueDictionary[Hashable, Group] = weakref.WeakValueDictionary()

@@ -32,8 +32,7 @@ from compile_retry.events import (
 
 from .heartbeat import heartbeat
 from .history import CallPath, History, Sample
-from .live import WeakRegistry
-from .record import Record
+from .record import Record, Records
 
 # Seconds of hold-off before the first reminder; the next ones come after twice as many, four times as many, and so on.
 FIRST_REMINDER = 60.0
@@ -55,7 +54,7 @@ class Journal:
 
     def __init__(self, name: str, breaker: Breaker, state: Callable[[], CompileState]) -> None:
         self.name = name
-        self.records = WeakRegistry[Record]()
+        self.records = Records()
         self._breaker, self._policy, self._state = breaker, breaker.policy, state
         self._unpublished = _Unpublished()
         self._not_compiled_before = 0  # the episode
@@ -76,7 +75,8 @@ class Journal:
 
     def _not_compiled(self) -> int:
         """Count the calls of all functions that ran eagerly, at least in part."""
-        return sum(record.books.not_compiled for record in self.records.alive())
+        totals = self.records.totals()
+        return totals.eager_calls + totals.mixed_calls
 
     def _note(
         self,
