@@ -78,6 +78,12 @@ class Journal:
         totals = self.records.totals()
         return totals.eager_calls + totals.mixed_calls
 
+    def _who(self) -> dict[str, Any]:
+        """Return the fields of an event that say whose it is."""
+        records = self.records.alive()
+        fqns = tuple(dict.fromkeys(record.fqn for record in records if record.fqn))  # a model's copy has the same ones
+        return {"function": self.name, "functions": len(records), "fqns": fqns}
+
     def _note(
         self,
         kind: type[Event],
@@ -90,8 +96,7 @@ class Journal:
         time = self._policy.clock() if time is None else time
         event = partial(
             kind,
-            function=self.name,
-            functions=len(self.records.alive()),
+            **self._who(),
             call=call,
             time=time,
             message=message,
@@ -109,8 +114,7 @@ class Journal:
         def report(seconds: float) -> None:
             message = f"still compiling graph {graph} of call {call} after {seconds:.0f} s"
             event = StillCompiling(
-                function=self.name,
-                functions=len(self.records.alive()),
+                **self._who(),
                 call=call,
                 time=self._policy.clock(),
                 state=self._state(),

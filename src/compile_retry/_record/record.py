@@ -20,12 +20,14 @@ class Record:
         books: Its counters.
         history: Samples of its calls, and recent events.
         hooks: The hooks registered for it.
+        fqn: The fully qualified name of its module in the model, such as ``layers.3``; empty if it is not known.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], fqn: str = "") -> None:
         self.books = Books()
         self.history = History(clock)
         self.hooks = Hooks()
+        self.fqn = fqn
 
 
 class Records:
