@@ -121,7 +121,8 @@ class GroupReport:
     def rows(self) -> Iterator[tuple[str, ...]]:
         """Yield the cells of the table row, one for each heading, and then those of each function if there are more."""
         next_retry = self.functions[0].next_retry
-        yield self.name, self.state.value, *_counters(self.stats), str(next_retry or "")
+        # "due", because "in 9 calls" right after the seconds spent compiling would look like a part of them.
+        yield self.name, self.state.value, *_counters(self.stats), f"due {next_retry}" if next_retry else ""
         if len(self.functions) > 1:
             for number, function in enumerate(self.functions, 1):
                 # The state and the next attempt are those of all, and not repeated.

@@ -64,7 +64,7 @@ def test_plain_text() -> None:
     assert lines["function"][:4] == ["function", "state", "calls", "compiled"]
     assert lines["untouched"][1:3] == ["pending", "0"]
     assert lines["failed"][1:8] == ["fallback", "1", "0", "0", "1", "1", "1"]
-    assert lines["failed"][-3:] == ["in", "30", "s"]
+    assert lines["failed"][-4:] == ["due", "in", "30", "s"]
     assert "failed: attempt 1 failed in call 1: OSError: [Errno 28] No space left on device, compiling" in text
     assert len(functions) == 2
 
@@ -78,7 +78,7 @@ def test_rich(width: int) -> None:
     assert "[red]not markup[/red]" in " ".join(out.getvalue().split())
     row = next(line for line in out.getvalue().splitlines() if line.split()[:1] == ["rich_table"])
     assert row.split()[1:8] == ["fallback", "1", "0", "0", "1", "1", "1"]
-    assert row.split()[-3:] == ["in", "30", "s"]
+    assert row.split()[-4:] == ["due", "in", "30", "s"]
     assert ("recovered" in out.getvalue()) == (width == 140)
     del fn
 
@@ -141,7 +141,7 @@ def cells(text: object, name: str) -> list[list[str]]:
 
 
 SECONDS = "0.0", "s"
-TOGETHER = ["x3", "fallback", *"3003110", *SECONDS, "in", "30", "s"]
+TOGETHER = ["x3", "fallback", *"3003110", *SECONDS, "due", "in", "30", "s"]
 EACH = [["#1", *"2002110", *SECONDS], ["#2", *"0000000", *SECONDS], ["#3", *"1001000", *SECONDS]]
 
 
