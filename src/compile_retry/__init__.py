@@ -10,6 +10,7 @@ if torch.__version__ < "2.10":  # compares as a version
 
 from . import events as events
 from . import instrumentation as instrumentation  # also writes the log
+from ._blocks import compile_repeated_blocks
 from ._compile.checkpointing import mark_step_end
 from ._decorator import compile_with_fallback, compiled_function
 from ._failures import CompileFailure, is_transient
@@ -33,6 +34,7 @@ __all__ = [
     "CompiledFunction",
     "NextRetry",
     "RetryPolicy",
+    "compile_repeated_blocks",
     "compile_with_fallback",
     "compiled_function",
     "is_transient",

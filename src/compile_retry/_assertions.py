@@ -14,7 +14,7 @@ import torch
 
 from ._decorator import compiled_function
 from ._failures import in_words
-from ._function import CompiledFunction
+from ._function import CompiledFunction, title_of
 from ._stats import CompileState
 from .events import AttemptFailed, AttemptStarted, Compiled, Event, Hook, RetryScheduled, register_hook
 
@@ -94,7 +94,7 @@ def assert_max_attempts(
 
 
 def _describe(function: CompiledFunction[..., Any], state: str) -> str:
-    lines = [f"{function.name} is not compiled. Its state is {state}.", _counters(function)]
+    lines = [f"{title_of(function)} is not compiled. Its state is {state}.", _counters(function)]
     if (failure := function.last_failure) is not None:
         lines.append(
             f"The last failure was attempt {failure.attempt}, in call {failure.call}, and is {failure.kind}:"

@@ -109,9 +109,9 @@ def compile_with_fallback(
         ValueError: An argument has a value that is not allowed.
     """
     if fn is None:
-        _check(policy, name, compile_options)
+        check_options(policy, name, compile_options)
         return functools.partial(compile_with_fallback, policy=policy, name=name, **compile_options)
-    decorate = functools.partial(_decorate, policy, name, compile_options, _decoration(sys._getframe(1)))
+    decorate = functools.partial(_decorate, policy, name, compile_options, decoration(sys._getframe(1)))
     if isinstance(fn, (staticmethod, classmethod)):
         method = type(fn)(decorate(fn.__func__))
         vars(method).update({name: value for name, value in vars(fn).items() if name not in vars(method)})
@@ -122,20 +122,44 @@ def compile_with_fallback(
 def _decorate(policy: object, name: str | None, options: dict[str, Any], decorated_at: tuple[str, int], fn: Any) -> Any:
     target = _plain(fn)
     if isinstance(target, torch.nn.Module):
-        _check_module(target)
-    else:
-        _check_function(target)
-    _check(policy, name, options)
-    compiled = functools.partial(
-        CompiledFunction, policy=RetryPolicy.of(policy), name=name, options=options, decorated_at=decorated_at
+        check_module(target)
+        check_options(policy, name, options)
+        return compile_in_place(target, policy=policy, name=name, options=options, decorated_at=decorated_at)
+    _check_function(target)
+    check_options(policy, name, options)
+    return CompiledFunction(
+        target, policy=RetryPolicy.of(policy), name=name, options=options, decorated_at=decorated_at
     )
-    if isinstance(target, torch.nn.Module):
-        ModuleHandle(target, compiled(call_of(target)))
-        return target
-    return compiled(target)
 
 
-def _decoration(frame: FrameType) -> tuple[str, int]:
+def compile_in_place(
+    module: M,
+    *,
+    policy: object,
+    name: str | None,
+    options: dict[str, Any],
+    decorated_at: tuple[str, int],
+    fqn: str = "",
+) -> M:
+    """Compile a module in place and return it. All arguments have been checked.
+
+    Args:
+        module: The module.
+        policy: The retry policy.
+        name: The name in log lines.
+        options: Arguments for ``torch.compile``.
+        decorated_at: File and line of the decoration.
+        fqn: The module's fully qualified name in its model; empty if it is not known.
+    """
+    policy = RetryPolicy.of(policy)
+    function = CompiledFunction(
+        call_of(module), policy=policy, name=name, options=options, decorated_at=decorated_at, fqn=fqn
+    )
+    ModuleHandle(module, function)
+    return module
+
+
+def decoration(frame: FrameType) -> tuple[str, int]:
     """Return file and line of the decoration: of the innermost frame that is not torch's, as in ``module.apply()``."""
     while is_from_torch(frame.f_code) and frame.f_back is not None:
         frame = frame.f_back
@@ -181,7 +205,8 @@ def _plain(fn: Any) -> Any:
     return MethodType(plain, fn.__self__) if isinstance(fn, MethodType) else plain
 
 
-def _check_module(module: torch.nn.Module) -> None:
+def check_module(module: torch.nn.Module) -> None:
+    """Raise TypeError if the module cannot be compiled in place."""
     if isinstance(module, torch.jit.ScriptModule):
         raise TypeError("a TorchScript module cannot be compiled; pass the module that it was made from")
     if is_from_torch_compile(module):
@@ -208,7 +233,8 @@ def _check_function(fn: Any) -> None:
             raise TypeError(f"{allowed}, not {kind} function such as {fn!r}; decorate the step inside it")
 
 
-def _check(policy: object, name: object, options: dict[str, Any]) -> None:
+def check_options(policy: object, name: object, options: dict[str, Any]) -> None:
+    """Raise TypeError or ValueError if an argument is wrong, whatever is compiled."""
     RetryPolicy.of(policy)
     if name is not None and not isinstance(name, str):
         raise TypeError(f"name must be a string or None, not {name!r}")

@@ -33,7 +33,7 @@ from ._torch.eager import (
     saved_tensors_hooks,
     set_compiled_call,
 )
-from .events import Hook
+from .events import Hook, title
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -91,6 +91,7 @@ class CompiledFunction(Generic[P, R]):
         name: str | None,
         options: dict[str, Any],
         decorated_at: tuple[str, int],
+        fqn: str = "",
         group: Group | None = None,
     ) -> None:
         self.eager = fn
@@ -106,7 +107,7 @@ class CompiledFunction(Generic[P, R]):
             options=options,
             entry_frames=ENTRY_FRAMES,
         )
-        self._record = Record(policy.clock)
+        self._record = Record(policy.clock, fqn)
         group.add(self._record)
         self._creation = group.creation()
         # Short-cuts for the call path.
@@ -356,6 +357,7 @@ class CompiledFunction(Generic[P, R]):
             name=self._name,
             options=self._options,
             decorated_at=self._decorated_at,
+            fqn=self._record.fqn,
             group=group,
         )
         vars(renewed).update(attributes, __wrapped__=fn)
@@ -368,7 +370,13 @@ class CompiledFunction(Generic[P, R]):
         return name  # by reference, as functions are pickled
 
     def __repr__(self) -> str:
-        return f"<CompiledFunction {self.name}: {self.state.value}>"
+        return f"<CompiledFunction {title_of(self)}: {self.state.value}>"
+
+
+def title_of(function: CompiledFunction[..., Any]) -> str:
+    """Name one function in words: ``train_step``, or ``Block (layers.3)``."""
+    fqn = function._record.fqn
+    return title(function.name, 1, (fqn,) if fqn else ())
 
 
 live_functions: WeakRegistry[CompiledFunction[..., Any]] = WeakRegistry()

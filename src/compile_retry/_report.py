@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ._compile.sharing import Group
 from ._failures import CompileFailure, summary
-from ._function import live_functions
+from ._function import CompiledFunction, live_functions
 from ._schedule.breaker import NextRetry
-from ._stats import CompileState, CompileStats
+from ._stats import CompileState, CompileStats, total
+from .events import title
 
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderableType
@@ -51,26 +53,33 @@ _HTML_COLOURS = {
 
 @dataclass(frozen=True)
 class FunctionReport:
-    """The report on one function."""
+    """The report on one function.
+
+    Attributes:
+        name: Its name.
+        fqn: The fully qualified name of its module, such as ``layers.3``; empty if it is not known.
+        group: The number of its row, from 0. Functions that share their compiled code have one row.
+        state: Its state, which is that of all functions in the row.
+        stats: Its own counters.
+        last_failure: The last failed attempt of the functions in the row.
+        next_retry: The due moment of their next attempt.
+    """
 
     name: str
+    fqn: str
+    group: int
     state: CompileState
     stats: CompileStats
     last_failure: CompileFailure | None
     next_retry: NextRetry | None
-
-    def cells(self) -> tuple[str, ...]:
-        """Return the cells of the table row, one for each heading."""
-        s = self.stats
-        books = (s.calls, s.compiled_calls, s.mixed_calls, s.eager_calls, s.attempts, s.failures, s.recoveries)
-        seconds = f"{s.compile_seconds:.1f} s"
-        return self.name, self.state.value, *map(str, books), seconds, str(self.next_retry or "")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as a dictionary of JSON-serializable values."""
         failure, next_retry = self.last_failure, self.next_retry
         return {
             "name": self.name,
+            "fqn": self.fqn,
+            "group": self.group,
             "state": self.state.value,
             "stats": self.stats.as_dict(),
             "last_failure": None if failure is None else {**asdict(failure), "frame": list(failure.frame)},
@@ -78,15 +87,73 @@ class FunctionReport:
         }
 
 
+@dataclass(frozen=True)
+class GroupReport:
+    """The report on functions that share their compiled code, or on one that shares with no other.
+
+    Attributes:
+        functions: The reports on each of them, in the order of decoration.
+    """
+
+    functions: tuple[FunctionReport, ...]
+
+    @property
+    def name(self) -> str:
+        """Their name, number and modules, as in log lines: ``Block x20 (layers.0 ... layers.19)``."""
+        fqns = tuple(dict.fromkeys(function.fqn for function in self.functions if function.fqn))
+        return title(self.functions[0].name, len(self.functions), fqns)
+
+    @property
+    def state(self) -> CompileState:
+        """Their state."""
+        return self.functions[0].state
+
+    @property
+    def stats(self) -> CompileStats:
+        """The sums of their counters."""
+        return total(function.stats for function in self.functions)
+
+    @property
+    def last_failure(self) -> CompileFailure | None:
+        """Their last failed attempt."""
+        return self.functions[0].last_failure
+
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        """Yield the cells of the table row, one for each heading, and then those of each function if there are more."""
+        next_retry = self.functions[0].next_retry
+        # "due", because "in 9 calls" right after the seconds spent compiling would look like a part of them.
+        yield self.name, self.state.value, *_counters(self.stats), f"due {next_retry}" if next_retry else ""
+        if len(self.functions) > 1:
+            for number, function in enumerate(self.functions, 1):
+                # The state and the next attempt are those of all, and not repeated.
+                yield f"  {function.fqn or f'#{number}'}", "", *_counters(function.stats), ""
+
+
+def _counters(s: CompileStats) -> tuple[str, ...]:
+    books = (s.calls, s.compiled_calls, s.mixed_calls, s.eager_calls, s.attempts, s.failures, s.recoveries)
+    return *map(str, books), f"{s.compile_seconds:.1f} s"
+
+
 @dataclass(frozen=True, repr=False)
 class Report:
     """The snapshot that :func:`report` returns: a table for `print`, rich and notebooks.
 
     Attributes:
-        functions: One record per function, with `name`, `state`, `stats`, `last_failure` and `next_retry`.
+        functions: One record per function, with `name`, `fqn`, `group`, `state`, `stats`, `last_failure` and
+            `next_retry`.
+        expanded: Whether the table has a row for each of the functions that share, below the row for all of them.
     """
 
     functions: tuple[FunctionReport, ...]
+    expanded: bool = False
+
+    @property
+    def groups(self) -> tuple[GroupReport, ...]:
+        """One record per row of the table, with `name`, `functions`, `state`, `stats` and `last_failure`."""
+        groups: dict[int, list[FunctionReport]] = {}
+        for function in self.functions:
+            groups.setdefault(function.group, []).append(function)
+        return tuple(GroupReport(tuple(functions)) for functions in groups.values())
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as ``{"functions": [...]}``, with JSON-serializable values only."""
@@ -106,11 +173,19 @@ class Report:
 
     __repr__ = __str__  # for interactive sessions
 
+    def _rows(self) -> Iterator[tuple[GroupReport | None, tuple[str, ...]]]:
+        """Yield the rows that are shown: the group and its cells, or None and the cells of one of its functions."""
+        for group in self.groups:
+            row, *rows = group.rows()
+            yield group, row
+            for each in rows if self.expanded else ():
+                yield None, each
+
     def _lines(self) -> Iterator[str]:
         if not self.functions:
             yield _EMPTY
             return
-        rows = [_HEADINGS, *(function.cells() for function in self.functions)]
+        rows = [_HEADINGS, *(row for _, row in self._rows())]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             yield "  ".join(map(_aligned, _HEADINGS, row, widths)).rstrip()
@@ -118,9 +193,9 @@ class Report:
             yield f"{name}: {summary(failure)}"
 
     def _failures(self) -> Iterator[tuple[str, CompileFailure]]:
-        for function in self.functions:
-            if function.last_failure is not None:
-                yield function.name, function.last_failure
+        for group in self.groups:
+            if group.last_failure is not None:
+                yield group.name, group.last_failure
 
     def __rich_console__(self, console: object, options: ConsoleOptions) -> Iterator[RenderableType]:
         from rich.text import Text  # not plain strings: a message may look like markup
@@ -142,26 +217,29 @@ class Report:
             if heading not in left_out:
                 folds = heading in _TEXT_COLUMNS
                 table.add_column(heading, justify="left" if folds else "right", overflow="fold", no_wrap=not folds)
-        for function in self.functions:
-            styles = {"function": "bold", "state": _RICH_STYLES[function.state]}
-            cells = zip(_HEADINGS, function.cells(), strict=True)
+        for group, row in self._rows():
+            styles = {"function": "bold", "state": _RICH_STYLES[group.state]} if group else {}
+            cells = zip(_HEADINGS, row, strict=True)
             table.add_row(*(Text(text, styles.get(heading, "")) for heading, text in cells if heading not in left_out))
         return table
 
     def _repr_html_(self) -> str:
         if not self.functions:
             return f"<p>{_EMPTY}</p>"
-        headings = "".join(f'<th style="{_alignment(heading)}">{heading}</th>' for heading in _HEADINGS)
-        rows = "".join(map(_html_row, self.functions))
+        rows = "".join(_html_group(group, expanded=self.expanded) for group in self.groups)
         failures = "".join(_html_failure(name, failure) for name, failure in self._failures())
-        return f"<table><thead><tr>{headings}</tr></thead><tbody>{rows}</tbody></table>{failures}"
+        return f"{_html_table(rows)}{failures}"
 
 
-def report() -> Report:
+def report(*, expanded: bool = False) -> Report:
     """Report on all decorated functions of this process: state, counters, last failure and next attempt.
 
     The report includes modules compiled in place, and leaves out functions that have been garbage-collected. The order
-    is that of decoration.
+    is that of decoration. Functions that share their compiled code have one row, with the sums of their counters.
+
+    Args:
+        expanded: Whether to show a row for each of the functions that share, too. In a notebook, these rows can be
+            opened and closed.
 
     Returns:
         A snapshot. Print it, call its ``show()``, display it in a notebook, or use its ``as_dict()``.
@@ -174,9 +252,14 @@ def report() -> Report:
         'pending'
     """
     functions = live_functions.alive()
-    return Report(
-        tuple(FunctionReport(fn.name, fn.state, fn.stats, fn.last_failure, fn.next_retry) for fn in functions)
-    )
+    numbers: dict[Group, int] = {}
+    for fn in functions:
+        numbers.setdefault(fn._group, len(numbers))
+    return Report(tuple(_report(fn, numbers[fn._group]) for fn in functions), expanded)
+
+
+def _report(fn: CompiledFunction[..., Any], group: int) -> FunctionReport:
+    return FunctionReport(fn.name, fn._record.fqn, group, fn.state, fn.stats, fn.last_failure, fn.next_retry)
 
 
 def _aligned(heading: str, cell: str, width: int) -> str:
@@ -187,12 +270,28 @@ def _alignment(heading: str) -> str:
     return f"text-align:{'left' if heading in _TEXT_COLUMNS else 'right'}"
 
 
-def _html_row(function: FunctionReport) -> str:
+def _html_table(rows: str) -> str:
+    headings = "".join(f'<th style="{_alignment(heading)}">{heading}</th>' for heading in _HEADINGS)
+    return f"<table><thead><tr>{headings}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _html_group(group: GroupReport, *, expanded: bool) -> str:
+    """Return the group's row, and below it, if it has several functions, a row that opens to show one row for each."""
+    row, *rows = group.rows()
+    line = _html_row(row, _HTML_COLOURS[group.state])
+    if not rows:
+        return line
+    opened, table = " open" if expanded else "", _html_table("".join(map(_html_row, rows)))
+    details = f"<details{opened}><summary>{len(rows)} functions</summary>{table}</details>"
+    return f'{line}<tr><td colspan="{len(_HEADINGS)}" style="text-align:left">{details}</td></tr>'
+
+
+def _html_row(cells: tuple[str, ...], colour: str = "") -> str:
     def cell(heading: str, text: str) -> str:
-        mark = f";border-left:4px solid {_HTML_COLOURS[function.state]}" if heading == "state" else ""
+        mark = f";border-left:4px solid {colour}" if colour and heading == "state" else ""
         return f'<td style="{_alignment(heading)}{mark}">{_escape(text)}</td>'
 
-    return f"<tr>{''.join(map(cell, _HEADINGS, function.cells()))}</tr>"
+    return f"<tr>{''.join(map(cell, _HEADINGS, cells))}</tr>"
 
 
 def _html_failure(name: str, failure: CompileFailure) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import enum
 import itertools
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 
 from ._locks import Lock
 
@@ -62,6 +63,12 @@ class CompileStats:
         return {"calls": self.calls, **asdict(self), "compiled_fraction": self.compiled_fraction}
 
 
+def total(stats: Iterable[CompileStats]) -> CompileStats:
+    """Add up the counters of several functions."""
+    rows = tuple(stats)
+    return CompileStats(**{field.name: sum(getattr(row, field.name) for row in rows) for field in fields(CompileStats)})
+
+
 class Counter(itertools.count):  # type: ignore[type-arg]  # cannot be subscripted at run time
     """A counter without a lock: `next` is a single C call and therefore atomic."""
 
@@ -83,11 +90,6 @@ class Books:
         self.recoveries = Counter()
         self._seconds = 0.0
         self._lock = Lock()
-
-    @property
-    def not_compiled(self) -> int:
-        """The number of calls that ran eagerly, at least in part."""
-        return self.calls["eager"].value + self.calls["mixed"].value
 
     def add_seconds(self, seconds: float) -> None:
         with self._lock:

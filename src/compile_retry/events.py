@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -39,6 +40,23 @@ __all__ = [
 log = logging.getLogger("compile_retry")
 
 
+def title(function: str, functions: int, fqns: Sequence[str]) -> str:
+    """Name one function, or several that share their compiled code: ``Block x20 (layers.0 ... layers.19)``.
+
+    Args:
+        function: Their name.
+        functions: Their number.
+        fqns: The fully qualified names of those that are modules of a model, as far as they are known.
+    """
+    who = function if functions <= 1 else f"{function} x{functions}"
+    return f"{who} ({abbreviated(fqns)})" if fqns else who
+
+
+def abbreviated(fqns: Sequence[str]) -> str:
+    """Name the first and the last of several modules."""
+    return ", ".join(fqns) if len(fqns) <= 2 else f"{fqns[0]} ... {fqns[-1]}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Event:
     """The base class of all events.
@@ -52,6 +70,8 @@ class Event:
         message: The event in words.
         level: The logging level of its log line; None if it has none, because another event's line says the same.
         functions: The number of decorated functions that share their compiled code, and so this event.
+        fqns: The fully qualified names of the modules among them, such as ``layers.0``, as far as they are known: see
+            :func:`~compile_retry.compile_repeated_blocks`.
     """
 
     kind: ClassVar[str] = ""
@@ -62,6 +82,12 @@ class Event:
     message: str
     level: int | None = None
     functions: int = 1
+    fqns: tuple[str, ...] = ()
+
+    @property
+    def who(self) -> str:
+        """The functions in words, as the log line names them, such as ``Block x20 (layers.0 ... layers.19)``."""
+        return title(self.function, self.functions, self.fqns)
 
 
 @dataclass(frozen=True, kw_only=True)

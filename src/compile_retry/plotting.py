@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ._decorator import compiled_function
-from ._function import CompiledFunction
+from ._function import CompiledFunction, title_of
 from ._record.history import CallPath, Sample
 from .events import AttemptFailed, Compiled, Event, GaveUp, Recovered
 
@@ -63,7 +63,7 @@ def plot_timeline(fn: CompiledFunction[..., Any] | torch.nn.Module, ax: Axes | N
     history = function._record.history
     samples, events = history.samples, tuple(history.events)
     if not samples:
-        raise ValueError(f"nothing to plot yet: {function.name} has not been called, or no call has returned")
+        raise ValueError(f"nothing to plot yet: {title_of(function)} has not been called, or no call has returned")
     start = min([sample.time - sample.seconds for sample in samples])
     if ax is None:
         ax = _new_axes()
@@ -72,7 +72,7 @@ def plot_timeline(fn: CompiledFunction[..., Any] | torch.nn.Module, ax: Axes | N
         _draw_calls(ax, path, [sample for sample in samples if sample.path == path], start)
     for kind in _MARKS:
         _draw_marks(ax, kind, [event.time - start for event in events if isinstance(event, kind)])
-    _label(ax, function.name, [sample.seconds for sample in samples])
+    _label(ax, title_of(function), [sample.seconds for sample in samples])
     return ax
 
 

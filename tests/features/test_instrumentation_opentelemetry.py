@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +19,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from compile_retry import RetryPolicy, compile_with_fallback, instrumentation
 from compile_retry.testing import FakeClock, record_events
 from episodes import X, episode, full_disk_in_dynamo, run, sine
-from support import Compiler, full_disk
+from support import Compiler, first, full_disk
 
 pytestmark = pytest.mark.usefixtures("integrations")
 
@@ -135,6 +136,28 @@ def test_otel_next_attempt(spans: InMemorySpanExporter, points: Any) -> None:
     fn(X)
     clock.advance(20)
     assert (points("due")["next_attempt.calls",], points("due")["next_attempt.seconds",]) == (9, 40)
+
+
+def test_otel_metrics_of_functions_that_share(spans: InMemorySpanExporter, points: Any) -> None:
+    """They are summed, and do not decrease when one of them is gone. Each attempt has one span."""
+
+    def times(k: int) -> Any:
+        return lambda x: x * k
+
+    compiler, policy = Compiler(first(1)), RetryPolicy(wait=None, wait_calls=2)
+    functions = [compile_with_fallback(times(k), backend=compiler, policy=policy, name="shared") for k in (2, 3)]
+    for _ in range(3):
+        for fn in functions:
+            fn(X)
+    before = points("shared")
+    assert [before["calls", path] for path in ("compiled", "mixed", "eager")] == [4, 0, 2]
+    assert (before["attempts",], before["recoveries",], before["failures", "builtins.OSError"]) == (3, 1, 1)
+    assert before["state", "compiled"] == 2
+    assert len(spans.get_finished_spans()) == 3
+    del fn
+    functions.pop()
+    gc.collect()
+    assert points("shared") == {**before, ("state", "compiled"): 1}
 
 
 def test_otel_disabled(spans: InMemorySpanExporter, points: Any) -> None:

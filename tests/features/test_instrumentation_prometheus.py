@@ -6,17 +6,18 @@ import gc
 import threading
 import urllib.request
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import prometheus_client
 import prometheus_client.parser
 import pytest
+import torch
 from prometheus_client.registry import Collector
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback, instrumentation
 from compile_retry.testing import FakeClock
 from episodes import X, episode, sine
-from support import Compiler, full_disk
+from support import Compiler, first, full_disk
 
 pytestmark = pytest.mark.usefixtures("integrations")
 
@@ -102,6 +103,59 @@ def test_prometheus_with_functions_of_the_same_name(scrape: Scrapes) -> None:
         assert seen["state", "twin", "compiled"] == 1
     one(X)
     assert scrape()["calls_total", "twin", "compiled"] == 4
+
+
+def times(k: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: x * k
+
+
+def test_prometheus_with_functions_that_share(scrape: Scrapes) -> None:
+    """They have one sample, the sum of their counters: each attempt counts once, and each call."""
+    compiler, policy = Compiler(first(1)), RetryPolicy(wait=None, wait_calls=3)
+    functions = [compile_with_fallback(times(k), backend=compiler, policy=policy, name="sharing") for k in (2, 3, 4)]
+    for _ in range(2):
+        for fn in functions:
+            fn(X)
+    seen = scrape()
+    assert seen["attempts_total", "sharing"] == sum(fn.stats.attempts for fn in functions) == compiler.asked
+    assert seen["failures_total", "sharing", "builtins.OSError"] == seen["recoveries_total", "sharing"] == 1
+    assert [seen["calls_total", "sharing", path] for path in ("compiled", "mixed", "eager")] == [3, 0, 3]
+    assert seen["state", "sharing", "compiled"] == 3
+
+
+def test_prometheus_with_two_groups_of_one_name(scrape: Scrapes) -> None:
+    """They are summed, also when one of them is gone."""
+    groups = [
+        [compile_with_fallback(times(k), backend=Compiler(), dynamic=dynamic, name="groups") for k in (2, 3)]
+        for dynamic in (True, False)
+    ]
+    for functions in groups:
+        for fn in functions:
+            fn(X)
+    before = scrape()
+    assert before["calls_total", "groups", "compiled"] == 4
+    del functions, fn
+    groups.pop()
+    gc.collect()
+    after = scrape()
+    assert after["state", "groups", "compiled"] == 2
+    assert after["calls_total", "groups", "compiled"] == 4
+    assert after["attempts_total", "groups"] == before["attempts_total", "groups"]
+
+
+def test_prometheus_with_short_lived_functions_that_share(scrape: Scrapes) -> None:
+    """A function that runs the code of others, and is gone before any event and any scrape, still counts."""
+    compiler = Compiler()
+    kept = compile_with_fallback(times(2), backend=compiler, name="short")
+    kept(X)
+    assert scrape()["calls_total", "short", "compiled"] == 1
+    for _ in range(5):
+        compile_with_fallback(times(2), backend=compiler, name="short")(X)
+    gc.collect()
+    assert compiler.asked == 1
+    for _ in range(2):
+        seen = scrape()
+        assert (seen["calls_total", "short", "compiled"], seen["state", "short", "compiled"]) == (6, 1)
 
 
 def test_prometheus_with_garbage_collected_functions(scrape: Scrapes) -> None:

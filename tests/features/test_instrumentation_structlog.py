@@ -6,8 +6,9 @@ import logging
 
 import pytest
 import structlog
+import torch
 
-from compile_retry import instrumentation
+from compile_retry import compile_repeated_blocks, instrumentation
 from compile_retry.testing import record_events
 from episodes import episode
 
@@ -29,6 +30,19 @@ def test_structlog(caplog: pytest.LogCaptureFixture) -> None:
     assert "traceback" not in failed["failure"]
     assert (recovered["function"], recovered["state"], recovered["failures"]) == ("f", "compiled", 2)
     assert not [record for record in caplog.records if record.name == "compile_retry"]
+
+
+def test_structlog_with_repeated_blocks() -> None:
+    """The blocks' names are abbreviated. Other functions have no such key."""
+    layer = torch.nn.TransformerEncoderLayer(4, 2, 4, dropout=0.0, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    compile_repeated_blocks(model, backend="eager", name="Layer")
+    with structlog.testing.capture_logs() as logs:
+        model(torch.randn(2, 3, 4))
+        episode("f")
+    named = [log for log in logs if log["function"] == "Layer"]
+    assert {(log["functions"], log["fqns"]) for log in named} == {(3, "layers.0 ... layers.2")}
+    assert not [log for log in logs if log["function"] == "f" and "fqns" in log]
 
 
 def test_structlog_not_configured(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,9 @@ import copy
 import dataclasses
 import gc
 import io
+import itertools
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -17,7 +19,7 @@ import torch
 from rich.console import Console
 
 import compile_retry
-from compile_retry import RetryPolicy, compile_with_fallback, compiled_function
+from compile_retry import RetryPolicy, compile_repeated_blocks, compile_with_fallback, compiled_function
 from compile_retry.testing import FakeClock
 from support import Compiler, first, full_disk
 
@@ -62,7 +64,7 @@ def test_plain_text() -> None:
     assert lines["function"][:4] == ["function", "state", "calls", "compiled"]
     assert lines["untouched"][1:3] == ["pending", "0"]
     assert lines["failed"][1:8] == ["fallback", "1", "0", "0", "1", "1", "1"]
-    assert lines["failed"][-3:] == ["in", "30", "s"]
+    assert lines["failed"][-4:] == ["due", "in", "30", "s"]
     assert "failed: attempt 1 failed in call 1: OSError: [Errno 28] No space left on device, compiling" in text
     assert len(functions) == 2
 
@@ -76,7 +78,7 @@ def test_rich(width: int) -> None:
     assert "[red]not markup[/red]" in " ".join(out.getvalue().split())
     row = next(line for line in out.getvalue().splitlines() if line.split()[:1] == ["rich_table"])
     assert row.split()[1:8] == ["fallback", "1", "0", "0", "1", "1", "1"]
-    assert row.split()[-3:] == ["in", "30", "s"]
+    assert row.split()[-4:] == ["due", "in", "30", "s"]
     assert ("recovered" in out.getvalue()) == (width == 140)
     del fn
 
@@ -111,6 +113,96 @@ def test_nothing_to_report() -> None:
     assert str(report) == out.getvalue().strip() == "compile_retry: no decorated functions"
     assert str(report) in report._repr_html_()
     assert report.as_dict() == {"functions": []}
+
+
+def times(k: int) -> Any:
+    return lambda x: x * k
+
+
+def shared(name: str) -> list[Any]:
+    """Return three functions that share, two of which have been called. The first call failed."""
+    compiler, policy = Compiler(first(1)), RetryPolicy(wait=30, clock=FakeClock())
+    functions = [compile_with_fallback(times(k), backend=compiler, policy=policy, name=name) for k in range(3)]
+    functions[0](X), functions[0](X), functions[2](X)
+    return functions
+
+
+def block_model(name: str, n: int) -> torch.nn.Module:
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(torch.nn.TransformerEncoderLayer(4, 2, 4) for _ in range(n))
+    return compile_repeated_blocks(model, backend="eager", name=name)
+
+
+def cells(text: object, name: str) -> list[list[str]]:
+    """Return the words of the row of this name and of the rows below it that are indented."""
+    lines = itertools.dropwhile(lambda line: not line.startswith(f"{name} "), str(text).splitlines())
+    row = next(lines)
+    return [line.split() for line in (row, *itertools.takewhile(lambda line: line.startswith("  "), lines))]
+
+
+SECONDS = "0.0", "s"
+TOGETHER = ["x3", "fallback", *"3003110", *SECONDS, "due", "in", "30", "s"]
+EACH = [["#1", *"2002110", *SECONDS], ["#2", *"0000000", *SECONDS], ["#3", *"1001000", *SECONDS]]
+
+
+def test_functions_that_share_have_one_row() -> None:
+    """Its counters are the sums of theirs, and their last failure is shown once."""
+    functions, text = shared("one_row"), str(compile_retry.report())
+    assert cells(text, "one_row") == [["one_row", *TOGETHER]]
+    assert text.count("one_row x3: attempt 1 failed in call 1") == text.count("one_row") - 1 == 1
+    del functions
+
+
+def test_an_expanded_report() -> None:
+    """Below the row of functions that share, each has a row of its own with its own counters."""
+    functions, model = shared("expanded"), block_model("TestBlock", 20)
+    report = compile_retry.report(expanded=True)
+    assert cells(report, "expanded") == [["expanded", *TOGETHER], *EACH]
+    title, *blocks = cells(report, "TestBlock")
+    assert " ".join(title[:5]) == "TestBlock x20 (layers.0 ... layers.19)"
+    assert [row[0] for row in blocks] == [f"layers.{i}" for i in range(20)]
+    assert len(cells(compile_retry.report(), "TestBlock")) == 1
+    del functions, model
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_rich_with_functions_that_share(expanded: bool) -> None:
+    """Rich has the same rows."""
+    functions, out = shared(f"rich_{expanded}"), io.StringIO()
+    Console(file=out, width=140).print(compile_retry.report(expanded=expanded))
+    text = re.sub("(?m)^ | +$", "", out.getvalue())  # the table's margin
+    assert cells(text, f"rich_{expanded}") == [[f"rich_{expanded}", *TOGETHER], *(EACH if expanded else ())]
+    del functions
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_html_with_functions_that_share(expanded: bool) -> None:
+    """Their rows are in a table that opens below the row for all. In an expanded report it is open."""
+    name = f"html_{expanded}"
+    functions, page = shared(name), compile_retry.report(expanded=expanded)._repr_html_()
+    _, row, rest = re.split(f"(<tr><td[^>]*>{name} x3</td>.*?</tr>)", page, maxsplit=1)
+    assert re.sub("<[^>]*>", " ", row).split() == [name, *TOGETHER]
+    tag, summary, table = re.findall("<details[^>]*>|<summary>.*?</summary>|<table>.*?</table>", rest)[:3]
+    assert (tag, summary) == ("<details open>" if expanded else "<details>", "<summary>3 functions</summary>")
+    rows = [re.sub("<[^>]*>", " ", row).split() for row in re.findall("<tr><td.*?</tr>", table)]
+    assert rows == EACH
+    del functions
+
+
+def test_functions_that_share_in_the_dictionary() -> None:
+    """Each has its record, with its own counters, its module's name, and the number of the row in `groups`."""
+    functions, model = shared("in_the_dictionary"), block_model("InTheDictionary", 2)
+    report = compile_retry.report()
+    rows = [row for row in report.as_dict()["functions"] if row["name"] == "in_the_dictionary"]
+    assert [row["stats"] for row in rows] == [fn.stats.as_dict() for fn in functions]
+    assert [(row["fqn"], row["state"]) for row in rows] == [("", "fallback")] * 3
+    (number,) = {row["group"] for row in rows}
+    group = report.groups[number]
+    assert (group.name, group.state.value, group.stats.calls) == ("in_the_dictionary x3", "fallback", 3)
+    blocks = [row for row in report.as_dict()["functions"] if row["name"] == "InTheDictionary"]
+    assert [row["fqn"] for row in blocks] == ["layers.0", "layers.1"]
+    assert [report.groups[row["group"]].name for row in blocks] == ["InTheDictionary x2 (layers.0, layers.1)"] * 2
+    del model
 
 
 def mine() -> list[str]:

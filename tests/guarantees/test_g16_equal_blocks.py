@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback, compiled_function
-from compile_retry.events import Event
+from compile_retry.events import Event, Recovered
 from compile_retry.testing import FakeClock, record_events
 from support import Compiler, first, full_disk
 
@@ -270,6 +270,23 @@ def test_a_function_that_is_gone_has_no_hooks() -> None:
     with record_events(kinds={"failed"}) as failed:
         b(torch.ones(5))
     assert (events, [event.functions for event in failed]) == ([], [1])
+
+
+def test_a_function_that_is_gone_has_run_eagerly() -> None:
+    """The eager calls of an episode include those of functions that were gone when it ended."""
+    clock, compiler = FakeClock(), Compiler(first(1))
+    options: dict[str, Any] = {"backend": compiler, "policy": RetryPolicy(wait=30, clock=clock)}
+    kept, x = compile_with_fallback(factory(1.0), **options), torch.ones(3)
+    kept(x)
+    for _ in range(5):
+        compile_with_fallback(factory(2.0), **options)(x)
+    gc.collect()
+    clock.advance(30)
+    with record_events(kinds={"recovered"}) as events:
+        kept(x)
+    (recovered,) = events
+    assert isinstance(recovered, Recovered)
+    assert recovered.eager_calls == 6
 
 
 def test_a_copy_of_a_block_shares() -> None:

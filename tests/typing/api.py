@@ -17,6 +17,7 @@ from compile_retry import (
     CompileStats,
     NextRetry,
     RetryPolicy,
+    compile_repeated_blocks,
     compile_with_fallback,
     compiled_function,
     instrumentation,
@@ -88,6 +89,14 @@ def modules() -> None:
     compiled_function(3)  # type: ignore[call-overload]  # must be refused
 
 
+def repeated_blocks(model: torch.nn.Transformer) -> None:
+    assert_type(compile_repeated_blocks(model), torch.nn.Transformer)
+    assert_type(compile_repeated_blocks(model, "Block", name="block", dynamic=True), torch.nn.Transformer)
+    compile_repeated_blocks(model, [torch.nn.TransformerEncoderLayer, "Block"], policy=RetryPolicy.never())
+    compile_repeated_blocks(model, model)  # type: ignore[arg-type]  # must be refused
+    compile_repeated_blocks(len)  # type: ignore[type-var]  # must be refused
+
+
 class Trainer:
     @compile_with_fallback
     def method(self, x: torch.Tensor) -> torch.Tensor:
@@ -130,7 +139,8 @@ def records(stats: CompileStats, failure: CompileFailure) -> None:
     assert_type(stats.compiled_fraction, float)
     assert_type(failure.frame, tuple[str, str, int])
     assert_type(failure.message, str)
-    assert_type(str(report()), str)
+    assert_type(str(report(expanded=True)), str)
+    assert_type(report().groups[0].stats, CompileStats)
     assert_type(report().show(), None)
 
 

@@ -81,7 +81,7 @@ class Group:
     def add(self, record: Record) -> None:
         """Add a function's record. The group rests when its last function is gone."""
         records, breaker = self.journal.records, self.breaker
-        records.register(record)
+        records.add(record)
 
         def left() -> None:
             if not records.alive():

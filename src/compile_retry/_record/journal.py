@@ -33,8 +33,7 @@ from compile_retry.events import (
 
 from .heartbeat import heartbeat
 from .history import CallPath, History, Sample
-from .live import WeakRegistry
-from .record import Record
+from .record import Record, Records
 
 # Seconds of hold-off before the first reminder; the next ones come after twice as many, four times as many, and so on.
 FIRST_REMINDER = 60.0
@@ -56,7 +55,7 @@ class Journal:
 
     def __init__(self, name: str, breaker: Breaker, state: Callable[[], CompileState]) -> None:
         self.name = name
-        self.records = WeakRegistry[Record]()
+        self.records = Records()
         self._breaker, self._policy, self._state = breaker, breaker.policy, state
         self._unpublished = _Unpublished()
         self._not_compiled_before = 0  # the episode
@@ -77,7 +76,14 @@ class Journal:
 
     def _not_compiled(self) -> int:
         """Count the calls of all functions that ran eagerly, at least in part."""
-        return sum(record.books.not_compiled for record in self.records.alive())
+        totals = self.records.totals()
+        return totals.eager_calls + totals.mixed_calls
+
+    def _who(self) -> dict[str, Any]:
+        """Return the fields of an event that say whose it is."""
+        records = self.records.alive()
+        fqns = tuple(dict.fromkeys(record.fqn for record in records if record.fqn))  # a model's copy has the same ones
+        return {"function": self.name, "functions": len(records), "fqns": fqns}
 
     def _note(
         self,
@@ -91,8 +97,7 @@ class Journal:
         time = self._policy.clock() if time is None else time
         event = partial(
             kind,
-            function=self.name,
-            functions=len(self.records.alive()),
+            **self._who(),
             call=call,
             time=time,
             message=message,
@@ -110,8 +115,7 @@ class Journal:
         def report(seconds: float) -> None:
             message = f"still compiling graph {graph} of call {call} after {seconds:.0f} s"
             event = StillCompiling(
-                function=self.name,
-                functions=len(self.records.alive()),
+                **self._who(),
                 call=call,
                 time=self._policy.clock(),
                 state=self._state(),

@@ -8,5 +8,4 @@ from compile_retry.events import Event, log
 def write_line(event: Event) -> None:
     """Write the event's log line, if it has one."""
     if event.level is not None:
-        who = event.function if event.functions <= 1 else f"{event.function} x{event.functions}"
-        log.log(event.level, "%s: %s", who, event.message)
+        log.log(event.level, "%s: %s", event.who, event.message)

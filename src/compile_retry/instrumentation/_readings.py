@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from compile_retry._compile.sharing import Group
 from compile_retry._function import CompiledFunction, live_functions
 from compile_retry._locks import Lock
-from compile_retry._stats import Books, CompileState, CompileStats
+from compile_retry._record.record import Records
+from compile_retry._stats import CompileState, CompileStats, total
 
 N = TypeVar("N", int, float)
-
-_NOTHING = CompileStats(**dict.fromkeys((field.name for field in fields(CompileStats)), 0))
 
 
 @dataclass(frozen=True)
@@ -47,27 +47,29 @@ class Totals:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._books: dict[weakref.ref[CompiledFunction[..., Any]], tuple[str, Books]] = {}
-        self._gone: dict[str, CompileStats] = {}
+        # By group, not by function: a function that joins a group and is gone before the next update still counts.
+        self._records: dict[weakref.ref[Group], tuple[str, Records]] = {}
+        self._gone = defaultdict[str, CompileStats](lambda: total(()))
 
     def update(self) -> list[CompiledFunction[..., Any]]:
         """Include all functions alive now, so that they still count when they are gone. Return them."""
         with self._lock:
             functions = live_functions.alive()
             for function in functions:
-                self._books.setdefault(weakref.ref(function), (function.name, function._record.books))
-            for ref in [ref for ref in self._books if ref() is None]:
-                name, books = self._books.pop(ref)
-                self._gone[name] = _sum(self._gone.get(name, _NOTHING), books.snapshot())
+                group = function._group
+                self._records.setdefault(weakref.ref(group), (function.name, group.journal.records))
+            for ref in [ref for ref in self._records if ref() is None]:
+                name, records = self._records.pop(ref)
+                self._gone[name] = total((self._gone[name], records.totals()))
             return functions
 
     def read(self) -> list[Reading]:
         """Return one reading per name."""
         with self._lock:
             functions = self.update()
-            stats = dict(self._gone)
-            for name, books in self._books.values():
-                stats[name] = _sum(stats.get(name, _NOTHING), books.snapshot())
+            stats = self._gone.copy()
+            for name, records in self._records.values():
+                stats[name] = total((stats[name], records.totals()))
             by_name: dict[str, list[CompiledFunction[..., Any]]] = {name: [] for name in stats}
             for function in functions:
                 by_name[function.name].append(function)
@@ -87,7 +89,3 @@ def _reading(name: str, stats: CompileStats, functions: list[CompiledFunction[..
 
 def _least(values: Iterable[N | None]) -> N | None:
     return min((value for value in values if value is not None), default=None)
-
-
-def _sum(a: CompileStats, b: CompileStats) -> CompileStats:
-    return CompileStats(**{f.name: getattr(a, f.name) + getattr(b, f.name) for f in fields(CompileStats)})

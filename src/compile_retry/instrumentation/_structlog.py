@@ -8,7 +8,7 @@ from typing import Any
 
 import structlog
 
-from compile_retry.events import Event
+from compile_retry.events import Event, abbreviated
 
 from ._logging import write_line
 
@@ -42,8 +42,10 @@ def _log(event: Event) -> None:
 
 
 def _key_values(event: Event) -> dict[str, Any]:
-    values = {**asdict(event), "state": event.state.value}
+    values = {**asdict(event), "state": event.state.value, "fqns": abbreviated(event.fqns)}
     del values["level"]  # structlog adds its own
+    if not event.fqns:
+        del values["fqns"]
     if "failure" in values:
         del values["failure"]["traceback"]  # pages of text
     return values
