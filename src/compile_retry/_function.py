@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ._compile.call import NOBODY, Tally
 from ._compile.sharing import Group, group_of
-from ._failures import CompileFailure, Location
+from ._failures import CompileFailure, Location, device_error, is_from_compiler
 from ._record.history import CallPath
 from ._record.live import WeakRegistry
 from ._record.record import Record
@@ -152,13 +152,13 @@ class CompiledFunction(Generic[P, R]):
             tally.call, tally.record = number, self._record
             try:  # passing an empty dictionary would take 0.05 us
                 result = self._compiled(*args, **kwargs) if kwargs else self._compiled(*args)
-            except BaseException:
-                self._finish(tally, probing=False, raised=True)
+            except BaseException as exc:
+                self._finish(tally, probing=False, raised=exc)
                 raise
             if tally.compiled and not (tally.eager or tally.at_end):
                 next(self._compiled_calls)
             else:
-                self._finish(tally, probing=False, raised=False)
+                self._finish(tally, probing=False)
         finally:
             tally.call, tally.record = 0, NOBODY
         return result
@@ -185,10 +185,10 @@ class CompiledFunction(Generic[P, R]):
                 began = self._clock(), tally.attempts
             try:
                 result = self._choose(tally, straight=straight)(*args, **kwargs)
-            except BaseException:
-                self._finish(tally, probing=probe is not None, raised=True)
+            except BaseException as exc:
+                self._finish(tally, probing=probe is not None, raised=exc)
                 raise
-            self._finish(tally, probing=probe is not None, raised=False, began=began)
+            self._finish(tally, probing=probe is not None, began=began)
         finally:
             tally.call, compiled, eager, given_up = outer
             tally.record = outer_record
@@ -207,29 +207,43 @@ class CompiledFunction(Generic[P, R]):
             return self.eager
         return self._with_guards if self._skips_guards() else self._compiled
 
-    def _finish(self, tally: Tally, *, probing: bool, raised: bool, began: tuple[float, int] | None = None) -> None:
+    def _finish(
+        self,
+        tally: Tally,
+        *,
+        probing: bool,
+        raised: BaseException | None = None,
+        began: tuple[float, int] | None = None,
+    ) -> None:
         """Count a call that is over, and settle its failure.
 
         Args:
             tally: This thread's tally.
             probing: Whether the call was the episode's probe.
-            raised: Whether the call raised.
+            raised: The exception that the call raised, if any.
             began: For a timed call, the clock when it began and the number of attempts that its thread had made before.
+
+        Raises:
+            BaseException: The device's own error, if the accelerator's context is gone and the call raised a wrapper.
         """
-        clean = False
+        clean, lost = False, device_error(raised) if isinstance(raised, RuntimeError) else None
         path: CallPath = "eager" if not tally.compiled else "mixed" if tally.eager else "compiled"
         try:
             if tally.doubt is not None or tally.at_end:
-                self._outcomes.settle(tally, program_raised=raised)
-            clean = not raised and tally.eager == tally.given_up and bool(tally.compiled or tally.given_up)
+                self._outcomes.settle(tally, program_raised=raised is not None)
+            clean = raised is None and tally.eager == tally.given_up and bool(tally.compiled or tally.given_up)
         finally:
             next(self._record.books.calls[path])
+            if lost is not None:
+                self._outcomes.lost_device(lost, tally)
             if probing:
                 self._outcomes.probe_ended(tally, clean=clean)
             if began is not None:
                 then, attempts = began
                 self._journal.took(self._record, tally.call, path, then, attempted=tally.attempts != attempts)
             self._journal.tell()
+        if lost is not None and lost is not raised and is_from_compiler(raised):
+            raise lost from None
 
     def _is_within_probe(self, tally: Tally) -> bool:
         """Return True if this call runs within the probe."""

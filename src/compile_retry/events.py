@@ -23,6 +23,7 @@ __all__ = [
     "AttemptStarted",
     "CacheMoved",
     "Compiled",
+    "DeviceLost",
     "Event",
     "GaveUp",
     "Hook",
@@ -150,6 +151,18 @@ class GaveUp(Event):
 
     kind = "gave up"
     failure: CompileFailure
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceLost(Event):
+    """The accelerator's context is lost. The call raises the device's own error, and no attempt is made after it.
+
+    Attributes:
+        error: The error's class and the first line of its message.
+    """
+
+    kind = "device lost"
+    error: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from compile_retry._failures import Location, is_fatal
+from compile_retry._failures import Location, device_error, is_fatal
 from compile_retry._record.record import Record
 from compile_retry._strict import is_strict
 from compile_retry._torch import cache_entries, functions
@@ -106,6 +106,11 @@ class FrameConverter:
             return held_off
         try:
             return self._in_turn(request, known.compiles)
+        except Exception as exc:
+            if (error := device_error(exc)) is None:
+                raise
+            self._outcomes.lost_device(error, request.tally)
+            raise error from None  # as eager raises it, without the wrappers of Dynamo
         finally:
             self._outcomes.tell()
 

@@ -243,6 +243,17 @@ class Outcomes:
         )
         return failure
 
+    def lost_device(self, error: BaseException, tally: Tally) -> None:
+        """Give up all attempts, because the accelerator's context is gone.
+
+        Args:
+            error: The device's own error.
+            tally: This thread's tally.
+        """
+        tally.probe = None
+        if self._breaker.stop(tally.call):
+            self._journal.lost_device(tally.call, error)
+
     # Failures in functions with collectives
 
     def saw_collectives(self, collectives: tuple[str, ...]) -> None:

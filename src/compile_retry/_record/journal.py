@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from compile_retry._failures import CompileFailure, Location, in_words, summary
+from compile_retry._failures import CompileFailure, Location, in_words, qualified_name, summary
 from compile_retry._locks import Lock
 from compile_retry._schedule.breaker import Breaker, Episode
 from compile_retry._stats import CompileState
@@ -19,6 +19,7 @@ from compile_retry.events import (
     AttemptStarted,
     CacheMoved,
     Compiled,
+    DeviceLost,
     Event,
     GaveUp,
     RecompileLimit,
@@ -184,6 +185,12 @@ class Journal:
             " eagerly until torch.compiler.reset()"
         )
         self._note(GaveUp, call, message, logging.ERROR, failure=failure)
+
+    def lost_device(self, call: int, error: BaseException) -> None:
+        self._not_compiled_before = self._not_compiled()
+        what = f"{qualified_name(error)}: {error}".partition("\n")[0]
+        message = f"the accelerator's context is lost in call {call}: {what}; nothing is compiled until reset()"
+        self._note(DeviceLost, call, message, logging.ERROR, error=what)
 
     def recovered(self, record: Record, call: int, episode: Episode, time: float) -> None:
         next(record.books.recoveries)

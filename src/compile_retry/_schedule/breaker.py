@@ -308,6 +308,23 @@ class Breaker:
                 )
                 self._begin(episode)
 
+    def stop(self, call: int) -> bool:
+        """Give up all attempts until `retry_now` or `reset`. Return False if they are given up already.
+
+        Args:
+            call: The current call.
+        """
+        with self._lock:
+            last, now = self.episode, self.policy.clock()
+            if last is not None and last.stopped:
+                return False
+            if last is None:
+                last = Episode(
+                    0, now, now, 0.0, call, call + WATCHED_CALLS, math.inf, math.inf, stopped=True, spent=0.0
+                )
+            self._begin(last._replace(due_call=math.inf, due_time=math.inf, stopped=True))
+            return True
+
     def next_retry(self, calls: int) -> NextRetry | None:
         """Return the next due moment, after `calls` calls; None if nothing is held off or no retry will come."""
         episode = self.episode
