@@ -13,8 +13,8 @@ SPHINX := $(VENV_PYTHON) -m sphinx --fresh-env --quiet --fail-on-warning --keep-
 
 PYTEST_WITH_COVERAGE := $(VENV_PYTHON) -m pytest --cov --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
-# Only long tests run all of these, because they need a real C++ compiler: the doctor's processes, and the healing.
-LEFT_OUT_OF_QUICK_COVERAGE := */_doctor/child.py,*/_doctor/process.py,*/_compile/healing.py,*/_torch/inductor.py
+# Only long tests run all of these, because they need a real C++ compiler: the doctor's processes, healing and autotuning.
+LEFT_OUT_OF_QUICK_COVERAGE := */_doctor/child.py,*/_doctor/process.py,*/_compile/healing.py,*/_torch/inductor.py,*/_torch/autotuning.py
 
 .PHONY: help test test-all bench faults demo recipes lint types docs snippets wheel ci clean
 .DEFAULT_GOAL := help

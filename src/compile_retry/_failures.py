@@ -85,6 +85,12 @@ _LOCKED_TYPE = "Timeout"
 # Signs that a C++ compiler failed for lack of resources, not because of its input.
 _OUT_OF_RESOURCES = ("No space left", "Killed", "Cannot allocate memory", "out of memory", "Too many open files")
 
+# Reasons for an autotuning candidate to fail that are not its own: by class, and in the text of torch's wrappers.
+_PASSING_TYPES = frozenset(
+    {"OutOfMemoryError", "MemoryError", "OSError", "PTXASError", "EOFError", "BrokenExecutor", "SubprocException"}
+)
+_PASSING_TEXT = (*_OUT_OF_RESOURCES, "OutOfMemoryError", "PTXASError")
+
 # Maximum length of a message in a log line.
 _LINE = 200
 
@@ -203,6 +209,17 @@ def is_transient(exc: BaseException) -> bool:
     """
     root = root_cause(exc)
     return _PERMANENT.isdisjoint(_names(root)) and not is_fatal(root)
+
+
+def may_pass(exc: BaseException) -> bool:
+    """Return True if an autotuning candidate failed for lack of memory or disk space, or because a process ended.
+
+    A candidate that is wrong, or too large for the device, would fail again.
+    """
+    root = root_cause(exc)
+    if not is_transient(root):
+        return False
+    return not _PASSING_TYPES.isdisjoint(_names(root)) or any(text in str(root) for text in _PASSING_TEXT)
 
 
 def suggests_damaged_cache(exc: BaseException, attempt: int) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
-from ._compile.call import NOBODY, Tally
+from ._compile.call import NOBODY, Tally, Turn
 from ._compile.sharing import Group, group_of
 from ._failures import CompileFailure, Location, device_error, is_from_compiler
 from ._record.history import CallPath
@@ -76,6 +76,7 @@ class CompiledFunction(Generic[P, R]):
         "_outcomes",
         "_policy",
         "_record",
+        "_retuning",
         "_skips_guards",
         "_with_guards",
         "eager",
@@ -113,6 +114,7 @@ class CompiledFunction(Generic[P, R]):
         self._numbers, self._calls = group.numbers, group.calls
         self._breaker, self._ledger = group.breaker, group.ledger
         self._admission, self._journal, self._outcomes = group.admission, group.journal, group.outcomes
+        self._retuning = group.retuning
         self._history, calls = self._record.history, self._record.books.calls
         self._compiled_calls, self._eager_calls = calls["compiled"], calls["eager"]
         self._group = group
@@ -145,7 +147,13 @@ class CompiledFunction(Generic[P, R]):
             next(self._eager_calls)
             return self.eager(*args, **kwargs) if kwargs else self.eager(*args)  # type: ignore[call-arg]  # P may have keywords
         tally = self._calls.tally
-        if tally.call or breaker.episode is not None or self._ledger.given_up or number >= self._history.next_call:
+        if (
+            tally.call
+            or breaker.episode is not None
+            or self._ledger.given_up
+            or number >= self._history.next_call
+            or self._retuning.breaker.episode is not None
+        ):
             return self._watched(number, tally, args, kwargs)
         tally.compiled = tally.eager = 0
         try:
@@ -166,6 +174,7 @@ class CompiledFunction(Generic[P, R]):
     def _watched(self, number: int, tally: Tally, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
         """Make a call that may attempt, that is timed, or that runs within another call of the function."""
         probe: Probe | None = None
+        turn: Turn | None = None
         began: tuple[float, int] | None = None
         outer = tally.call, tally.compiled, tally.eager, tally.given_up
         outer_record, left_open = tally.record, (tally.doubt, tally.at_end)
@@ -181,6 +190,8 @@ class CompiledFunction(Generic[P, R]):
                     within = self._is_within_probe(tally)
                     probe = None if within else self._admission.let_through(tally, number)
                 straight = straight or (not (probe or within) and self._admission.bypasses_dynamo(episode, number))
+            else:
+                turn = self._retuning.begin(tally, number)
             if is_timed:
                 began = self._clock(), tally.attempts
             try:
@@ -190,6 +201,8 @@ class CompiledFunction(Generic[P, R]):
                 raise
             self._finish(tally, probing=probe is not None, began=began)
         finally:
+            if turn is not None:
+                self._retuning.end(tally, turn)
             tally.call, compiled, eager, given_up = outer
             tally.record = outer_record
             tally.doubt, tally.at_end = left_open
@@ -306,8 +319,12 @@ class CompiledFunction(Generic[P, R]):
 
     @property
     def next_retry(self) -> NextRetry | None:
-        """The due moment of the next attempt, or ``None`` if nothing is held off or no retry will come."""
-        return self._breaker.next_retry(self._numbers.value)
+        """The due moment of the next attempt, or ``None`` if nothing is held off or no retry will come.
+
+        In the state ``COMPILED``, it is the moment when code that was only partly tuned is tuned again.
+        """
+        calls = self._numbers.value
+        return self._breaker.next_retry(calls) or self._retuning.next_retry(calls)
 
     def register_hook(self, hook: Hook) -> RemovableHandle:
         """Register a hook for this function's events: see :mod:`compile_retry.events`. Copies do not inherit it.

@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 
 from compile_retry._torch import compilers
 from compile_retry._torch import frames as torch_frames
+from compile_retry._torch.autotuning import watching_autotuning
 from compile_retry._torch.distributed import collectives_in
 from compile_retry._torch.inductor import isolate_first_trace
 
@@ -64,7 +65,7 @@ class GraphBackend:
         Exceptions are not changed: Dynamo turns some into graph breaks, and the frame callback handles the others.
         """
         outcomes = self._outcomes
-        if outcomes.is_held_off or self._interrupted:
+        if outcomes.is_held_off or self._interrupted or conversion.is_retuning:
             heal()
             self._interrupted = False
         conversion.is_dynamic |= compilers.has_dynamic_shapes(graph_module)
@@ -72,7 +73,12 @@ class GraphBackend:
         compiler_runs = outcomes.compiler_runs(tally, conversion)
         which = Attempt(self._outcomes.name, conversion.graph)
         try:
-            with compiler_runs, working_cache(damaged=outcomes.suspects_cache) as usual, reliable_probes():
+            with (
+                compiler_runs,
+                working_cache(damaged=outcomes.suspects_cache) as usual,
+                reliable_probes(),
+                watching_autotuning(conversion.tuning, uses_inductor=self.__name__ == "inductor"),
+            ):
                 code = attempt(self._compiler, graph_module, example_inputs, which)
         except Exception:
             raise

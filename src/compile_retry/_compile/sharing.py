@@ -27,6 +27,7 @@ from .call import Calls
 from .creation import Creation, Region
 from .ledger import Ledger
 from .outcomes import Outcomes
+from .tuning import Retuning
 from .turns import Turns
 
 
@@ -41,6 +42,7 @@ class Group:
         admission: Decides which frames may be compiled now.
         journal: Counts and publishes what happens to them.
         outcomes: Records how attempts end.
+        retuning: Code that is to be tuned again.
         key: Equal for functions that may share; None for a function that does not share.
     """
 
@@ -57,6 +59,7 @@ class Group:
         self.breaker, self.ledger, turns = Breaker(policy), Ledger(), Turns()
         self.admission = admission = Admission(self.breaker, self.ledger, turns)
         self.journal = Journal(name, self.breaker, lambda: admission.state)
+        self.retuning = Retuning(policy, admission, self.journal)
         self.outcomes = Outcomes(
             location,
             breaker=self.breaker,
@@ -64,6 +67,7 @@ class Group:
             turns=turns,
             admission=admission,
             journal=self.journal,
+            retuning=self.retuning,
         )
         self._kept = policy, options  # their parts' identities are in the key
         self._region = Region(options, self.calls, admission, self.outcomes, entry_frames)
