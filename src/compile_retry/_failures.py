@@ -89,6 +89,7 @@ _OUT_OF_RESOURCES = ("No space left", "Killed", "Cannot allocate memory", "out o
 _PASSING_TYPES = frozenset(
     {"OutOfMemoryError", "MemoryError", "OSError", "PTXASError", "EOFError", "BrokenExecutor", "SubprocException"}
 )
+_TOO_LARGE = "uses too much"  # what `ptxas` says of a kernel's shared memory
 _PASSING_TEXT = (*_OUT_OF_RESOURCES, "OutOfMemoryError", "PTXASError")
 
 # Maximum length of a message in a log line.
@@ -217,7 +218,7 @@ def may_pass(exc: BaseException) -> bool:
     A candidate that is wrong, or too large for the device, would fail again.
     """
     root = root_cause(exc)
-    if not is_transient(root):
+    if not is_transient(root) or _TOO_LARGE in str(root):
         return False
     return not _PASSING_TYPES.isdisjoint(_names(root)) or any(text in str(root) for text in _PASSING_TEXT)
 

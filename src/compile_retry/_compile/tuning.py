@@ -98,7 +98,9 @@ class Retuning:
                 self._journal.tuned(tally.call, conversion.location)
             return
         due = None
-        if entry is not None and self._schedule(reason, conversion, tally, seconds)[1]:
+        # If nothing is known about the reason, one more attempt is enough to see if it was a passing one.
+        has_not_helped = turn is not None and not conversion.tuning.is_explained
+        if entry is not None and not has_not_helped and self._schedule(reason, conversion, tally, seconds)[1]:
             self._add(PartlyTuned(conversion, entry), turn)
             due = self.next_retry(tally.call)
         elif turn is not None:

@@ -4,6 +4,8 @@ Inductor times candidates for an operation and uses the fastest. A candidate tha
 whatever the reason, and its time is stored on disk. If all fail, the operation cannot be compiled, now or later. So in
 an attempt, a failure that may pass is not stored, and an infinite time that is stored is measured again once.
 
+A Triton kernel is built in several configurations, and the fastest is used. Those that cannot be built drop out too.
+
 All names are optional: if one is missing in another version of PyTorch, these failures go unnoticed there.
 """
 
@@ -26,6 +28,10 @@ _CHECKED = "compile_retry: measured as infinite"
 _REASON = "_compile_retry_reason"
 
 
+class UnexplainedError(RuntimeError):
+    """A worker process could not build a configuration of a kernel. It does not say why; mostly `ptxas` has failed."""
+
+
 class Tuning:
     """The autotuning of one attempt, as far as candidates dropped out for a reason that may pass.
 
@@ -33,11 +39,13 @@ class Tuning:
         candidates: The number of candidates of the operations concerned.
         timed: How many of them were timed.
         reason: A copy of the first of the errors; None if no candidate dropped out.
+        is_explained: Whether any of the reasons is known.
     """
 
     def __init__(self) -> None:
         self.candidates = self.timed = 0
         self.reason: BaseException | None = None
+        self.is_explained = False
 
     def add(self, candidates: int, reasons: list[BaseException]) -> None:
         """Add an operation or a kernel some of whose candidates have dropped out."""
@@ -45,12 +53,14 @@ class Tuning:
             self.candidates += candidates
             self.timed += candidates - len(reasons)
             self.reason = self.reason or reasons[0]
+            self.is_explained |= not all(isinstance(reason, UnexplainedError) for reason in reasons)
 
 
 class _ThisThread(threading.local):
     tuning: Tuning | None = None  # of the attempt in progress
     choices: Iterable[Any] = ()  # the candidates that are being timed
     error: BaseException | None = None  # of a process that times candidates
+    errors: list[BaseException] | None = None  # of the kernel that is being built
 
 
 _this_thread = _ThisThread()
@@ -105,6 +115,24 @@ def _watch_select_algorithm() -> None:
     _replace(selector, "update_local_cache", _without_passing_times)
     for cache, save in ((codecache.FxGraphCache, "_save_graph"), (autograd_cache.AOTAutogradCache, "save")):
         _replace(cache, save, _unless_badly_tuned)
+    _watch_kernels()
+
+
+def _watch_kernels() -> None:
+    """Wrap the methods that build a Triton kernel's configurations and load them onto the device.
+
+    Since 2.0 `precompile` and `_precompile_config`. Since 2.6 `_make_launchers`, and `make_launcher` of a configuration
+    that was built. Since 2.7 `_precompile_worker`.
+    """
+    from torch._inductor.runtime import triton_heuristics
+
+    kernel = triton_heuristics.CachingAutotuner
+    _replace(kernel, "_precompile_config", _noting_config_errors)
+    _replace(kernel, "_precompile_worker", _counting_configs)
+    _replace(kernel, "_make_launchers", _counting_configs)
+    _replace(kernel, "precompile", _counting_configs_from_workers)
+    for result in ("TritonCompileResult", "StaticTritonCompileResult"):
+        _replace(getattr(triton_heuristics, result, None), "make_launcher", _noting_config_errors)
 
 
 def _note(choice: Any, exc: BaseException) -> None:
@@ -236,3 +264,53 @@ def _unless_badly_tuned(save: Callable[..., None]) -> Callable[..., None]:
             save(*args, **kwargs)
 
     return save_unless
+
+
+def _noting_config_errors(build: Callable[..., Any]) -> Callable[..., Any]:
+    def noting(*args: Any) -> Any:
+        try:
+            return build(*args)
+        except Exception as exc:
+            if _this_thread.errors is not None and may_pass(exc):
+                _this_thread.errors.append(_without_frames(exc))
+            raise
+
+    return noting
+
+
+def _counting_configs(build: Callable[[Any], None]) -> Callable[[Any], None]:
+    def counting(kernel: Any) -> None:
+        outer, _this_thread.errors = _this_thread.errors, []
+        configs = len(kernel.compile_results or kernel.configs)
+        try:
+            build(kernel)  # raises if there is none left
+            _lacks_configs(kernel, configs, _this_thread.errors)
+        finally:
+            _this_thread.errors = outer
+
+    return counting
+
+
+def _counting_configs_from_workers(precompile: Callable[..., None]) -> Callable[..., None]:
+    def counting(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        built = len(kernel.compile_results)
+        precompile(kernel, *args, **kwargs)
+        # The number of configurations before they were built: since 2.7.
+        configs = (getattr(kernel, "autotune_cache_info", None) or {}).get("num_configs", built)
+        if built:  # by a worker process
+            error = UnexplainedError("a worker process could not build a configuration of a Triton kernel")
+            _lacks_configs(kernel, configs, [error] * (configs - built))
+
+    return counting
+
+
+def _lacks_configs(kernel: Any, configs: int, errors: list[BaseException]) -> None:
+    """Count a kernel that lacks configurations, and do not let Inductor remember it."""
+    if errors and _this_thread.tuning is not None:
+        from torch._inductor.codecache import PyCodeCache
+
+        _this_thread.tuning.add(configs, errors)
+        kernel.save_cache_hook = None  # stores the fastest configuration, when the kernel runs
+        for path, module in list(PyCodeCache.modules_no_attr.items()):
+            if any(value is kernel for value in list(vars(module).values())):
+                del PyCodeCache.modules_no_attr[path]
