@@ -341,10 +341,3 @@ def count_compiles() -> tuple[int, int]:
 
     hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
     return counters["stats"]["unique_graphs"], hits
-
-
-def triton_works() -> bool:  # pragma: no cover  # not tested on GPUs
-    """Return True if Inductor finds Triton and a device that it can compile for. Since 2.1."""
-    from torch.utils._triton import has_triton
-
-    return bool(has_triton())
