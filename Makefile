@@ -13,10 +13,10 @@ SPHINX := $(VENV_PYTHON) -m sphinx --fresh-env --quiet --fail-on-warning --keep-
 
 PYTEST_WITH_COVERAGE := $(VENV_PYTHON) -m pytest --cov --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
-# Only long tests run all of these, because they need a real C++ compiler: the doctor's processes, and the healing.
-LEFT_OUT_OF_QUICK_COVERAGE := */_doctor/child.py,*/_doctor/process.py,*/_compile/healing.py,*/_torch/inductor.py
+# Only long tests run all of these, because they need a real C++ compiler: the doctor's processes, healing and autotuning.
+LEFT_OUT_OF_QUICK_COVERAGE := */_doctor/child.py,*/_doctor/process.py,*/_compile/healing.py,*/_torch/inductor.py,*/_torch/autotuning.py
 
-.PHONY: help test test-all bench faults demo recipes lint types docs snippets wheel ci clean
+.PHONY: help test test-all gpu bench faults demo recipes lint types docs snippets wheel ci clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -28,6 +28,12 @@ test: $(INSTALLED) ## run the tests that are not marked as long, and measure the
 
 test-all: test ## run `make test`, then the long tests, and measure the coverage of all (20 minutes)
 	$(PYTEST_WITH_COVERAGE) -m long --cov-append
+
+# The torch in constraints.txt may have no CUDA: PYTHON_GPU=python uses another environment, which needs only pytest.
+PYTHON_GPU ?= $(VENV_PYTHON)
+gpu: ## run the tests that need an NVIDIA GPU, and write docs/gpu-table.md (at most 8 minutes on one card)
+	PYTHONPATH=src:tests timeout 480 $(PYTHON_GPU) -m pytest tests/gpu -q --confcutdir=tests/gpu \
+	    -p no:cacheprovider -o filterwarnings=default --durations=0 $(ARGS)
 
 bench: $(INSTALLED) ## measure and write docs/performance-tables.md (an hour; ARGS="-k compiled": some of it)
 	mkdir -p docs/_build

@@ -6,8 +6,8 @@ import json
 import math
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,8 @@ from ._version import installed_version
 if TYPE_CHECKING:
     from rich.console import Console
 
+# Of the longest name of a check.
+_WIDTH = len("vector instructions")
 _COLOURS: dict[Status, str] = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": "dim"}
 
 
@@ -61,9 +63,9 @@ def _parser() -> ArgumentParser:
     doctor.add_argument(
         "--timeout",
         type=_seconds,
-        default=180.0,
+        default=60.0,
         metavar="SECONDS",
-        help="Time limit for the checks, at least 1 (default: 180).",
+        help="Time limit for the checks, at least 1 (default: 60).",
     )
     return parser
 
@@ -76,47 +78,60 @@ def _seconds(text: str) -> float:
 
 
 def _doctor(options: Namespace) -> int:
-    checks = examine(options.timeout)
+    with _printing(as_json=options.json) as report:
+        checks = examine(options.timeout, report)
     bad = {"failed", "warning"} if options.strict else {"failed"}
     ok = not any(check.status in bad for check in checks)
     if options.json:
         print(json.dumps({"ok": ok, "checks": [asdict(check) for check in checks]}, indent=2))
-    else:
-        _print(checks)
     return 0 if ok else 1
 
 
-def _print(checks: list[Check]) -> None:
-    """Print a table on a terminal, and searchable lines everywhere else."""
+@contextmanager
+def _printing(*, as_json: bool) -> Iterator[Callable[[Check], None]]:
+    """Print each check as it finishes: in a table on a terminal, and as searchable lines everywhere else."""
+    console = None if as_json else _terminal()
+    if console is not None:
+        with _table(console) as report:
+            yield report
+    else:
+        yield _ignore if as_json else _print_line
+
+
+def _terminal() -> Console | None:
+    """Return a console if the output is a terminal and rich is installed."""
     try:
         from rich.console import Console
     except ImportError:
-        _print_lines(checks)
-        return
+        return None
     console = Console()
-    if console.is_terminal:
-        _print_table(checks, console)
-    else:
-        _print_lines(checks)
+    return console if console.is_terminal else None
 
 
-def _print_lines(checks: list[Check]) -> None:
-    width = max(len(check.name) for check in checks)
-    for check in checks:
-        print(f"{check.status:<8} {check.name:<{width}}  {check.detail}")
-        if check.remedy:
-            print(f"{'':<8} {'':<{width}}  -> {check.remedy}")
+def _ignore(check: Check) -> None:
+    """Do not print a check that is printed with all others."""
 
 
-def _print_table(checks: list[Check], console: Console) -> None:
+def _print_line(check: Check) -> None:
+    line = f"{check.status:<8} {check.name:<{_WIDTH}}  {check.detail}\n"
+    remedy = f"{'':<8} {'':<{_WIDTH}}  -> {check.remedy}\n" if check.remedy else ""
+    print(line + remedy, end="", flush=True)
+
+
+@contextmanager
+def _table(console: Console) -> Iterator[Callable[[Check], None]]:
+    from rich.live import Live
     from rich.table import Table
     from rich.text import Text
 
     table = Table("check", "status", "detail", "remedy")
-    for check in checks:
-        cells = (check.name, Text(check.status, _COLOURS[check.status]), check.detail, check.remedy)
-        table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
-    console.print(table)
+
+    def report(check: Check) -> None:
+        status = Text(check.status, _COLOURS[check.status])
+        table.add_row(Text(check.name), status, Text(check.detail), Text(check.remedy))
+
+    with Live(table, console=console):
+        yield report
 
 
 if __name__ == "__main__":

@@ -52,6 +52,14 @@ _PERMANENT = frozenset(
 
 # After one of these the accelerator's context is gone, and eager execution fails too.
 _FATAL_TYPES = frozenset({"AcceleratorError"})
+# Errors of that class that the context survives.
+_SURVIVED_TEXT = (
+    "out of memory",
+    "invalid argument",
+    "invalid configuration argument",
+    "no kernel image is available",
+    "stream is capturing",
+)
 _FATAL_TEXT = (
     "CUDA error: an illegal memory access",
     "CUDA error: misaligned address",
@@ -76,6 +84,13 @@ _UNUSABLE_ERRNO = frozenset(
 _LOCKED_TYPE = "Timeout"
 # Signs that a C++ compiler failed for lack of resources, not because of its input.
 _OUT_OF_RESOURCES = ("No space left", "Killed", "Cannot allocate memory", "out of memory", "Too many open files")
+
+# Reasons for an autotuning candidate to fail that are not its own: by class, and in the text of torch's wrappers.
+_PASSING_TYPES = frozenset(
+    {"OutOfMemoryError", "MemoryError", "OSError", "PTXASError", "EOFError", "BrokenExecutor", "SubprocException"}
+)
+_TOO_LARGE = "uses too much"  # what `ptxas` says of a kernel's shared memory
+_PASSING_TEXT = (*_OUT_OF_RESOURCES, "OutOfMemoryError", "PTXASError")
 
 # Maximum length of a message in a log line.
 _LINE = 200
@@ -164,12 +179,25 @@ def _names(exc: BaseException) -> Iterator[str]:
     return (cls.__name__ for cls in type(exc).__mro__)
 
 
+def device_error(exc: BaseException) -> BaseException | None:
+    """Return the device's own error, from beneath its wrappers, if it means that the accelerator's context is gone."""
+    return next((cause for cause in causes(exc) if _means_lost_context(cause)), None)
+
+
+def _means_lost_context(exc: BaseException) -> bool:
+    if not _FATAL_TYPES.isdisjoint(_names(exc)):
+        return not any(text in str(exc) for text in _SURVIVED_TEXT)
+    return isinstance(exc, RuntimeError) and str(exc).startswith(_FATAL_TEXT)
+
+
 def is_fatal(exc: BaseException) -> bool:
     """Return True if the accelerator's context is gone, so that eager execution cannot continue either."""
-    root = root_cause(exc)
-    if not _FATAL_TYPES.isdisjoint(_names(root)):
-        return True
-    return isinstance(root, RuntimeError) and str(root).startswith(_FATAL_TEXT)
+    return device_error(exc) is not None
+
+
+def is_from_compiler(exc: BaseException | None) -> bool:
+    """Return True for an exception of one of Dynamo's or Inductor's own classes."""
+    return type(exc).__module__.startswith(("torch._dynamo.", "torch._inductor."))
 
 
 def is_transient(exc: BaseException) -> bool:
@@ -187,6 +215,17 @@ def is_transient(exc: BaseException) -> bool:
     """
     root = root_cause(exc)
     return _PERMANENT.isdisjoint(_names(root)) and not is_fatal(root)
+
+
+def may_pass(exc: BaseException) -> bool:
+    """Return True if an autotuning candidate failed for lack of memory or disk space, or because a process ended.
+
+    A candidate that is wrong, or too large for the device, would fail again.
+    """
+    root = root_cause(exc)
+    if not is_transient(root) or _TOO_LARGE in str(root):
+        return False
+    return not _PASSING_TYPES.isdisjoint(_names(root)) or any(text in str(root) for text in _PASSING_TEXT)
 
 
 def suggests_damaged_cache(exc: BaseException, attempt: int) -> bool:

@@ -16,9 +16,9 @@ import torch
 from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
-from ._compile.call import NOBODY, Tally
+from ._compile.call import NOBODY, Tally, Turn
 from ._compile.sharing import Group, group_of
-from ._failures import CompileFailure, Location
+from ._failures import CompileFailure, Location, device_error, is_from_compiler
 from ._record.history import CallPath
 from ._record.live import WeakRegistry
 from ._record.record import Record
@@ -76,6 +76,7 @@ class CompiledFunction(Generic[P, R]):
         "_outcomes",
         "_policy",
         "_record",
+        "_retuning",
         "_skips_guards",
         "_with_guards",
         "eager",
@@ -114,6 +115,7 @@ class CompiledFunction(Generic[P, R]):
         self._numbers, self._calls = group.numbers, group.calls
         self._breaker, self._ledger = group.breaker, group.ledger
         self._admission, self._journal, self._outcomes = group.admission, group.journal, group.outcomes
+        self._retuning = group.retuning
         self._history, calls = self._record.history, self._record.books.calls
         self._compiled_calls, self._eager_calls = calls["compiled"], calls["eager"]
         self._group = group
@@ -146,20 +148,26 @@ class CompiledFunction(Generic[P, R]):
             next(self._eager_calls)
             return self.eager(*args, **kwargs) if kwargs else self.eager(*args)  # type: ignore[call-arg]  # P may have keywords
         tally = self._calls.tally
-        if tally.call or breaker.episode is not None or self._ledger.given_up or number >= self._history.next_call:
+        if (
+            tally.call
+            or breaker.episode is not None
+            or self._ledger.given_up
+            or number >= self._history.next_call
+            or self._retuning.breaker.episode is not None
+        ):
             return self._watched(number, tally, args, kwargs)
         tally.compiled = tally.eager = 0
         try:
             tally.call, tally.record = number, self._record
             try:  # passing an empty dictionary would take 0.05 us
                 result = self._compiled(*args, **kwargs) if kwargs else self._compiled(*args)
-            except BaseException:
-                self._finish(tally, probing=False, raised=True)
+            except BaseException as exc:
+                self._finish(tally, probing=False, raised=exc)
                 raise
             if tally.compiled and not (tally.eager or tally.at_end):
                 next(self._compiled_calls)
             else:
-                self._finish(tally, probing=False, raised=False)
+                self._finish(tally, probing=False)
         finally:
             tally.call, tally.record = 0, NOBODY
         return result
@@ -167,6 +175,7 @@ class CompiledFunction(Generic[P, R]):
     def _watched(self, number: int, tally: Tally, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
         """Make a call that may attempt, that is timed, or that runs within another call of the function."""
         probe: Probe | None = None
+        turn: Turn | None = None
         began: tuple[float, int] | None = None
         outer = tally.call, tally.compiled, tally.eager, tally.given_up
         outer_record, left_open = tally.record, (tally.doubt, tally.at_end)
@@ -182,15 +191,19 @@ class CompiledFunction(Generic[P, R]):
                     within = self._is_within_probe(tally)
                     probe = None if within else self._admission.let_through(tally, number)
                 straight = straight or (not (probe or within) and self._admission.bypasses_dynamo(episode, number))
+            else:
+                turn = self._retuning.begin(tally, number)
             if is_timed:
                 began = self._clock(), tally.attempts
             try:
                 result = self._choose(tally, straight=straight)(*args, **kwargs)
-            except BaseException:
-                self._finish(tally, probing=probe is not None, raised=True)
+            except BaseException as exc:
+                self._finish(tally, probing=probe is not None, raised=exc)
                 raise
-            self._finish(tally, probing=probe is not None, raised=False, began=began)
+            self._finish(tally, probing=probe is not None, began=began)
         finally:
+            if turn is not None:
+                self._retuning.end(tally, turn)
             tally.call, compiled, eager, given_up = outer
             tally.record = outer_record
             tally.doubt, tally.at_end = left_open
@@ -208,29 +221,43 @@ class CompiledFunction(Generic[P, R]):
             return self.eager
         return self._with_guards if self._skips_guards() else self._compiled
 
-    def _finish(self, tally: Tally, *, probing: bool, raised: bool, began: tuple[float, int] | None = None) -> None:
+    def _finish(
+        self,
+        tally: Tally,
+        *,
+        probing: bool,
+        raised: BaseException | None = None,
+        began: tuple[float, int] | None = None,
+    ) -> None:
         """Count a call that is over, and settle its failure.
 
         Args:
             tally: This thread's tally.
             probing: Whether the call was the episode's probe.
-            raised: Whether the call raised.
+            raised: The exception that the call raised, if any.
             began: For a timed call, the clock when it began and the number of attempts that its thread had made before.
+
+        Raises:
+            BaseException: The device's own error, if the accelerator's context is gone and the call raised a wrapper.
         """
-        clean = False
+        clean, lost = False, device_error(raised) if isinstance(raised, RuntimeError) else None
         path: CallPath = "eager" if not tally.compiled else "mixed" if tally.eager else "compiled"
         try:
             if tally.doubt is not None or tally.at_end:
-                self._outcomes.settle(tally, program_raised=raised)
-            clean = not raised and tally.eager == tally.given_up and bool(tally.compiled or tally.given_up)
+                self._outcomes.settle(tally, program_raised=raised is not None)
+            clean = raised is None and tally.eager == tally.given_up and bool(tally.compiled or tally.given_up)
         finally:
             next(self._record.books.calls[path])
+            if lost is not None:
+                self._outcomes.lost_device(lost, tally)
             if probing:
                 self._outcomes.probe_ended(tally, clean=clean)
             if began is not None:
                 then, attempts = began
                 self._journal.took(self._record, tally.call, path, then, attempted=tally.attempts != attempts)
             self._journal.tell()
+        if lost is not None and lost is not raised and is_from_compiler(raised):
+            raise lost from None
 
     def _is_within_probe(self, tally: Tally) -> bool:
         """Return True if this call runs within the probe."""
@@ -293,8 +320,12 @@ class CompiledFunction(Generic[P, R]):
 
     @property
     def next_retry(self) -> NextRetry | None:
-        """The due moment of the next attempt, or ``None`` if nothing is held off or no retry will come."""
-        return self._breaker.next_retry(self._numbers.value)
+        """The due moment of the next attempt, or ``None`` if nothing is held off or no retry will come.
+
+        In the state ``COMPILED``, it is the moment when code that was only partly tuned is tuned again.
+        """
+        calls = self._numbers.value
+        return self._breaker.next_retry(calls) or self._retuning.next_retry(calls)
 
     def register_hook(self, hook: Hook) -> RemovableHandle:
         """Register a hook for this function's events: see :mod:`compile_retry.events`. Copies do not inherit it.

@@ -38,6 +38,8 @@ class CompileStats:
         failures: Attempts that did not produce code.
         recoveries: Number of recoveries: moments when everything that had fallen back was compiled again.
         compile_seconds: Seconds spent in Dynamo and the compiler, including failed attempts, by the policy's clock.
+        partly_tuned: Attempts that produced code although some of Inductor's autotuning candidates could not be timed,
+            for example for lack of memory.
     """
 
     compiled_calls: int
@@ -47,6 +49,7 @@ class CompileStats:
     failures: int
     recoveries: int
     compile_seconds: float
+    partly_tuned: int = 0
 
     @property
     def calls(self) -> int:
@@ -88,6 +91,7 @@ class Books:
         self.attempts = Counter()
         self.failures = Counter()
         self.recoveries = Counter()
+        self.partly_tuned = Counter()
         self._seconds = 0.0
         self._lock = Lock()
 
@@ -104,4 +108,5 @@ class Books:
             failures=self.failures.value,
             recoveries=self.recoveries.value,
             compile_seconds=self._seconds,
+            partly_tuned=self.partly_tuned.value,
         )

@@ -25,15 +25,18 @@ __all__ = [
     "AttemptStarted",
     "CacheMoved",
     "Compiled",
+    "DeviceLost",
     "Event",
     "GaveUp",
     "Hook",
+    "PartlyTuned",
     "RecompileLimit",
     "Recovered",
     "RetryScheduled",
     "StillCompiling",
     "StillEager",
     "SweptAway",
+    "Tuned",
     "register_hook",
 ]
 
@@ -189,6 +192,43 @@ class GaveUp(Event):
 
     kind = "gave up"
     failure: CompileFailure
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartlyTuned(Event):
+    """An attempt produced code, but some autotuning candidates could not be timed, for example for lack of memory.
+
+    Attributes:
+        timed: How many candidates were timed.
+        candidates: The number of candidates of the operations concerned.
+        error: The class of the first candidate's error, and the first line of its message.
+        next_retry: The due moment of the attempt to tune it again; None if there will be none.
+    """
+
+    kind = "partly tuned"
+    timed: int
+    candidates: int
+    error: str
+    next_retry: NextRetry | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned(Event):
+    """Code that was partly tuned has been tuned again, and all candidates were timed."""
+
+    kind = "tuned"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceLost(Event):
+    """The accelerator's context is lost. The call raises the device's own error, and no attempt is made after it.
+
+    Attributes:
+        error: The error's class and the first line of its message.
+    """
+
+    kind = "device lost"
+    error: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from doctor_command import checks_of, doctor, examine, forget_variables
+from doctor_command import checks_of, doctor, forget_variables
+from doctor_command import examine as examine_within
 
 # Each test compiles with a real C++ compiler, in separate processes.
 pytestmark = pytest.mark.long
@@ -57,6 +58,11 @@ def scalar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 
+def examine(*arguments: str, status: int) -> dict[str, dict[str, Any]]:
+    """Run the doctor. Other tests may run at the same time, so it has more time than it usually takes."""
+    return examine_within("--timeout", "240", *arguments, status=status)
+
+
 def assert_nothing_is_left(place: Path) -> None:
     # Torch keeps precompiled headers there, and 2.10 has no environment variable to disable them.
     headers = {path.parent for path in (place / "tmp").glob("*/precompiled_headers")}
@@ -82,7 +88,7 @@ def install_compiler(place: Path, script: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("measured")
 def test_a_healthy_machine(place: Path) -> None:
     """On a healthy machine no check fails, and nothing is left behind."""
-    command = [sys.executable, "-m", "compile_retry", "doctor", "--json"]
+    command = [sys.executable, "-m", "compile_retry", "doctor", "--json", "--timeout", "240"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout
     checks = checks_of(done.stdout)

@@ -183,43 +183,119 @@ def test_a_damaged_probe(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert f"damaged files in {cache}" in caplog.text
 
 
+COMPILER = """#!/bin/sh
+case "$*" in
+    *{lacks}*) echo >>{log}.lacks; echo "error: unrecognized command-line option '{lacks}'" >&2; exit 1 ;;
+    *.cpp*)
+        echo >>{log}
+        if [ "$(wc -l <{log})" -le {fails} ]; then echo "virtual memory exhausted" >&2; exit 1; fi ;;
+esac
+exec g++ "$@"
+"""
+PRELUDE = """
+import sys, torch
+from torch._inductor import cpu_vec_isa
+from compile_retry import CompileState, RetryPolicy, compile_with_fallback
+def waves(x):
+    return x.sin() * x.exp() + x
+fn = compile_with_fallback(waves, policy=RetryPolicy(wait=None, wait_calls=1))
+x = torch.ones(64)
+def found():
+    return [str(isa) for isa in cpu_vec_isa.valid_vec_isa_list()]
+"""
+
+
+def run_with_compiler(folder: Path, code: str, *, fails: int = 0, lacks: str = "-no-such-option") -> None:
+    """Run code in a fresh process with an empty cache, and a compiler that fails its first runs or lacks an option."""
+    compiler = folder / "g++"
+    compiler.write_text(COMPILER.format(log=folder / "log", fails=fails, lacks=lacks))
+    compiler.chmod(0o755)
+    environment = {
+        **os.environ,
+        "CXX": str(compiler),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"),
+        "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
+    }
+    subprocess.run([sys.executable, "-c", PRELUDE + code], env=environment, check=True, timeout=600)
+
+
+def supported() -> set[str]:
+    return {str(isa) for isa in cpu_vec_isa.valid_vec_isa_list()}
+
+
+def kernels(folder: Path) -> list[str]:
+    """Return the sources of the kernels that Inductor has stored."""
+    sources = [path.read_text() for path in (folder / "cache").rglob("*.cpp")]
+    return [source for source in sources if "cpp_prefix" in source]
+
+
 @pytest.mark.long
+@pytest.mark.usefixtures("measured")
 @needs_vectors
-def test_a_probe_that_failed_silently(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of several probes fails silently, so torch would use lesser instructions. The library probes again."""
-    expected = [str(isa) for isa in cpu_vec_isa.valid_vec_isa_list()]
-    sets, fails = type(cpu_vec_isa.valid_vec_isa_list()[0]), [True]
-    check = sets.check_build
+def test_a_probe_that_failed_once(tmp_path: Path) -> None:
+    """If the compiler fails once, in the first probe, the probe is repeated, and the first attempt succeeds as usual.
 
-    def check_build(self: Any, code: str) -> bool:
-        return False if fails and fails.pop() else check(self, code)
-
-    monkeypatch.setattr(sets, "check_build", check_build)
-    fn = compile_with_fallback(waves, policy=EVERY_CALL)
-    with fail_compiles(times=1):
-        fn(torch.ones(71)), fn(torch.ones(71))
-    assert not fails
-    assert fn.state is CompileState.COMPILED
-    assert [str(isa) for isa in cpu_vec_isa.valid_vec_isa_list()] == expected
+    With stock torch, the code lacks the best vector instructions.
+    """
+    best = str(cpu_vec_isa.valid_vec_isa_list()[0])
+    code = f"""
+torch.testing.assert_close(fn(x), waves(x))
+assert (fn.state, fn.stats.failures) == (CompileState.COMPILED, 0), fn.last_failure
+assert found()[0] == {best!r}, found()
+"""
+    run_with_compiler(tmp_path, code, fails=1)
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("measured")
 @needs_vectors
-def test_a_processor_without_vector_instructions(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On such a processor the library probes three times and no more, and does not report damage."""
-    asked: list[None] = []
+def test_a_compiler_that_works_again_after_the_probes(tmp_path: Path) -> None:
+    """An attempt fails if a probe fails because the compiler does, even if it could compile slower code by then.
 
-    @functools.cache
-    def no_instructions() -> list[Any]:
-        asked.append(None)
-        return []
+    So no slower code is stored, where later processes would find it.
+    """
+    best = str(cpu_vec_isa.valid_vec_isa_list()[0])
+    code = f"""
+fn(x)
+assert (fn.state, fn.last_failure.kind) == (CompileState.FALLBACK, "transient")
+assert "virtual memory exhausted" in str(fn.last_failure), fn.last_failure
+fn(x)
+assert (fn.state, fn.stats.failures) == (CompileState.COMPILED, 1)
+assert found()[0] == {best!r}, found()
+"""
+    run_with_compiler(tmp_path, code, fails=2)
+    assert kernels(tmp_path)
+    assert all("at::vec::" in source for source in kernels(tmp_path))
 
-    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", no_instructions)
-    for shape in (68, 69):
-        fn = compile_with_fallback(waves, dynamic=False)
-        fn(torch.ones(shape))
-        assert fn.state is CompileState.COMPILED
-    assert len(asked) == 3
+
+@pytest.mark.long
+@pytest.mark.usefixtures("measured")
+@needs_vectors
+def test_failed_probes_of_others(tmp_path: Path) -> None:
+    """If a stock compile has left the result of failed probes in the process, the first attempt does not use it."""
+    best = str(cpu_vec_isa.valid_vec_isa_list()[0])
+    code = f"""
+assert not found()
+fn(x)
+assert (fn.state, fn.stats.failures) == (CompileState.COMPILED, 0)
+assert found()[0] == {best!r}, found()
+"""
+    run_with_compiler(tmp_path, code, fails=4)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("measured")
+@needs_vectors
+def test_a_compiler_without_the_best_instructions(tmp_path: Path) -> None:
+    """What such a compiler lacks is not a failure. It is asked twice in the process's life and no more."""
+    code = """
+for x in torch.ones(64), torch.ones(2, 64):
+    fn(x)
+    assert (fn.state, fn.stats.failures) == (CompileState.COMPILED, 0), fn.last_failure
+    assert found() == ["avx2"], found()
+"""
+    run_with_compiler(tmp_path, code, lacks="-mavx512f")
+    assert (tmp_path / "log.lacks").read_text() == "\n" * 2 * len({"avx512", "avx512 avx512_vnni"} & supported())
 
 
 @pytest.mark.long

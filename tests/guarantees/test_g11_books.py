@@ -362,6 +362,7 @@ def test_stats_are_a_snapshot() -> None:
         "failures": 1,
         "recoveries": 1,
         "compile_seconds": stats.compile_seconds,
+        "partly_tuned": 0,
         "compiled_fraction": 0.75,
     }
     assert stats.compile_seconds > 0

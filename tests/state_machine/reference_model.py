@@ -212,6 +212,7 @@ class Model:
             "failures": self.failures,
             "recoveries": self.recoveries,
             "compile_seconds": self.seconds,
+            "partly_tuned": 0,
         }
 
     @property

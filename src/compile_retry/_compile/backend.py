@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import torch
 from torch.fx import GraphModule
 
 from compile_retry._torch import compilers
 from compile_retry._torch import frames as torch_frames
+from compile_retry._torch.autotuning import watching_autotuning
 from compile_retry._torch.distributed import collectives_in
 from compile_retry._torch.inductor import isolate_first_trace
 
 from .admission import Admission
 from .call import Attempt, Calls, Conversion, Tally
 from .frameless import FramelessGraph
-from .healing import find_vector_instructions, heal, working_cache
+from .healing import heal, reliable_probes, working_cache
 from .outcomes import Outcomes
 
 Code: TypeAlias = Callable[..., Any]
@@ -65,7 +65,7 @@ class GraphBackend:
         Exceptions are not changed: Dynamo turns some into graph breaks, and the frame callback handles the others.
         """
         outcomes = self._outcomes
-        if outcomes.is_held_off or self._interrupted:
+        if outcomes.is_held_off or self._interrupted or conversion.is_retuning:
             heal()
             self._interrupted = False
         conversion.is_dynamic |= compilers.has_dynamic_shapes(graph_module)
@@ -73,9 +73,12 @@ class GraphBackend:
         compiler_runs = outcomes.compiler_runs(tally, conversion)
         which = Attempt(self._outcomes.name, conversion.graph)
         try:
-            with compiler_runs, working_cache(damaged=outcomes.suspects_cache) as usual:
-                if self._is_for_this_processor(example_inputs):
-                    find_vector_instructions()
+            with (
+                compiler_runs,
+                working_cache(damaged=outcomes.suspects_cache) as usual,
+                reliable_probes(),
+                watching_autotuning(conversion.tuning, uses_inductor=self.__name__ == "inductor"),
+            ):
                 code = attempt(self._compiler, graph_module, example_inputs, which)
         except Exception:
             raise
@@ -93,11 +96,6 @@ class GraphBackend:
     def abandon(self) -> None:
         """Release most references: the function is gone, but Dynamo keeps its backends and their code."""
         del self._admission, self._outcomes
-
-    def _is_for_this_processor(self, example_inputs: list[Any]) -> bool:
-        """Return True if Inductor needs the CPU's vector instructions for these inputs."""
-        on_cpu = (isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in example_inputs)
-        return self.__name__ == "inductor" and any(on_cpu)
 
 
 def attempt(compiler: compilers.Compiler, graph_module: GraphModule, example_inputs: list[Any], which: Attempt) -> Code:

@@ -6,14 +6,20 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compile_retry._failures import FailureStage, Location
 from compile_retry._record.record import Record
 from compile_retry._schedule.breaker import Probe, Unsettled
+from compile_retry._torch.autotuning import Tuning
 
 from .frame_key import FrameKey
+
+if TYPE_CHECKING:
+    from types import CodeType
+
+    from compile_retry._torch.cache_entries import CachedFrame
 
 
 @dataclass
@@ -30,6 +36,8 @@ class Conversion:
         runner: The function that runs the compiled graph.
         is_covered: Whether another thread compiled such a frame while this one waited for its turn.
         gave_way: Whether the backend raised `HeldOffError` to make the frame run eagerly.
+        is_retuning: Whether the frame has code, which is to be tuned again.
+        tuning: The autotuning of its graphs.
     """
 
     location: Location
@@ -41,6 +49,8 @@ class Conversion:
     runner: Callable[..., Any] | None = None
     is_covered: bool = False
     gave_way: bool = False
+    is_retuning: bool = False
+    tuning: Tuning = field(default_factory=Tuning)
 
 
 class Attempt(NamedTuple):
@@ -82,6 +92,65 @@ class Doubt(Unsettled):
         self.traceback, self.exc, self.can_be_retried = traceback, exc, can_be_retried
 
 
+class PartlyTuned:
+    """A frame's code that is to be tuned again.
+
+    Attributes:
+        key: The frame's key.
+        entry: The code's entry in Dynamo's cache.
+        candidates: The number of candidates of the operations that lack some.
+        timed: How many of them were timed.
+        turn: Returns the turn of the call that tunes it again now; None if there is none.
+    """
+
+    def __init__(self, conversion: Conversion, entry: CachedFrame) -> None:
+        self.key, self.entry = conversion.key, entry
+        self.candidates, self.timed = conversion.tuning.candidates, conversion.tuning.timed
+        self.turn: Callable[[], Turn | None] = lambda: None
+
+    def may_run(self, variables: object) -> bool:
+        """Guard of the code, evaluated if all others have passed."""
+        turn = self.turn()
+        if turn is None or turn.thread != threading.get_ident():
+            return True
+        turn.was_passed_by = True
+        return False
+
+    def is_better_than(self, other: PartlyTuned) -> bool:
+        """Return True if a larger share of its candidates was timed."""
+        return self.timed * other.candidates > other.timed * self.candidates
+
+
+class Turn:
+    """One call's turn to tune a frame again. Only the call holds it, and with it the permission.
+
+    Attributes:
+        old: The code to replace.
+        thread: The call's thread.
+        was_passed_by: Whether the call has come to the frame, with arguments that the code fits.
+        superseded: The cache entry to drop when the call is over; None if there is none.
+    """
+
+    def __init__(self, old: PartlyTuned, probe: Probe) -> None:
+        self.old, self._probe = old, probe
+        self.thread = threading.get_ident()
+        self.was_passed_by = False
+        self.superseded: CachedFrame | None = None
+        old.turn = weakref.ref(self)
+
+    def comes_to(self, code: CodeType) -> bool:
+        """Return True, once, for the frame that passed the old code by."""
+        comes = self.was_passed_by and self.old.key.code is code
+        if comes:
+            self.close()
+        return comes
+
+    def close(self) -> None:
+        """Let the old code run again."""
+        self.old.turn = lambda: None
+        self.was_passed_by = False
+
+
 # Between calls: a tally must not keep alive the record of a function that is gone, and with it its hooks.
 NOBODY = Record(time.monotonic)
 
@@ -92,6 +161,7 @@ class Tally:
     __slots__ = (
         "__weakref__",
         "_probe",
+        "_turn",
         "at_end",
         "attempts",
         "call",
@@ -113,6 +183,7 @@ class Tally:
         self.attempts = 0  # of all this thread's calls
         self._probe: weakref.ref[Probe] | None = None
         self.conversion: Conversion | None = None
+        self._turn: weakref.ref[Turn] | None = None
         # Modules among the variables of frames that ran eagerly, outermost first. They give names to their submodules.
         self.models: list[weakref.ref[Any]] = []
         # To settle when the call is over: a failure, and callbacks to run if the program does not raise.
@@ -127,6 +198,15 @@ class Tally:
     @probe.setter
     def probe(self, probe: Probe | None) -> None:
         self._probe = weakref.ref(probe) if probe is not None else None
+
+    @property
+    def turn(self) -> Turn | None:
+        """This call's turn to tune a frame again. Only the call keeps it alive."""
+        return self._turn() if self._turn is not None else None
+
+    @turn.setter
+    def turn(self, turn: Turn | None) -> None:
+        self._turn = weakref.ref(turn) if turn is not None else None
 
     @property
     def graphs_before(self) -> int:

@@ -105,6 +105,7 @@ class FramelessGraph:
                 outcomes.settle(tally, program_raised=False)
             return None
         outcomes.compiled(conversion, tally)
+        outcomes.retuning.compiled(conversion, tally, None, outcomes.seconds_since(conversion))
         return code
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from compile_retry._failures import Location, is_fatal
+from compile_retry._failures import Location, device_error, is_fatal
 from compile_retry._record.record import Record
 from compile_retry._strict import is_strict
 from compile_retry._torch import cache_entries, functions
@@ -106,6 +106,11 @@ class FrameConverter:
             return held_off
         try:
             return self._in_turn(request, known.compiles)
+        except Exception as exc:
+            if (error := device_error(exc)) is None:
+                raise
+            self._outcomes.lost_device(error, request.tally)
+            raise error from None  # as eager raises it, without the wrappers of Dynamo
         finally:
             self._outcomes.tell()
 
@@ -150,7 +155,10 @@ class FrameConverter:
     def _begin(self, request: _Request, *, is_covered: bool = False) -> Conversion:
         code = request.frame.f_code
         location = None if functions.is_inline_wrapper(code) else _location(code)
-        return self._outcomes.begin(request.key, location, is_covered=is_covered)
+        conversion = self._outcomes.begin(request.key, location, is_covered=is_covered)
+        turn = request.tally.turn
+        conversion.is_retuning = turn is not None and turn.comes_to(code)
+        return conversion
 
     def _convert(self, request: _Request, conversion: Conversion) -> ConvertFrameReturn:
         """Let Dynamo compile the frame, and handle exceptions."""
@@ -161,11 +169,14 @@ class FrameConverter:
             # Strict mode raises at the end of the call, unless the frame could hang because it runs eagerly alone.
             if is_fatal(exc) or torch_frames.is_deliberate_limit(exc) or (outcomes.collectives and is_strict()):
                 raise
-            if torch_frames.is_recompile_limit(exc) and not is_strict():
-                return self._over_limit(request, conversion)
             if conversion.gave_way:
                 self._admission.refused(tally, request.key)
                 return self._eagerly(request)
+            if conversion.is_retuning and not is_strict():
+                outcomes.doubt_retuning(exc, conversion, tally)
+                return self._eagerly(request)
+            if torch_frames.is_recompile_limit(exc) and not is_strict():
+                return self._over_limit(request, conversion)
             conversion.location = request.named(conversion.location)
             if not outcomes.collectives:
                 outcomes.doubt(exc, conversion, tally)
@@ -178,13 +189,17 @@ class FrameConverter:
         compiles = torch_frames.count_compiles(known.state)
         outer, tally.conversion = tally.conversion, conversion
         try:
-            with torch_frames.settings_for_compile(known.compiles, self._outcomes.functions):
+            # The code that is tuned again has an entry of its own until the call is over.
+            functions = self._outcomes.functions + conversion.is_retuning
+            with torch_frames.settings_for_compile(known.compiles, functions):
                 result = self._inner(request.frame, request.cache_entry, known.state)
         except Exception:
             torch_frames.uncount_compiles(known.state, compiles)
             raise
         finally:
             tally.conversion = outer
+        if conversion.is_retuning:
+            torch_frames.uncount_compiles(known.state, compiles)
         return self._converted(result, request, conversion)
 
     def _converted(self, result: ConvertFrameReturn, request: _Request, conversion: Conversion) -> ConvertFrameReturn:
@@ -192,10 +207,13 @@ class FrameConverter:
             if conversion.runner is not None:
                 torch_frames.run_directly(conversion.runner, result.guarded_code.code, request.frame.f_globals)
             self._codes_compiled += not request.known.compiles
-            request.known.compiles += 1
-            self._outcomes.compiled(conversion, request.tally)
+            request.known.compiles += not conversion.is_retuning
+            outcomes, seconds = self._outcomes, self._outcomes.seconds_since(conversion)
+            outcomes.compiled(conversion, request.tally)
             entry = cache_entries.CachedFrame(result.guarded_code), weakref.ref(request.tally.record)
             self._entries = [*(entry for entry in self._entries if entry[0].alive), entry]
+            to_retune = None if outcomes.collectives else entry[0]
+            outcomes.retuning.compiled(conversion, request.tally, to_retune, seconds)
             return result
         if torch_frames.hit_recompile_limit(result):
             return self._over_limit(request, conversion)

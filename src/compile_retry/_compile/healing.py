@@ -8,6 +8,7 @@ Then the attempt uses another directory.
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import shutil
 import tempfile
@@ -22,13 +23,13 @@ from compile_retry.events import log
 _replacements: dict[str, str] = {}
 
 
-class _Probing:
-    """Holds the flag that no further probe for vector instructions makes sense since the last failure."""
+class _Probes:
+    """Holds the flag that the failed probes that Inductor remembers have been repeated since the last failure."""
 
-    is_done = False
+    are_repeated = False
 
 
-_probing = _Probing()
+_probes = _Probes()
 # An environment variable holds the directory, so only one thread at a time may change it.
 _moving = Lock()
 
@@ -37,7 +38,7 @@ def heal() -> None:
     """Make torch repeat the probes that it made while something was broken."""
     inductor.forget_failures()
     inductor.replace_dead_workers(all_graph_compilers=True)
-    _probing.is_done = False
+    _probes.are_repeated = False
 
 
 @contextmanager
@@ -65,38 +66,45 @@ def working_cache(*, damaged: bool) -> Iterator[str | None]:
         yield None
 
 
-def find_vector_instructions() -> None:
-    """Probe again if the compiler seems to lack vector instructions that the processor has.
+@contextmanager
+def reliable_probes() -> Iterator[None]:
+    """Keep an attempt from using the answer of a compiler probe that failed for another reason than the processor.
 
-    Results of successful probes are cached on disk, so only the missing ones cost a compile. If no instruction set is
-    found at all, a damaged file may be the reason, so the probes run once more in an empty directory.
+    Nothing is probed ahead of Inductor: it probes if a kernel needs the answer. Answers that were remembered before the
+    attempt are forgotten once if they say that instructions are missing.
     """
-    if _probing.is_done or not _lacks_some():
-        return
-    inductor.forget_failures()
-    _probing.is_done = _lacks_some()
-    if not _probing.is_done or _instruction_sets().usable:
-        return
-    with _moving, tempfile.TemporaryDirectory(prefix="compile_retry_") as directory, inductor.caching_in(directory):
+    if not _probes.are_repeated and inductor.remembers_failed_probes():
         inductor.forget_failures()
-        _probing.is_done = _lacks_some()
-    if _instruction_sets().usable:
-        log.warning(
-            "damaged files in %s keep Inductor from finding vector instructions; delete it once no process uses it",
-            inductor.cache_directory(),
-        )
+        _probes.are_repeated = True
+    with inductor.judging_failed_probes(_repeat):
+        yield
 
 
-def _lacks_some() -> bool:
-    found = _instruction_sets()
-    return len(found.usable) < len(found.there)
+def _repeat(probe: inductor.Probe) -> bool:
+    """Decide about a failed probe: repeat it in an empty directory, if the compiler works at all.
+
+    Otherwise the compiler's error leaves the attempt, before Inductor stores slower code on disk. There it would be
+    found by healthy processes too.
+    """
+    with (
+        _moving,
+        tempfile.TemporaryDirectory(prefix="compile_retry_", ignore_cleanup_errors=True) as directory,
+        inductor.caching_in(directory),
+    ):
+        inductor.compile_plain_program(directory)
+        found = probe()
+    _probes.are_repeated = True
+    if found and not probe():  # once more, in the usual directory
+        _report_damaged_probes(inductor.cache_directory())
+    return found
 
 
-def _instruction_sets() -> inductor.InstructionSets:
-    try:
-        return inductor.instruction_sets()
-    except Exception:  # the compile that follows will fail in the same way and report it
-        return inductor.InstructionSets([], [], [])
+@functools.cache
+def _report_damaged_probes(directory: str) -> None:
+    log.warning(
+        "damaged files in %s keep Inductor from finding vector instructions; delete it once no process uses it",
+        directory,
+    )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import partial
 
 from compile_retry._failures import (
     CompileFailure,
@@ -23,6 +24,7 @@ from .admission import Admission
 from .call import Conversion, Doubt, Tally
 from .frame_key import CREATION, FrameKey
 from .ledger import Ledger
+from .tuning import Retuning
 from .turns import Turns
 
 
@@ -37,6 +39,7 @@ class Outcomes:
         last_failure: The last failed attempt since the start or the last reset.
         suspects_cache: Whether the last failure suggests that the compiler's files on disk are damaged.
         collectives: The collectives in all graphs captured so far.
+        retuning: Code that is to be tuned again.
     """
 
     def __init__(
@@ -48,11 +51,12 @@ class Outcomes:
         turns: Turns,
         admission: Admission,
         journal: Journal,
+        retuning: Retuning,
     ) -> None:
         self.name = journal.name
         self._location, self._policy = location, breaker.policy
         self._breaker, self._ledger, self._turns = breaker, ledger, turns
-        self._admission, self._journal = admission, journal
+        self._admission, self._journal, self.retuning = admission, journal, retuning
         self.last_failure: CompileFailure | None = None
         self.suspects_cache = False
         self.collectives: tuple[str, ...] = ()
@@ -250,12 +254,36 @@ class Outcomes:
         )
         return failure
 
+    def doubt_retuning(self, exc: BaseException, conversion: Conversion, tally: Tally) -> None:
+        """Record that tuning a frame again has failed. It counts at the end of the call, unless the program raises."""
+        doubt = self._doubt(exc, conversion, can_be_retried=True)
+        tally.at_end.append(partial(self._retuning_failed, doubt, tally))
+
+    def _retuning_failed(self, doubt: Doubt, tally: Tally) -> None:
+        attempt, retry = self.retuning.failed(doubt.root, doubt.conversion, tally, doubt.seconds)
+        failure = self._note(doubt, "transient" if retry else "permanent", attempt, tally)
+        due = self.retuning.next_retry(tally.call)
+        self._journal.retuning_failed(tally.record, failure, due, began=doubt.conversion.began, seconds=doubt.seconds)
+
+    def lost_device(self, error: BaseException, tally: Tally) -> None:
+        """Give up all attempts, because the accelerator's context is gone.
+
+        Args:
+            error: The device's own error.
+            tally: This thread's tally.
+        """
+        tally.probe = None
+        self.retuning.stop()
+        if self._breaker.stop(tally.call):
+            self._journal.lost_device(tally.call, error)
+
     # Failures in functions with collectives
 
     def saw_collectives(self, collectives: tuple[str, ...]) -> None:
         """Record a graph's collectives. A function that has any runs eagerly on all ranks or on none."""
         if collectives:
             self.collectives = tuple(dict.fromkeys((*self.collectives, *collectives)))
+            self.retuning.stop()  # if that failed, the frame would run eagerly on this rank alone
 
     def failed_in_place(self, exc: BaseException, conversion: Conversion, tally: Tally) -> None:
         """Record a failed attempt that is repeated at once, in the same call, while other ranks wait."""
@@ -306,6 +334,7 @@ class Outcomes:
         self._admission.eager_together = False
         self._ledger.forget(given_up=True)
         self._breaker.retry_now()
+        self.retuning.retry_now()
 
     def reset(self) -> None:
         """Forget all failures."""
@@ -313,4 +342,5 @@ class Outcomes:
         self._ledger.forget(waiting=True, given_up=True)
         self._turns.forget()
         self._breaker.reset()
+        self.retuning.retry_now()
         self.last_failure = None

@@ -29,6 +29,7 @@ from .call import Calls
 from .creation import Creation, Region
 from .ledger import Ledger
 from .outcomes import Outcomes
+from .tuning import Retuning
 from .turns import Turns
 
 
@@ -43,6 +44,7 @@ class Group:
         admission: Decides which frames may be compiled now.
         journal: Counts and publishes what happens to them.
         outcomes: Records how attempts end.
+        retuning: Code that is to be tuned again.
         key: Equal for functions that may share; None for a function that does not share.
     """
 
@@ -59,6 +61,7 @@ class Group:
         self.breaker, self.ledger, turns = Breaker(policy), Ledger(), Turns()
         self.admission = admission = Admission(self.breaker, self.ledger, turns)
         self.journal = Journal(name, self.breaker, lambda: admission.state)
+        self.retuning = Retuning(policy, admission, self.journal)
         self.outcomes = Outcomes(
             location,
             breaker=self.breaker,
@@ -66,6 +69,7 @@ class Group:
             turns=turns,
             admission=admission,
             journal=self.journal,
+            retuning=self.retuning,
         )
         self._kept = policy, options  # their parts' identities are in the key
         self._region = Region(options, self.calls, admission, self.outcomes, entry_frames)
@@ -80,12 +84,13 @@ class Group:
 
     def add(self, record: Record) -> None:
         """Add a function's record. The group rests when its last function is gone."""
-        records, breaker = self.journal.records, self.breaker
+        records, breakers = self.journal.records, (self.breaker, self.retuning.breaker)
         records.add(record)
 
         def left() -> None:
             if not records.alive():
-                breaker.rest()
+                for breaker in breakers:
+                    breaker.rest()
 
         weakref.finalize(record, left).atexit = False
 

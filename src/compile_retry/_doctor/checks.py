@@ -6,18 +6,22 @@ Nothing here uses torch itself: `child` does, and `process` runs and ends the ch
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
-from .process import Findings, ask
+from .process import Findings, Tell, ask
 
 Status = Literal["ok", "warning", "failed", "skipped"]
 Facts = Mapping[str, Any]
+Judge: TypeAlias = Callable[[str, Facts], "Check"]
 
 # A disk with less free space is about to be full: precompiled headers alone take 150 MB.
 _MIN_FREE_BYTES = 2**30
+# An autotuning of a large matrix product needs about that much device memory.
+_MIN_FREE_DEVICE_BYTES = 2**30
 # Minimum time left for a compile in another directory: importing torch alone may take as long.
 _SECONDS_TO_BEGIN = 3.0
 
@@ -53,29 +57,66 @@ class Check:
     remedy: str = ""
 
 
-def examine(timeout: float) -> list[Check]:
-    """Run all checks.
+def examine(timeout: float, report: Callable[[Check], None] = lambda check: None) -> list[Check]:
+    """Run all checks. Those of the GPU run at the same time as the others, which a slow C++ compiler may hold up.
 
     Args:
-        timeout: Seconds after which the child is ended, whatever it is doing.
+        timeout: Seconds after which the children are ended, whatever they are doing.
+        report: Called with each result as soon as it is known, possibly from another thread.
 
     Returns:
-        The results, always for the same checks in the same order.
+        The results, always in the same order. Without a GPU, there is only one check of it.
     """
     due = time.monotonic() + timeout
-    findings = ask("look" if _disabled_by() else "compile", timeout)
+    reported: set[str] = set()
+
+    def tell(name: str, facts: Facts) -> None:
+        check = {**_CHECKS, **_GPU_CHECKS}[name](name, facts)
+        if name not in _COMPILING or check.status == "ok":  # otherwise the cause is not known yet
+            reported.add(name)
+            report(check)
+
+    environment = _environment()
+    report(environment)
+    gpu = _AskingInBackground(timeout, tell)
+    if not _disabled_by():
+        gpu.start()
+    findings = ask("look" if _disabled_by() else "compile", timeout, tell)
     elsewhere = _try_elsewhere(findings, due - time.monotonic())
-    checks = [_environment()]
-    for name, judge in _CHECKS.items():
-        checks.append(_without_facts(name, findings, timeout) or judge(name, findings.facts[name]))
-    return [_with_cause(check, findings.facts, elsewhere) for check in checks]
+    if not _disabled_by():
+        gpu.join()
+    checks = [_with_cause(check, findings.facts, elsewhere) for check in _judged(_CHECKS, findings, timeout)]
+    is_present = gpu.findings.facts.get("GPU", {}).get("device") == "cuda"
+    checks += _judged(_GPU_CHECKS if is_present else {"GPU": _gpu}, gpu.findings, timeout)
+    for check in checks:
+        if check.name not in reported:
+            report(check)
+    return [environment, *checks]
+
+
+class _AskingInBackground(threading.Thread):
+    """Asks about the GPU. A daemon, so that Ctrl-C does not wait for it; its child ends with this process."""
+
+    def __init__(self, timeout: float, tell: Tell) -> None:
+        super().__init__(daemon=True)
+        self._timeout, self._tell = timeout, tell
+        self.findings = Findings({}, "GPU", "the check could not be run")
+
+    def run(self) -> None:
+        self.findings = ask("gpu", self._timeout, self._tell)
+
+
+def _judged(judges: Mapping[str, Judge], findings: Findings, timeout: float) -> list[Check]:
+    return [
+        _without_facts(name, findings, timeout) or judge(name, findings.facts[name]) for name, judge in judges.items()
+    ]
 
 
 def _without_facts(name: str, findings: Findings, timeout: float) -> Check | None:
     """Return the result for a step without facts: it failed, or was skipped because of another one."""
     if name in findings.facts:
         return None
-    if _disabled_by() and name in _COMPILING:
+    if _disabled_by() and (name in _COMPILING or name == "GPU"):
         return Check(name, "skipped", f"{_disabled_by()} is set")
     if findings.during not in (None, name):
         return Check(name, "skipped", f"because of {findings.during}")
@@ -167,21 +208,42 @@ def _gpu(name: str, facts: Facts) -> Check:
     if facts["device"] is None:
         built = f"; torch is built for {facts['built for']}" if facts["built for"] else ""
         return Check(name, "skipped", f"not present{built}")
-    device = facts.get("name", facts["device"])
-    if not facts.get("triton works", True):
-        version = facts["triton"]
-        text = f"Triton {version} does not support it" if version else "Triton is not installed"
-        return Check(name, "failed", f"{device}: {text}", "install the Triton version that this torch requires")
-    compiled = _compile(name, facts)
-    return Check(name, compiled.status, f"{device}: {compiled.detail}", compiled.remedy)
+    driver = f", driver {facts['driver']}" if facts["driver"] else ""
+    if facts["device"] != "cuda":
+        return Check(name, "skipped", f"{facts['name']}{driver}; only CUDA devices are checked further")
+    return Check(name, "ok", f"{facts['name']}{driver}")
+
+
+def _gpu_memory(name: str, facts: Facts) -> Check:
+    if "error" in facts:
+        return Check(name, "failed", facts["error"], "see GPU")
+    text = f"{facts['free'] / 2**30:.1f} of {facts['total'] / 2**30:.1f} GiB free"
+    if facts["free"] < _MIN_FREE_DEVICE_BYTES:
+        text += ": autotuning allocates an operation's inputs and outputs a second time, and 256 MiB to clear the cache"
+        return Check(name, "warning", text, "end other processes on the GPU")
+    return Check(name, "ok", text)
+
+
+def _ptxas(name: str, facts: Facts) -> Check:
+    if "error" in facts:
+        found = f"{facts['path']}: " if "path" in facts else ""
+        return Check(name, "failed", found + facts["error"], "repair it, or set TRITON_PTXAS_PATH to one that works")
+    return Check(name, "ok", f"{facts['path']}, {facts['version']}")
+
+
+def _triton(name: str, facts: Facts) -> Check:
+    if "error" in facts:
+        remedy = "install the Triton version that this torch requires, and a C compiler; see ptxas"
+        return Check(name, "failed", facts["error"], remedy)
+    return Check(name, "ok", f"Triton {facts['version']} compiled and ran a kernel in {facts['seconds']:.2g} s")
 
 
 _SEE_ENVIRONMENT = "see environment"
 # Inductor runs openssl to check that a precompiled header is up to date.
 _NO_OPENSSL = "No such file or directory: 'openssl'"
 _DELETE = "files in the cache directory are damaged: delete it once no process uses it"
-_COMPILING = ("compile", "cached compile", "GPU")
-_CHECKS: dict[str, Callable[[str, Facts], Check]] = {
+_COMPILING = ("compile", "cached compile")
+_CHECKS: dict[str, Judge] = {
     "versions": _versions,
     "cache directory": _directory("TORCHINDUCTOR_CACHE_DIR"),
     "temporary directory": _directory("TMPDIR"),
@@ -189,7 +251,13 @@ _CHECKS: dict[str, Callable[[str, Facts], Check]] = {
     "vector instructions": _vector_instructions,
     "compile": _compile,
     "cached compile": _compile,
+}
+_GPU_CHECKS: dict[str, Judge] = {
     "GPU": _gpu,
+    "GPU memory": _gpu_memory,
+    "ptxas": _ptxas,
+    "Triton": _triton,
+    "GPU compile": _compile,
 }
 _REMEDIES_WHEN_STOPPED = {
     "C++ compiler": "run it by hand; increase --timeout if it is only slow",

@@ -167,33 +167,64 @@ def _loss_and_gradient(step: Callable[[torch.Tensor], torch.Tensor], device: str
 
 
 def _gpu() -> Facts:
-    """Look for a GPU, and compile for it."""
+    """Look for a GPU. Without one, the other steps of this mode are left out."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return {"device": None, "built for": torch.version.cuda or torch.version.hip}
-    return _of_gpu(accelerator)  # pragma: no cover  # not tested on GPUs
+    return _of_gpu(accelerator)  # pragma: no cover  # needs a GPU
 
 
-def _of_gpu(accelerator: torch.device) -> Facts:  # pragma: no cover  # not tested on GPUs
-    facts: Facts = {"device": accelerator.type}
-    if accelerator.type in ("cuda", "xpu"):
-        facts |= {"name": torch.get_device_module(accelerator).get_device_name(), **_triton()}
-        if not facts["triton works"]:
-            return facts
-    try:
-        return {**facts, **_compile_afresh(accelerator.type)}
-    except Exception as exc:
-        return {**facts, "error": _describe(exc)}
+def _of_gpu(accelerator: torch.device) -> Facts:  # pragma: no cover  # needs a GPU
+    module = torch.get_device_module(accelerator)
+    facts: Facts = {"device": accelerator.type, "name": module.get_device_name(), "driver": ""}
+    if program := shutil.which("nvidia-smi"):
+        facts["driver"] = _run(program, "--query-gpu=driver_version", "--format=csv,noheader").stdout.partition("\n")[0]
+    return facts
 
 
-def _triton() -> Facts:  # pragma: no cover  # not tested on GPUs
-    from compile_retry._torch.inductor import triton_works
+def _gpu_memory() -> Facts:  # pragma: no cover  # needs a GPU
+    free, total = torch.cuda.mem_get_info()
+    return {"free": free, "total": total}
 
-    try:
-        version = import_module("triton").__version__
-    except ImportError:
-        return {"triton": None, "triton works": False}
-    return {"triton": version, "triton works": triton_works()}
+
+def _ptxas() -> Facts:  # pragma: no cover  # needs a GPU
+    """Run the assembler that comes with Triton, or the one that the environment names."""
+    folder = Path(str(import_module("triton").__file__)).parent
+    program = os.environ.get("TRITON_PTXAS_PATH") or str(folder / "backends" / "nvidia" / "bin" / "ptxas")
+    said = _run(program, "--version")
+    if said.returncode:
+        return {"path": program, "error": _complaint(said.stderr or said.stdout) or f"exit status {said.returncode}"}
+    return {"path": program, "version": next((line for line in said.stdout.splitlines() if "release" in line), "")}
+
+
+_KERNEL = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def add(x, number: tl.constexpr, n: tl.constexpr):
+    i = tl.arange(0, n)
+    tl.store(x + i, tl.load(x + i) + number)
+"""
+
+
+def _triton() -> Facts:  # pragma: no cover  # needs a GPU
+    """Compile a tiny kernel with Triton alone, without Inductor, and run it."""
+    version = import_module("triton").__version__
+    with _workspace(tempfile.gettempdir()) as directory:
+        os.environ["TRITON_CACHE_DIR"] = str(Path(directory, "triton"))
+        Path(directory, "compile_retry_doctor_kernel.py").write_text(_KERNEL)
+        sys.path.insert(0, directory)
+        begin = time.monotonic()
+        x = torch.zeros(32, device="cuda")
+        import_module("compile_retry_doctor_kernel").add[1,](x, 42, 32)
+        if x.tolist() != [42.0] * 32:
+            return {"version": version, "error": "a kernel gives wrong results"}
+        return {"version": version, "seconds": time.monotonic() - begin}
+
+
+def _gpu_compile() -> Facts:  # pragma: no cover  # needs a GPU
+    return _compile_afresh("cuda")
 
 
 def _elsewhere() -> Facts:
@@ -224,7 +255,14 @@ _LOOK = {
 }
 _STEPS: dict[str, dict[str, Callable[[], Facts]]] = {
     "look": _LOOK,
-    "compile": {**_LOOK, "compile": _compile, "cached compile": _cached_compile, "GPU": _gpu},
+    "compile": {**_LOOK, "compile": _compile, "cached compile": _cached_compile},
+    "gpu": {
+        "GPU": _gpu,
+        "GPU memory": _gpu_memory,
+        "ptxas": _ptxas,
+        "Triton": _triton,
+        "GPU compile": _gpu_compile,
+    },
     "elsewhere": {"elsewhere": _elsewhere},
 }
 
@@ -284,6 +322,8 @@ def main(mode: str) -> None:
             facts = {"error": _describe(exc)}
         report(step=name, facts=facts)
         if name == "versions" and "error" in facts:  # torch was not imported, or only in part
+            return
+        if name == "GPU" and facts.get("device") != "cuda":
             return
 
 

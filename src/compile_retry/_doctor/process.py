@@ -7,10 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
+
+# Takes the name of a step that has finished, and its facts.
+Tell: TypeAlias = Callable[[str, dict[str, Any]], None]
 
 # Seconds that terminated processes get to remove their temporary files.
 _GRACE = 3.0
@@ -33,50 +37,73 @@ class Findings:
     timed_out: bool = False
 
 
-def ask(mode: Literal["look", "compile", "elsewhere"], seconds: float) -> Findings:
-    """Run the child in this mode, for at most this many seconds."""
+def _ignore(name: str, facts: dict[str, Any]) -> None:
+    """Do nothing."""
+
+
+def ask(mode: Literal["look", "compile", "elsewhere", "gpu"], seconds: float, tell: Tell = _ignore) -> Findings:
+    """Run the child in this mode, for at most this many seconds.
+
+    Args:
+        mode: Determines the child's steps.
+        seconds: The time limit.
+        tell: Called with a step's name and facts when it finishes, from another thread.
+    """
     parent, alive = os.pipe()  # closed when this process is gone, even if it is killed
+    reading, writing = os.pipe()
+    lines: list[bytes] = []
+    reader = threading.Thread(target=_collect, args=(reading, lines, tell), daemon=True)
     try:
         process = subprocess.Popen(  # noqa: S603  # this package's own module
             [sys.executable, "-m", "compile_retry._doctor.child", mode],
             stdin=parent,
-            stdout=subprocess.PIPE,
+            stdout=writing,
             stderr=subprocess.PIPE,
             start_new_session=True,  # compilers and workers are in its process group
         )
-        output, stopped, timed_out = _outcome(process, seconds)
+        os.close(writing)
+        reader.start()
+        stopped, timed_out = _outcome(process, seconds)
+        reader.join(_GRACE)
     finally:
         os.close(parent)
         os.close(alive)
-    return Findings(*_read(output), stopped, timed_out)
+    return Findings(*_read(lines), stopped, timed_out)
 
 
-def _outcome(process: subprocess.Popen[bytes], seconds: float) -> tuple[bytes, str, bool]:
-    """Wait for the child. Return its output, the reason why it ended early, and whether that is the time limit."""
+def _collect(reading: int, lines: list[bytes], tell: Tell) -> None:
+    """Collect the child's lines until it ends."""
+    with open(reading, "rb") as output:
+        for line in output:
+            lines.append(line)
+            for parsed in _parsed([line]):
+                if "facts" in parsed:
+                    tell(parsed["step"], parsed["facts"])
+
+
+def _outcome(process: subprocess.Popen[bytes], seconds: float) -> tuple[str, bool]:
+    """Wait for the child. Return the reason why it ended early, and whether that is the time limit."""
     try:
-        output, errors = process.communicate(timeout=max(seconds, 0.0))
+        _, errors = process.communicate(timeout=max(seconds, 0.0))
     except subprocess.TimeoutExpired:
-        return _end(process), "it took too long", True
+        _end(process)
+        return "it took too long", True
     except BaseException:
         _end(process)
         raise
     if process.returncode:
         _signal(process, signal.SIGTERM)
-        return output, _describe_exit(process.returncode, errors), False
-    return output, "", False
+        return _describe_exit(process.returncode, errors), False
+    return "", False
 
 
-def _end(process: subprocess.Popen[bytes]) -> bytes:
-    """End the child's process group and return its output. Do not wait for a process that cannot be killed."""
-    output = b""
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the child's process group. Do not wait for a process that cannot be killed."""
     for number in (signal.SIGTERM, _KILL):
         _signal(process, number)
         if process.returncode is None:
-            try:
-                output, _ = process.communicate(timeout=_GRACE)
-            except subprocess.TimeoutExpired as exc:
-                output = exc.output or b""
-    return output
+            with suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=_GRACE)
 
 
 if sys.platform == "win32":
@@ -100,11 +127,11 @@ def _describe_exit(status: int, errors: bytes) -> str:
     return f"the process ended with status {status}" + (f": {lines[-1][:300]}" if lines else "")
 
 
-def _read(output: bytes) -> tuple[dict[str, dict[str, Any]], str | None]:
+def _read(lines: list[bytes]) -> tuple[dict[str, dict[str, Any]], str | None]:
     """Return the facts, and the step that has none because the child ended in it."""
     facts: dict[str, dict[str, Any]] = {}
     during = None
-    for line in _lines(output):
+    for line in _parsed(lines):
         if "facts" in line:
             facts[line["step"]] = line["facts"]
             during = None
@@ -113,7 +140,7 @@ def _read(output: bytes) -> tuple[dict[str, dict[str, Any]], str | None]:
     return facts, during
 
 
-def _lines(output: bytes) -> Iterator[dict[str, Any]]:
-    for line in output.splitlines():
+def _parsed(lines: list[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
         with suppress(ValueError):  # cut short
             yield json.loads(line)

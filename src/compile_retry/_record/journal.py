@@ -9,25 +9,29 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from compile_retry._failures import CompileFailure, Location, in_words, summary
+from compile_retry._failures import CompileFailure, Location, in_words, qualified_name, summary
 from compile_retry._locks import Lock
 from compile_retry._schedule.breaker import Breaker, Episode, NextRetry
 from compile_retry._stats import CompileState
 from compile_retry._strict import is_strict
+from compile_retry._torch.autotuning import Tuning
 from compile_retry.events import (
     AttemptFailed,
     AttemptPostponed,
     AttemptStarted,
     CacheMoved,
     Compiled,
+    DeviceLost,
     Event,
     GaveUp,
+    PartlyTuned,
     RecompileLimit,
     Recovered,
     RetryScheduled,
     StillCompiling,
     StillEager,
     SweptAway,
+    Tuned,
     publish,
 )
 
@@ -37,6 +41,11 @@ from .record import Record, Records
 
 # Seconds of hold-off before the first reminder; the next ones come after twice as many, four times as many, and so on.
 FIRST_REMINDER = 60.0
+
+
+def _in_words(error: BaseException) -> str:
+    """Return an error's class and the first line of its message."""
+    return f"{qualified_name(error).removeprefix('builtins.')}: {error}".partition("\n")[0].removesuffix(": ")
 
 
 class _Unpublished(threading.local):
@@ -201,6 +210,62 @@ class Journal:
             " eagerly until torch.compiler.reset()"
         )
         self._note(GaveUp, call, message, logging.ERROR, failure=failure)
+
+    def partly_tuned(
+        self,
+        record: Record,
+        call: int,
+        location: Location,
+        tuning: Tuning,
+        *,
+        reason: BaseException,
+        due: NextRetry | None,
+    ) -> None:
+        """Note an attempt whose autotuning could not time all candidates.
+
+        Args:
+            record: The record of the function in whose call it was made.
+            call: The call.
+            location: The frame.
+            tuning: Its autotuning.
+            reason: Why a candidate could not be timed.
+            due: The due moment of the attempt to tune it again; None if there will be none.
+        """
+        next(record.books.partly_tuned)
+        error, timed = _in_words(reason), f"{tuning.timed} of {tuning.candidates} autotuning candidates"
+        then = f"tuning again {due}" if due else "it will not be tuned again"
+        message = f"{in_words(location)} is compiled, but only {timed} could be timed: {error}; {then}"
+        self._note(
+            PartlyTuned,
+            call,
+            message,
+            logging.WARNING,
+            timed=tuning.timed,
+            candidates=tuning.candidates,
+            error=error,
+            next_retry=due,
+        )
+
+    def retuning_failed(
+        self, record: Record, failure: CompileFailure, due: NextRetry | None, *, began: float, seconds: float
+    ) -> None:
+        """Note that tuning again has failed, so that the code stays as it is."""
+        self._count_failure(record, seconds)
+        then = f"tuning again {due}" if due else "it will not be tuned again"
+        message = f"{summary(failure)}; its code stays in use, {then}"
+        self._note(
+            AttemptFailed, failure.call, message, logging.WARNING, began + seconds, failure=failure, seconds=seconds
+        )
+
+    def tuned(self, call: int, location: Location) -> None:
+        message = f"{in_words(location)} is tuned in call {call}, and all autotuning candidates were timed"
+        self._note(Tuned, call, message, logging.WARNING)
+
+    def lost_device(self, call: int, error: BaseException) -> None:
+        self._not_compiled_before = self._not_compiled()
+        what = _in_words(error)
+        message = f"the accelerator's context is lost in call {call}: {what}; nothing is compiled until reset()"
+        self._note(DeviceLost, call, message, logging.ERROR, error=what)
 
     def recovered(self, record: Record, call: int, episode: Episode, time: float) -> None:
         next(record.books.recoveries)

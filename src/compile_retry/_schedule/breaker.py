@@ -167,15 +167,19 @@ class Unsettled:
 class Breaker:
     """Decides which calls may attempt. One per decorated function, shared by all threads.
 
+    Args:
+        policy: The policy.
+        purpose: Attempts for another purpose have a budget of their own.
+
     Attributes:
         episode: The current episode; None if there is none.
         held_off_before_call: Earlier calls are held off without further checks, before `held_off_before_time`.
         held_off_before_time: The time until which `held_off_before_call` applies.
     """
 
-    def __init__(self, policy: RetryPolicy) -> None:
+    def __init__(self, policy: RetryPolicy, purpose: str = "compiling") -> None:
         self.policy = policy
-        self._budget = budget_of(policy)
+        self._budget = budget_of(policy, purpose)
         self._lock = Lock()
         self.probe: weakref.ref[Probe] | None = None
         self._unsettled: weakref.ref[Unsettled] | None = None
@@ -417,7 +421,7 @@ class Breaker:
         return ended
 
     def rest(self) -> None:
-        """Take no more part in the budget: the function is gone."""
+        """Take no more part in the budget: the function is gone, or attempts nothing any more."""
         if self._budget is not None:
             self._budget.leave(self)
 
@@ -441,6 +445,24 @@ class Breaker:
                     due_call=due_call, due_time=due_time, not_before=-math.inf, stopped=False
                 )
                 self._begin(episode)
+
+    def stop(self, call: int) -> bool:
+        """Give up all attempts until `retry_now` or `reset`. Return False if they are given up already.
+
+        Args:
+            call: The current call.
+        """
+        with self._lock:
+            last, now = self.episode, self.policy.clock()
+            if last is not None and last.stopped:
+                return False
+            if last is None:
+                last = Episode(
+                    0, now, now, 0.0, call, call + WATCHED_CALLS, math.inf, math.inf, stopped=True, spent=0.0
+                )
+            self._begin(last._replace(due_call=math.inf, due_time=math.inf, stopped=True))
+        self.rest()
+        return True
 
     def next_retry(self, calls: int) -> NextRetry | None:
         """Return the next due moment, after `calls` calls; None if nothing is held off or no retry will come."""

@@ -255,17 +255,17 @@ _budgets: weakref.WeakValueDictionary[Hashable, Budget] = weakref.WeakValueDicti
 _lock = Lock()
 
 
-def budget_of(policy: RetryPolicy) -> Budget | None:
-    """Return the budget of functions with this policy; None if their attempts are not limited."""
+def budget_of(policy: RetryPolicy, purpose: str) -> Budget | None:
+    """Return the budget for these attempts of functions with this policy; None if they are not limited."""
     if policy.max_overhead is None or math.isinf(policy.max_overhead):
         return None
     try:
         hash(policy.clock)
-        key: Hashable = policy.clock
+        clock: Hashable = policy.clock
     except TypeError:
-        key = id(policy.clock)  # the budget keeps it alive
+        clock = id(policy.clock)  # the budget keeps it alive
     with _lock:
-        return _budgets.setdefault(key, Budget(policy.clock))
+        return _budgets.setdefault((clock, purpose), Budget(policy.clock))
 
 
 def start_anew() -> None:

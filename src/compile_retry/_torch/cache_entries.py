@@ -16,6 +16,8 @@ from . import first_import  # noqa: F401  # before anything else imports Dynamo
 # Replaces the guards of a dropped cache entry. Since 2.6. Essential: Dynamo has no public way to drop a single entry.
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 
+from .frames import compile_lock
+
 # The last dropped guards. Dynamo releases the GIL while it evaluates guards and holds no reference to them. So another
 # thread may still be evaluating these, and would crash if they were freed.
 _dropped: deque[object] = deque(maxlen=256)
@@ -45,6 +47,27 @@ class CachedFrame:
             dead.id_matched_objs = _UNCOUNTED
             _dropped.append(manager)
             manager.extra_state.invalidate(manager.cache_entry, dead)
+
+    def drop_now(self) -> None:
+        """Drop this entry while Dynamo is not compiling."""
+        with compile_lock():
+            self.drop()
+
+    def add_guard(self, passes: Callable[[object], bool]) -> None:
+        """Add a guard that is evaluated if all others have passed.
+
+        Since 2.7; without it, the code is not passed by. The stack is an argument since 2.12.
+
+        Args:
+            passes: Takes the frame's variables.
+        """
+        add = getattr(getattr(self._manager(), "root", None), "add_epilogue_lambda_guard", None)
+        reason = ["compile_retry tunes this code again"]
+        if add is not None:  # pragma: no branch  # exists in the torch version that the tests use
+            try:
+                add(passes, reason, None)
+            except TypeError:  # pragma: no cover
+                add(passes, reason)
 
 
 # Entries to drop before the next compile, because functions may be garbage-collected at any point of any thread.

@@ -143,6 +143,12 @@ def skips_guards() -> bool:
     return bool(getattr(torch._dynamo.eval_frame._stance, "skip_guard_eval_unsafe", False))
 
 
+def recompiles_freely() -> bool:
+    """Return True if Dynamo compiles a frame without fitting code: no stance, since 2.6, and no config forbids it."""
+    config, stance = torch._dynamo.config, getattr(torch._dynamo.eval_frame, "_stance", None)
+    return getattr(stance, "stance", "default") == "default" and not (config.error_on_recompile or config.disable)
+
+
 def with_guards(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """Return a copy of a compiled function that always evaluates guards.
 

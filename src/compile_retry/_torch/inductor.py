@@ -8,15 +8,18 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from inspect import getclosurevars, isfunction
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch.fx import Graph, GraphModule
+
+Probe: TypeAlias = Callable[[], bool]
 
 
 @functools.cache
@@ -101,6 +104,77 @@ def _reset_instruction_sets() -> None:
                 delattr(isa, name)
 
 
+class _Judging(threading.local):
+    """This thread's judge of failed probes, if any."""
+
+    judge: Callable[[Probe], bool] | None = None
+
+
+_judging = _Judging()
+
+
+@contextmanager
+def judging_failed_probes(judge: Callable[[Probe], bool]) -> Iterator[None]:
+    """Let `judge` decide about each compiler probe that fails in this thread while the block runs.
+
+    A probe compiles and loads a small program. If that fails for any reason, Inductor takes the instructions to be
+    unsupported, until the process exits. Other threads' probes are left alone.
+
+    Args:
+        judge: Takes the probe, to repeat it. Returns the answer that Inductor caches. If it raises, nothing is cached,
+            and the compile that needs the answer fails.
+    """
+    _put_judge_behind_probes()
+    outer, _judging.judge = _judging.judge, judge
+    try:
+        yield
+    finally:
+        _judging.judge = outer
+
+
+@functools.cache
+def _put_judge_behind_probes() -> None:
+    """Wrap `VecISA.check_build`, which runs each probe; since 2.6. Without it, failed probes are not judged."""
+    from torch._inductor import cpu_vec_isa
+
+    check = getattr(getattr(cpu_vec_isa, "VecISA", None), "check_build", None)
+    if check is None:  # pragma: no cover  # exists in the torch version that the tests use
+        return
+
+    @functools.wraps(check)
+    def check_build(isa: Any, code: str) -> bool:
+        try:
+            return bool(check(isa, code) or (_judging.judge and _judging.judge(functools.partial(check, isa, code))))
+        except Exception:
+            _reset_instruction_sets()
+            raise
+
+    cpu_vec_isa.VecISA.check_build = check_build  # type: ignore[assignment, method-assign]
+
+
+# As large as a probe, but for any processor.
+_PLAIN_PROGRAM = """
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+float numbers[16] = {0.0};
+extern "C" void compile_retry() { at::vec::Vectorized<float>(1).exp().store(numbers); }
+"""
+
+
+def compile_plain_program(directory: str) -> None:
+    """Compile a program like that of a probe, but without vector instructions. Raise if the compiler does. Since 2.6.
+
+    Args:
+        directory: An empty directory.
+    """
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+
+    source = Path(directory, "plain.cpp")
+    source.write_text(_PLAIN_PROGRAM)
+    options = CppTorchOptions(include_pytorch=True, warning_all=False)
+    CppBuilder("plain", [str(source)], options, directory).build()
+
+
 @dataclass(frozen=True)
 class InstructionSets:
     """Vector instructions of this processor.
@@ -127,6 +201,17 @@ def instruction_sets() -> InstructionSets:
     flags = cpu_vec_isa.x86_isa_checker()
     there = [str(isa) for isa in cpu_vec_isa.supported_vec_isa_list if all(flag in flags for flag in str(isa).split())]
     return InstructionSets(sorted(flags), there, [str(isa) for isa in cpu_vec_isa.valid_vec_isa_list()])
+
+
+def remembers_failed_probes() -> bool:
+    """Return True if Inductor has cached that it lacks instruction sets that the processor has. Runs no probe."""
+    from torch._inductor import cpu_vec_isa
+
+    cached = cpu_vec_isa.valid_vec_isa_list
+    if not isinstance(cached, functools._lru_cache_wrapper) or not cached.cache_info().currsize:
+        return False
+    found = instruction_sets()
+    return len(found.usable) < len(found.there)
 
 
 def replace_dead_workers(*, all_graph_compilers: bool = False) -> None:
@@ -256,10 +341,3 @@ def count_compiles() -> tuple[int, int]:
 
     hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
     return counters["stats"]["unique_graphs"], hits
-
-
-def triton_works() -> bool:  # pragma: no cover  # not tested on GPUs
-    """Return True if Inductor finds Triton and a device that it can compile for. Since 2.1."""
-    from torch.utils._triton import has_triton
-
-    return bool(has_triton())
