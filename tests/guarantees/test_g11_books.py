@@ -12,7 +12,7 @@ import torch
 
 from compile_retry import CompileState, CompileStats, RetryPolicy, compile_with_fallback
 from compile_retry.events import AttemptStarted
-from compile_retry.testing import FakeClock, record_events
+from compile_retry.testing import record_events
 from support import Compiler, first, full_disk, wait_until_waiting
 
 X = torch.ones(3)
@@ -96,31 +96,6 @@ def test_stances(fullgraph: bool) -> None:
     with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError, match="fail_on_recompile"):
         fn(torch.ones(5))
     assert (fn.stats.compiled_calls, fn.stats.eager_calls, fn.stats.failures) == (2, 3, 0)
-
-
-def test_the_stances_that_compile_later() -> None:
-    """eager_then_compile calls the backend without the frame callback. Failures there are survived and retried, too."""
-    policy = RetryPolicy(wait=None, wait_calls=2)
-    fn = compile_with_fallback(sine, backend=Compiler(first(1)), dynamic=False, policy=policy)
-    states = []
-    with torch.compiler.set_stance("eager_then_compile"):
-        for n in (3, 3, 3, 4, 3, 3):
-            x = torch.ones(n)
-            torch.testing.assert_close(fn(x), x.sin())
-            states.append(fn.state)
-    assert states[1:3] == [CompileState.FALLBACK] * 2
-    assert (fn.stats.failures, fn.stats.recoveries, fn.state) == (1, 1, CompileState.COMPILED)
-
-
-def test_the_stances_that_compile_later_while_held_off() -> None:
-    """While held off, a new shape is not attempted under these stances either."""
-    compiler = Compiler(first(1))
-    fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=RetryPolicy(wait=10, clock=FakeClock()))
-    with torch.compiler.set_stance("eager_then_compile"):
-        for n in (3, 3, 3, 4, 4):
-            x = torch.ones(n)
-            torch.testing.assert_close(fn(x), x.sin())
-    assert (compiler.asked, fn.stats.eager_calls) == (1, 5)
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])

@@ -220,16 +220,19 @@ def test_attributes_of_static_and_class_methods() -> None:
 
 
 def test_looks() -> None:
-    """Annotations, source, code and defaults are the function's. Partials and objects have a name, too."""
+    """Names, annotations, source, code and defaults are the function's. Partials and objects have a name, too."""
 
     def step(x: torch.Tensor, by: float = 2.0, *, shift: float = 1.0) -> torch.Tensor:
+        """Multiply and add."""
         return x * by + shift
 
     fn: Any = compile_with_fallback(step, backend="eager")
     assert typing.get_type_hints(fn) == typing.get_type_hints(step)
     assert inspect.getsource(fn) == inspect.getsource(step)
-    for name in ("__code__", "__defaults__", "__kwdefaults__", "__globals__", "__closure__"):
-        assert getattr(fn, name) is getattr(step, name)
+    assert inspect.signature(fn) == inspect.signature(step)
+    for name in ("name", "qualname", "module", "doc", "code", "defaults", "kwdefaults", "globals", "closure"):
+        assert getattr(fn, f"__{name}__") is getattr(step, f"__{name}__")
+    assert (fn.__wrapped__, repr(fn)) == (step, "<CompiledFunction step: pending>")
     assert inspect.isroutine(fn)
     assert not inspect.iscoroutinefunction(fn)
     partial: Any = compile_with_fallback(functools.partial(step, by=1.0), backend="eager")
