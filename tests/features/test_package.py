@@ -58,4 +58,4 @@ def test_a_copy_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_an_unknown_attribute() -> None:
     """Raises as in any other module."""
     with pytest.raises(AttributeError, match="module 'compile_retry' has no attribute 'polcy'"):
-        compile_retry.polcy  # type: ignore[attr-defined]  # noqa: B018
+        compile_retry.polcy  # type: ignore[attr-defined]  # noqa: B018  # it must raise

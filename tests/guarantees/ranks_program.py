@@ -45,7 +45,7 @@ Faults = AbstractContextManager[object]
 
 
 def compile_nothing(graph_module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    return make_boxed_func(graph_module.forward)  # type: ignore[no-any-return]
+    return make_boxed_func(graph_module.forward)  # type: ignore[no-any-return]  # not annotated
 
 
 class BackwardFaults:

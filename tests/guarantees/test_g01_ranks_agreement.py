@@ -11,6 +11,7 @@ import random
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,8 @@ def simulate(*ranks: Rank, seed: int = 0, slowest: float = 0.0, store: Store | N
 
     def work(number: int, rank: Rank) -> None:
         simulation.sleep(rank.comes)
-        seen = SimulatedStore(simulation, shared, rank.store_fails)
-        world = SimulatedWorld(number, len(ranks), seen, rank.timeout, lambda: rank.issued)  # type: ignore[arg-type]
+        seen: Any = SimulatedStore(simulation, shared, rank.store_fails)
+        world = SimulatedWorld(number, len(ranks), seen, rank.timeout, lambda: rank.issued)
 
         def try_again() -> str:
             rank.tries += 1
@@ -164,7 +165,7 @@ def simulate(*ranks: Rank, seed: int = 0, slowest: float = 0.0, store: Store | N
                 break
         rank.ended, rank.operations = simulation.now, seen.operations
 
-    simulation.run([lambda number=number, rank=rank: work(number, rank) for number, rank in enumerate(ranks)])  # type: ignore[misc]
+    simulation.run([partial(work, number, rank) for number, rank in enumerate(ranks)])
 
 
 def results(ranks: list[Rank]) -> list[list[str]]:

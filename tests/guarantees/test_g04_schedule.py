@@ -201,6 +201,16 @@ def test_seconds_only() -> None:
     assert fn.next_retry is None
 
 
+def test_after_hundreds_of_held_off_calls() -> None:
+    """Attempts are due by calls and by time, exact to the call."""
+    clock, compiler = FakeClock(), Compiler(first(3))
+    fn = compile_with_fallback(sine, backend=compiler, policy=RetryPolicy(wait=100, wait_calls=500, clock=clock))
+    assert attempts_in(fn, 900) == [1, 501]
+    clock.advance(100)
+    assert attempts_in(fn, 400) == [1]
+    assert (fn.stats.calls, compiler.asked) == (1300, 3)
+
+
 def test_next_retry_counts_down() -> None:
     """`calls` counts down to 1, the attempt itself."""
     fn = compile_with_fallback(sine, backend=Compiler(first(1)), policy=RetryPolicy(wait=None, wait_calls=3))

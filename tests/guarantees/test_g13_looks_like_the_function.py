@@ -82,7 +82,7 @@ def test_where_a_failure_is_located(monkeypatch: pytest.MonkeyPatch) -> None:
     decorate: Any = compile_with_fallback(backend=Compiler(lambda inputs: full_disk()), policy=RetryPolicy(wait=1))
     sequential = decorate(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))  # a Sequential
     linear = compile_with_fallback(nn.Linear(4, 4), backend=Compiler(lambda inputs: full_disk()))  # a plain call
-    tree = nn.Sequential(nn.Sequential(nn.Linear(4, 4)))
+    tree: Any = nn.Sequential(nn.Sequential(nn.Linear(4, 4)))
     tree.apply(lambda m: decorate(m) if isinstance(m, nn.Linear) else None)  # a lambda
     applied = nn.Sequential(nn.Linear(4, 4))
     applied.apply(decorate)  # apply itself
@@ -90,7 +90,7 @@ def test_where_a_failure_is_located(monkeypatch: pytest.MonkeyPatch) -> None:
         sequential: ("Sequential", "a Sequential"),
         copy.deepcopy(sequential): ("Sequential", "a Sequential"),
         linear: ("Linear", "a plain call"),
-        tree[0][0]: ("Linear", "a lambda"),  # type: ignore[index]
+        tree[0][0]: ("Linear", "a lambda"),
         applied: ("Sequential", "apply itself"),
     }
     for module, (name, text) in expected.items():
