@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import fields
+from functools import partial
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -65,7 +66,8 @@ class Group:
             admission=admission,
             journal=self.journal,
         )
-        self._kept = policy, options  # their parts' identities are in the key
+        # Keeps the policy and the options alive: the key has the identities of their parts.
+        self._make_another = partial(Group, name, location, policy, options, entry_frames)
         self._region = Region(options, self.calls, admission, self.outcomes, entry_frames)
 
     def creation(self) -> Creation:
@@ -74,7 +76,11 @@ class Group:
 
     def takes_more(self) -> bool:
         """Return True if functions that are decorated now may join."""
-        return _groups.get(self.key) is self and not self._region.was_reset()
+        return not self._region.was_reset()
+
+    def for_copy(self) -> Group | None:
+        """Return the group for a copy of one of the functions; None if none of them shares."""
+        return _group_with(self.key, self._make_another) if self.key is not None else None
 
     def add(self, record: Record) -> None:
         """Add a function's record. The group lives as long as one of its functions."""
@@ -100,14 +106,17 @@ def group_of(
     entry_frames: Collection[CodeType],
 ) -> Group:
     """Return the group of a function: that of others with the same code, options and policy, or a new one."""
-    code = _code_key(fn)
+    code, make = _code_key(fn), partial(Group, name, location, policy, options, entry_frames)
     if code is None:
-        return Group(name, location, policy, options, entry_frames)
-    key = (code, name, _key(options), _policy_key(policy))
+        return make()
+    return _group_with((code, name, _key(options), _policy_key(policy)), make)
+
+
+def _group_with(key: Hashable, make: Callable[[], Group]) -> Group:
     with _lock:
         group = _groups.get(key)
         if group is None or not group.takes_more():
-            group = _groups[key] = Group(name, location, policy, options, entry_frames)
+            group = _groups[key] = make()
             group.key = key
         return group
 
