@@ -184,7 +184,7 @@ class Training:
         self.check()
 
     def check(self) -> None:
-        """Check that it is compiled, and failed as often as expected: once, or never."""
+        """Assert that the function runs compiled code, after one failure and recovery, or none without a fault."""
         stats, state = self._function.stats, self._function.state
         failures = int(self._fault.name != NOTHING.name)
         assert state is CompileState.COMPILED, state

@@ -372,8 +372,7 @@ class CompiledFunction(Generic[P, R]):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         attributes = vars(self) if inspect.isroutine(self.eager) else copy.deepcopy(vars(self), memo)
         # A module that is being copied does not have its submodules yet, so its group could not be found.
-        group = self._group if self._group.takes_more() else None
-        return self._renewed(copy.deepcopy(self.eager, memo), attributes, group)
+        return self._renewed(copy.deepcopy(self.eager, memo), attributes, self._group.for_copy())
 
     def __copy__(self) -> Self:
         location = _location(self.eager, self._decorated_at)

@@ -51,18 +51,19 @@ def slow_compiler(clock: FakeClock, fails: int, seconds: float) -> Callable[...,
 
 
 def test_an_episode() -> None:
-    """Each transition is one frozen record with its duration and its cost."""
+    """Each transition is one frozen record with its duration and its cost, and other calls are not reported."""
     clock = FakeClock()
     policy = RetryPolicy(wait=None, wait_calls=2, clock=clock)
     fn = compile_with_fallback(sine, backend=slow_compiler(clock, 2, 5.0), policy=policy, name="f")
     with record_events("f") as events:
-        for _ in range(6):
+        for _ in range(50):
             fn(X)
             clock.advance(1)
     assert [type(event) for event in events] == [
         *[AttemptStarted, AttemptFailed, RetryScheduled] * 2,
         *[AttemptStarted, Compiled, Recovered],
     ]
+    assert [event.call for event in events] == [*[1] * 3, *[3] * 3, *[5] * 3]
     started, failed, scheduled = events[:3]
     assert isinstance(started, AttemptStarted)
     assert (started.call, started.graph, started.state) == (1, 1, CompileState.PENDING)

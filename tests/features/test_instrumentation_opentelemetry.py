@@ -45,10 +45,10 @@ def spans(_sdk: tuple[InMemorySpanExporter, InMemoryMetricReader]) -> InMemorySp
 @pytest.fixture
 def points(_sdk: tuple[InMemorySpanExporter, InMemoryMetricReader]) -> Any:
     def collect(function: str) -> dict[tuple[str, ...], Any]:
-        data = _sdk[1].get_metrics_data()
+        data: Any = _sdk[1].get_metrics_data()
         return {
             (metric.name.removeprefix("compile_retry."), *map(str, list((point.attributes or {}).values())[1:])): (
-                point.count if isinstance(point, HistogramDataPoint) else point.value  # type: ignore[union-attr]
+                point.count if isinstance(point, HistogramDataPoint) else point.value
             )
             for resource in (data.resource_metrics if data else ())
             for scope in resource.scope_metrics

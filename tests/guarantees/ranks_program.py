@@ -45,7 +45,7 @@ Faults = AbstractContextManager[object]
 
 
 def compile_nothing(graph_module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    return make_boxed_func(graph_module.forward)  # type: ignore[no-any-return]
+    return make_boxed_func(graph_module.forward)  # type: ignore[no-any-return]  # not annotated
 
 
 class BackwardFaults:
@@ -194,12 +194,12 @@ def tensor_parallel(model: nn.Module) -> nn.Module:
     return parallelize_module(model, mesh, plan)
 
 
-def on_last_rank(faults: Callable[[], Faults]) -> Faults:
-    return faults() if dist.get_rank() == dist.get_world_size() - 1 else nullcontext()
+def on_last_rank(faults: Faults) -> Faults:
+    return faults if dist.get_rank() == dist.get_world_size() - 1 else nullcontext()
 
 
-def broken(name: str, times: int | None = None) -> Faults:
-    return fail_compiles(MemoryError, times=times, function=name)
+def broken(name: str, times: int | None = None, graph: int | None = None) -> Faults:
+    return fail_compiles(MemoryError, times=times, function=name, graph=graph)
 
 
 # Scenarios
@@ -216,77 +216,7 @@ def healthy(name: str) -> Twins:
     return twins
 
 
-def first_attempt_passes(name: str) -> Twins:
-    twins = functions(name)
-    twins.step(8, on_last_rank(lambda: broken(name, 2)))
-    twins.step(8)
-    return twins
-
-
-def recompile_passes(name: str) -> Twins:
-    twins = functions(name)
-    twins.step(8)
-    twins.step(9, on_last_rank(lambda: broken(name, 2)))
-    twins.step(8)
-    twins.step(9)
-    return twins
-
-
-def recompile_passes_inside_dynamo(name: str) -> Twins:
-    twins = functions(name)
-    twins.step(8)
-    twins.step(9, on_last_rank(lambda: fail_in_dynamo(2)))
-    twins.step(9)
-    return twins
-
-
-def recompile_before_a_graph_break_passes(name: str) -> Twins:
-    twins = functions(name, two_graphs)
-    twins.step(8)
-    twins.step(9, on_last_rank(lambda: fail_compiles(MemoryError, times=2, function=name, graph=1)))
-    twins.step(9)
-    return twins
-
-
-def backward_passes(name: str) -> Twins:
-    twins = functions(name)
-    twins.step(8, on_last_rank(lambda: backward_faults.fail(2)))
-    twins.step(8)
-    return twins
-
-
-def dtensor_passes(name: str) -> Twins:
-    twins = modules(name, tensor_parallel)
-    twins.step(8, on_last_rank(lambda: broken(name, 2)))
-    twins.step(8)
-    return twins
-
-
-def first_attempt_shared(name: str) -> Twins:
-    twins = functions(name)
-    twins.step(8, broken(name))
-    twins.step(8)
-    twins.step(9)
-    return twins
-
-
-def recompile_shared(name: str) -> Twins:
-    twins = functions(name)
-    twins.step(8)
-    twins.step(9, broken(name))
-    for rows in (8, 9, 10, 8):
-        twins.step(rows)
-    return twins
-
-
-def backward_shared(name: str) -> Twins:
-    twins = functions(name)
-    twins.step(8, backward_faults.fail(1000))
-    twins.step(8)
-    return twins
-
-
-def recompile_shared_then_uneven(name: str) -> Twins:
+def shared_then_uneven(name: str) -> Twins:
     """In the last step, rank 0 gets a value that it has compiled before, and the others a new one."""
     twins = functions(name)
     twins.step(8, scale=1)
@@ -295,31 +225,34 @@ def recompile_shared_then_uneven(name: str) -> Twins:
     return twins
 
 
-def plain_module(name: str) -> Twins:
-    twins = modules(name, lambda model: model)
-    twins.step(8, on_last_rank(lambda: broken(name, 1)))
-    twins.step(8)
+def train(twins: Twins, rows: tuple[int, ...], faults: Faults, *, in_step: int = 1) -> Twins:
+    """Train one step for each of these numbers of rows, one of them with faults."""
+    for step, n in enumerate(rows, 1):
+        twins.step(n, faults if step == in_step else None)
     return twins
 
 
-def ddp(name: str) -> Twins:
-    twins = modules(name, DistributedDataParallel)
-    twins.step(8, on_last_rank(lambda: broken(name, 1)))
-    twins.step(8)
-    return twins
-
-
-def first_attempt_stays(name: str) -> Twins:
-    twins = functions(name)
-    twins.step(8, on_last_rank(lambda: broken(name)))
-    return twins
-
-
-def recompile_stays(name: str) -> Twins:
-    twins = functions(name)
-    twins.step(8)
-    twins.step(9, on_last_rank(lambda: broken(name)))
-    return twins
+SCENARIOS: dict[str, Callable[[str], Twins]] = {
+    "healthy": healthy,
+    "first_attempt_passes": lambda name: train(functions(name), (8, 8), on_last_rank(broken(name, 2))),
+    "recompile_passes": lambda name: train(functions(name), (8, 9, 8, 9), on_last_rank(broken(name, 2)), in_step=2),
+    "recompile_passes_inside_dynamo": lambda name: train(
+        functions(name), (8, 9, 9), on_last_rank(fail_in_dynamo(2)), in_step=2
+    ),
+    "recompile_before_a_graph_break_passes": lambda name: train(
+        functions(name, two_graphs), (8, 9, 9), on_last_rank(broken(name, 2, graph=1)), in_step=2
+    ),
+    "backward_passes": lambda name: train(functions(name), (8, 8), on_last_rank(backward_faults.fail(2))),
+    "dtensor_passes": lambda name: train(modules(name, tensor_parallel), (8, 8), on_last_rank(broken(name, 2))),
+    "first_attempt_shared": lambda name: train(functions(name), (8, 8, 9), broken(name)),
+    "recompile_shared": lambda name: train(functions(name), (8, 9, 8, 9, 10, 8), broken(name), in_step=2),
+    "recompile_shared_then_uneven": shared_then_uneven,
+    "backward_shared": lambda name: train(functions(name), (8, 8), backward_faults.fail(1000)),
+    "plain_module": lambda name: train(modules(name, lambda model: model), (8, 8), on_last_rank(broken(name, 1))),
+    "ddp": lambda name: train(modules(name, DistributedDataParallel), (8, 8), on_last_rank(broken(name, 1))),
+    "first_attempt_stays": lambda name: train(functions(name), (8,), on_last_rank(broken(name))),
+    "recompile_stays": lambda name: train(functions(name), (8, 9), on_last_rank(broken(name)), in_step=2),
+}
 
 
 def main(port: str, rank: str, size: str, timeout: str, *scenarios: str) -> None:
@@ -332,7 +265,7 @@ def main(port: str, rank: str, size: str, timeout: str, *scenarios: str) -> None
     for name in scenarios:
         began = time.monotonic()
         try:
-            results[name] = globals()[name](name).result()
+            results[name] = SCENARIOS[name](name).result()
             dist.barrier()
         except Exception as exc:
             results[name] = {"raised": type(exc).__name__, "message": str(exc)}

@@ -11,6 +11,7 @@ import random
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ class SimulatedWorld(World):
 
 @dataclass
 class Rank:
-    """One rank: when it reaches the frame, how many of its tries fail, and how long each takes."""
+    """One rank: when it reaches the frame, how many of its attempts fail, and how long each takes."""
 
     failures: float
     comes: float = 0.0
@@ -116,7 +117,7 @@ class Rank:
     store_fails: Callable[[], bool] = lambda: False
     error: Callable[[], BaseException] = lambda: MemoryError("out of memory")
     # The outcome.
-    tries: int = 0
+    attempts: int = 0
     healed: int = 0
     ended: float = 0.0
     results: list[str] = field(default_factory=list)
@@ -130,13 +131,13 @@ def simulate(*ranks: Rank, seed: int = 0, slowest: float = 0.0, store: Store | N
 
     def work(number: int, rank: Rank) -> None:
         simulation.sleep(rank.comes)
-        seen = SimulatedStore(simulation, shared, rank.store_fails)
-        world = SimulatedWorld(number, len(ranks), seen, rank.timeout, lambda: rank.issued)  # type: ignore[arg-type]
+        seen: Any = SimulatedStore(simulation, shared, rank.store_fails)
+        world = SimulatedWorld(number, len(ranks), seen, rank.timeout, lambda: rank.issued)
 
-        def try_again() -> str:
-            rank.tries += 1
+        def attempt() -> str:
+            rank.attempts += 1
             simulation.sleep(rank.seconds)
-            if rank.tries <= rank.failures:
+            if rank.attempts <= rank.failures:
                 raise rank.error()
             return "compiled"
 
@@ -149,7 +150,7 @@ def simulate(*ranks: Rank, seed: int = 0, slowest: float = 0.0, store: Store | N
                     FRAME,
                     1,
                     ("all_reduce",),
-                    try_again,
+                    attempt,
                     heal=heal,
                     spent=spent,
                     world=world,
@@ -164,7 +165,7 @@ def simulate(*ranks: Rank, seed: int = 0, slowest: float = 0.0, store: Store | N
                 break
         rank.ended, rank.operations = simulation.now, seen.operations
 
-    simulation.run([lambda number=number, rank=rank: work(number, rank) for number, rank in enumerate(ranks)])  # type: ignore[misc]
+    simulation.run([partial(work, number, rank) for number, rank in enumerate(ranks)])
 
 
 def results(ranks: list[Rank]) -> list[list[str]]:
@@ -176,11 +177,11 @@ ALWAYS = float("inf")
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_all_ranks_fail_and_agree_on_eager(size: int) -> None:
-    """They agree after each has failed three more times, healing before each try, and soon after that."""
+    """They agree after each has failed three more times, healing before each attempt, and soon after that."""
     ranks = [Rank(ALWAYS, comes=0.2 * number) for number in range(size)]
     simulate(*ranks)
     assert results(ranks) == [["eager"]] * size
-    assert all(rank.tries >= 3 and rank.healed == rank.tries for rank in ranks)
+    assert all(rank.attempts >= 3 and rank.healed == rank.attempts for rank in ranks)
     assert max(rank.ended for rank in ranks) < TIMEOUT / 2
 
 
@@ -190,7 +191,7 @@ def test_a_transient_failure(failures: int) -> None:
     ranks = [Rank(failures), Rank(failures)]
     simulate(*ranks)
     assert results(ranks) == [["compiled"]] * 2
-    assert [rank.tries for rank in ranks] == [failures + 1] * 2
+    assert [rank.attempts for rank in ranks] == [failures + 1] * 2
     assert ranks[1].operations == 0
 
 
@@ -222,15 +223,15 @@ def test_a_permanent_failure_on_one_rank(alone: int) -> None:
 
 
 def test_the_duration_of_the_first_attempt_counts() -> None:
-    """If the first attempt has used up the time, a rank tries once more and raises."""
+    """If the first attempt has used up the time, a rank makes one more and raises."""
     ranks = [Rank(ALWAYS), Rank(0, comes=SECONDS)]
     simulate(*ranks, spent=TIMEOUT)
     assert ranks[0].results == ["raised"]
-    assert ranks[0].tries == 1
+    assert ranks[0].attempts == 1
 
 
-def test_ranks_agree_although_tries_are_slow() -> None:
-    """In each round, there is time for only two tries of three seconds."""
+def test_ranks_agree_although_attempts_are_slow() -> None:
+    """In each round, there is time for only two attempts of three seconds."""
     ranks = [Rank(ALWAYS, seconds=3, comes=0.1 * number) for number in range(3)]
     simulate(*ranks)
     assert results(ranks) == [["eager"]] * 3

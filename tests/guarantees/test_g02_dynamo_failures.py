@@ -80,43 +80,6 @@ def test_a_frame_that_dynamo_can_never_compile() -> None:
     assert (fn.state, fn.stats.eager_calls, fn.stats.mixed_calls) == (CompileState.GAVE_UP, 1, 3)
 
 
-def test_dynamo_fails_and_the_program_raises() -> None:
-    """If the program raises too, the failure does not count as a compile failure."""
-
-    def bad(x: torch.Tensor) -> torch.Tensor:
-        raise ValueError("the program's")
-
-    fn = compile_with_fallback(bad, backend=Compiler(), policy=EVERY_CALL)
-    with dynamo_fails_in("bad", MemoryError()), pytest.raises(ValueError, match="the program's"):
-        fn(X)
-    assert (fn.stats.failures, fn.state) == (0, CompileState.PENDING)
-
-
-def test_a_retry_fails_in_dynamo_and_the_program_raises() -> None:
-    """The graph keeps waiting, and is compiled in the next call."""
-    raises = False
-
-    def trouble() -> None:
-        if raises:
-            raise ValueError("the program's")
-
-    def careful(x: torch.Tensor) -> torch.Tensor:
-        y = x.sin()
-        torch.compiler.disable(trouble)()
-        return y.cos()
-
-    fn = compile_with_fallback(careful, backend=Compiler(first(1)), policy=EVERY_CALL)
-    fn(X)
-    raises = True
-    with dynamo_fails_in("careful", MemoryError()) as failed, pytest.raises(ValueError, match="the program's"):
-        fn(X)
-    raises = False
-    assert failed
-    assert (fn.stats.failures, fn.state) == (1, CompileState.FALLBACK)
-    fn(X), fn(X)
-    assert (fn.stats.recoveries, fn.state) == (1, CompileState.COMPILED)
-
-
 def test_a_failure_that_was_forgotten_before_it_could_be_withdrawn() -> None:
     """The program resets the function in the middle of a step and then raises."""
 

@@ -14,7 +14,6 @@ import torch
 from tenacity import stop_after_attempt, stop_after_delay, wait_exponential, wait_fixed
 
 from compile_retry import CompiledFunction, CompileState, NextRetry, RetryPolicy, compile_with_fallback
-from compile_retry.events import RetryScheduled
 from compile_retry.testing import FakeClock, record_events
 from support import Compiler, first, full_disk, rows
 
@@ -202,6 +201,16 @@ def test_seconds_only() -> None:
     assert fn.next_retry is None
 
 
+def test_after_hundreds_of_held_off_calls() -> None:
+    """Attempts are due by calls and by time, exact to the call."""
+    clock, compiler = FakeClock(), Compiler(first(3))
+    fn = compile_with_fallback(sine, backend=compiler, policy=RetryPolicy(wait=100, wait_calls=500, clock=clock))
+    assert attempts_in(fn, 900) == [1, 501]
+    clock.advance(100)
+    assert attempts_in(fn, 400) == [1]
+    assert (fn.stats.calls, compiler.asked) == (1300, 3)
+
+
 def test_next_retry_counts_down() -> None:
     """`calls` counts down to 1, the attempt itself."""
     fn = compile_with_fallback(sine, backend=Compiler(first(1)), policy=RetryPolicy(wait=None, wait_calls=3))
@@ -358,17 +367,6 @@ def test_one_attempt_per_due_moment_under_eight_threads(compiled_before: bool) -
     stats = fn.stats
     assert stats.calls == stats.eager_calls + stats.compiled_calls == 240 + compiled_before
     assert (stats.failures, stats.attempts) == (6, 6 + compiled_before)
-
-
-def test_transitions_are_reported_once() -> None:
-    """Two failures and a recovery are reported once each, however many calls there are."""
-    fn = compile_with_fallback(sine, backend=Compiler(first(2)), policy=RetryPolicy(wait=None, wait_calls=10), name="f")
-    with record_events("f") as events:
-        attempts_in(fn, 50)
-    failed = ["attempt started", "failed", "retry scheduled"]
-    assert [event.kind for event in events] == [*failed, *failed, "attempt started", "compiled", "recovered"]
-    assert [event.call for event in events] == [*[1] * 3, *[11] * 3, *[21] * 3]
-    assert [e.next_retry for e in events if isinstance(e, RetryScheduled)] == [NextRetry(10, None)] * 2
 
 
 @pytest.mark.parametrize("action", ["retry_now", "reset"])

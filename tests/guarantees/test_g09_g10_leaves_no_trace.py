@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import pickle
-import subprocess
-import sys
 import weakref
 from typing import Any
 
@@ -15,7 +13,6 @@ import torch._functorch.config
 import torch._inductor.config
 
 from compile_retry import CompileFailure, CompileState, RetryPolicy, compile_with_fallback
-from compile_retry.testing import fail_compiles
 from support import Compiler, first, full_disk, process_state
 
 EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
@@ -135,38 +132,3 @@ def test_held_off_calls_keep_nothing() -> None:
         fn(x)
     gc.collect()
     assert len(gc.get_objects()) - before < 50
-
-
-def test_import_is_light() -> None:
-    """Importing the library imports no part of torch's compiler."""
-    code = """
-import sys, torch
-before = set(sys.modules)
-import compile_retry
-new = set(sys.modules) - before
-assert not [m for m in new if m.startswith("torch.")], sorted(new)
-assert "torch._dynamo" not in sys.modules
-
-@compile_retry.compile_with_fallback(dynamic=True, policy=compile_retry.RetryPolicy(wait=1.0))
-def step(x):
-    return x.sin()
-assert "torch._dynamo" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_an_interrupt_during_an_attempt() -> None:
-    """KeyboardInterrupt passes through, and the function stays usable: the same attempt can be made again."""
-    # `fail_compiles` also works with an interrupt, although its type allows only exceptions; hence the two ignores.
-    fn = compile_with_fallback(two_graphs, backend=Compiler(first(1)), policy=RetryPolicy(wait=None, wait_calls=2))
-    x = torch.ones(3)
-    for _ in range(2):
-        with fail_compiles(KeyboardInterrupt), pytest.raises(KeyboardInterrupt):  # type: ignore[arg-type]
-            fn(x)
-    assert fn.stats.failures == 0
-    fn(x), fn(x)
-    with fail_compiles(KeyboardInterrupt), pytest.raises(KeyboardInterrupt):  # type: ignore[arg-type]
-        fn(x)
-    torch.testing.assert_close(fn(x), x.sin().cos())
-    assert fn.stats.failures == 1
-    assert fn.state is CompileState.COMPILED

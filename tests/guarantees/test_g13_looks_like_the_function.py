@@ -82,7 +82,7 @@ def test_where_a_failure_is_located(monkeypatch: pytest.MonkeyPatch) -> None:
     decorate: Any = compile_with_fallback(backend=Compiler(lambda inputs: full_disk()), policy=RetryPolicy(wait=1))
     sequential = decorate(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))  # a Sequential
     linear = compile_with_fallback(nn.Linear(4, 4), backend=Compiler(lambda inputs: full_disk()))  # a plain call
-    tree = nn.Sequential(nn.Sequential(nn.Linear(4, 4)))
+    tree: Any = nn.Sequential(nn.Sequential(nn.Linear(4, 4)))
     tree.apply(lambda m: decorate(m) if isinstance(m, nn.Linear) else None)  # a lambda
     applied = nn.Sequential(nn.Linear(4, 4))
     applied.apply(decorate)  # apply itself
@@ -90,7 +90,7 @@ def test_where_a_failure_is_located(monkeypatch: pytest.MonkeyPatch) -> None:
         sequential: ("Sequential", "a Sequential"),
         copy.deepcopy(sequential): ("Sequential", "a Sequential"),
         linear: ("Linear", "a plain call"),
-        tree[0][0]: ("Linear", "a lambda"),  # type: ignore[index]
+        tree[0][0]: ("Linear", "a lambda"),
         applied: ("Sequential", "apply itself"),
     }
     for module, (name, text) in expected.items():
@@ -220,16 +220,19 @@ def test_attributes_of_static_and_class_methods() -> None:
 
 
 def test_looks() -> None:
-    """Annotations, source, code and defaults are the function's. Partials and objects have a name, too."""
+    """Names, annotations, source, code and defaults are the function's. Partials and objects have a name, too."""
 
     def step(x: torch.Tensor, by: float = 2.0, *, shift: float = 1.0) -> torch.Tensor:
+        """Multiply and add."""
         return x * by + shift
 
     fn: Any = compile_with_fallback(step, backend="eager")
     assert typing.get_type_hints(fn) == typing.get_type_hints(step)
     assert inspect.getsource(fn) == inspect.getsource(step)
-    for name in ("__code__", "__defaults__", "__kwdefaults__", "__globals__", "__closure__"):
-        assert getattr(fn, name) is getattr(step, name)
+    assert inspect.signature(fn) == inspect.signature(step)
+    for name in ("name", "qualname", "module", "doc", "code", "defaults", "kwdefaults", "globals", "closure"):
+        assert getattr(fn, f"__{name}__") is getattr(step, f"__{name}__")
+    assert (fn.__wrapped__, repr(fn)) == (step, "<CompiledFunction step: pending>")
     assert inspect.isroutine(fn)
     assert not inspect.iscoroutinefunction(fn)
     partial: Any = compile_with_fallback(functools.partial(step, by=1.0), backend="eager")

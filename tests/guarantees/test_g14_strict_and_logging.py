@@ -38,31 +38,6 @@ def test_strict_raises_at_once() -> None:
     assert (fn.state, fn.stats.failures) == (CompileState.FALLBACK, 3)
 
 
-def test_strict_mode_and_torch_compile_itself() -> None:
-    """A failing torch.compile() raises its own exception."""
-
-    def broken(*args: object, **kwargs: object) -> None:
-        raise full_disk()
-
-    fn = compile_with_fallback(sine, backend="eager")
-    with set_strict(True), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", broken)
-        with pytest.raises(OSError, match="No space left"):
-            fn(X)
-    fn(X)
-    assert fn.state is CompileState.COMPILED
-
-
-def test_strict_leaves_the_programs_errors_alone() -> None:
-    """In strict mode too, the program's errors reach the caller as themselves."""
-
-    def step(x: torch.Tensor) -> torch.Tensor:
-        raise ValueError("the program's")
-
-    with set_strict(True), pytest.raises(ValueError, match="the program's"):
-        compile_with_fallback(step, backend="eager", fullgraph=True)(X)
-
-
 def test_set_strict_as_a_function() -> None:
     """As a plain call it sets the mode for good; as a context manager it nests."""
     fn = compile_with_fallback(sine, backend=Compiler(lambda inputs: full_disk()), policy=EVERY_CALL)

@@ -103,8 +103,10 @@ def test_the_policy_of_a_selective_checkpoint() -> None:
         y: torch.Tensor = noted(x @ weight)
         return y.sin()
 
+    def contexts() -> Any:
+        return create_selective_checkpoint_contexts(policy)
+
     def step(x: torch.Tensor) -> torch.Tensor:
-        contexts = lambda: create_selective_checkpoint_contexts(policy)  # noqa: E731
         y: torch.Tensor = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
         return y.sum()
 
@@ -209,12 +211,11 @@ def test_ctrl_c_inside_a_held_off_call() -> None:
         finally:
             log.append("finally")
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def interrupt() -> None:
+    def interrupt_if_armed() -> None:
         if armed:
             signal.raise_signal(signal.SIGINT)
 
-    armed = False
+    armed, interrupt = False, torch.compiler.disable(interrupt_if_armed)
     fn = compile_with_fallback(step, backend=Compiler(), policy=HELD_OFF)
     x = torch.ones(3)
     with dynamo_fails_in("step", MemoryError(), times=1):

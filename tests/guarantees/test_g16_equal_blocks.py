@@ -299,6 +299,31 @@ def test_a_copy_of_a_block_shares() -> None:
     assert compiler.asked == 1
 
 
+def test_a_copy_of_a_block_that_cannot_be_compiled() -> None:
+    """A deep copy is given up with the block, without an attempt of its own."""
+    compiler, block = Compiler(lambda inputs: NotImplementedError("no")), Block()
+    compile_with_fallback(block, backend=compiler)
+    twin, x = copy.deepcopy(block), torch.randn(2, 8)
+    for each in (block, twin):
+        torch.testing.assert_close(each(x), each.b(each.a(x).relu()) + x)
+    assert (compiler.asked, compiled_function(twin).state) == (1, CompileState.GAVE_UP)
+
+
+def test_copies_after_a_reset_of_dynamo_share() -> None:
+    """Deep copies of equal blocks share with each other and with new blocks, but not with the old ones."""
+    stack, compiler = Stack(3), Compiler(first(1))
+    policy, x = RetryPolicy(wait=1e6), torch.randn(4, 8)
+    wrapped(stack, backend=compiler, policy=policy)(x)
+    torch._dynamo.reset()
+    twin, new = copy.deepcopy(stack), wrapped(Stack(2), backend=compiler, policy=policy)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), stack(x))
+        new(x)
+    assert compiler.asked == 2  # one of them failed
+    states = [compiled_function(block).state for block in (*stack.blocks, *twin.blocks, *new.blocks)]
+    assert states == [CompileState.FALLBACK] * 3 + [CompileState.COMPILED] * 5
+
+
 def test_a_shallow_copy_does_not_share() -> None:
     """What ``copy.copy()`` returns starts uncompiled and without failures."""
     compiler = Compiler(first(1))

@@ -121,7 +121,7 @@ def kept_from_dynamo() -> Made:
 def constant_result() -> Made:
     """A function evaluated at compile time, and one that enters the graph untraced."""
 
-    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # the same
+    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # likewise
     def size() -> int:
         return 3
 

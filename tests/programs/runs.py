@@ -146,7 +146,7 @@ def ours(program: Program, *, failing: int | None = None) -> Run:
 
     def compile_it(fn: Function) -> Function:
         decorated: Function = compile_with_fallback(fn, **options)
-        compiled.append(compiled_function(fn) if isinstance(fn, torch.nn.Module) else decorated)  # type: ignore[arg-type]
+        compiled.append(compiled_function(decorated))
         return decorated
 
     run = _run(program, compile_it, backend, lambda: compiled[0].stats)

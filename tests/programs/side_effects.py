@@ -93,7 +93,7 @@ def prints() -> Made:
     def step(x: Tensor, k: int) -> Tensor:
         print("step", k)  # noqa: T201  # the point of it
         y = x.sin()
-        print("sum", float(y.sum()))  # noqa: T201
+        print("sum", float(y.sum()))  # noqa: T201  # likewise
         return y.cos()
 
     def call(fn: Function) -> object:
@@ -382,8 +382,8 @@ def deep_copies() -> Made:
 @program()
 def attributes_of_tensors() -> Made:
     """Attributes on a tensor: one set by the caller is read, and another one is set."""
-    x = X.clone()
-    x.scale = 3.0  # type: ignore[attr-defined]
+    x: Any = X.clone()
+    x.scale = 3.0
 
     def step(x: Any) -> Tensor:
         y: Tensor = x * x.scale

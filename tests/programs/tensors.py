@@ -171,7 +171,7 @@ class Plain(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # as above
+        out = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # torch has no annotations here
         return out + 1 if func is Tensor.sin else out
 
 

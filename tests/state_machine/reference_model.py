@@ -24,8 +24,8 @@ CREATION: Key = ("torch.compile",)
 # function runs as it is, its rest is not a separate frame, but the functions that it calls are.
 REST_OF = {"cos": "sin", "sigmoid": "tanh"}
 
-# After so many calls without eager frames, except given-up ones, failed frames that were not called again are
-# forgotten.
+# After so many calls for each function, without eager frames except given-up ones, failed frames that were not called
+# again are forgotten.
 CLEAN_CALLS = 64
 
 # A permanent failure gives up a frame for one key; after so many keys of a function, for all.
@@ -141,11 +141,53 @@ class Failure:
     seconds: float
 
 
+@dataclass(eq=False)
+class Books:
+    """What one function must have counted.
+
+    Attributes:
+        unclear: Calls that ended in an error that Dynamo had traced: compiled or mixed.
+        created: Whether ``torch.compile`` has returned for it.
+    """
+
+    calls: int = 0
+    compiled: int = 0
+    mixed: int = 0
+    eager: int = 0
+    unclear: int = 0
+    attempts: int = 0
+    failures: int = 0
+    recoveries: int = 0
+    seconds: float = 0.0
+    created: bool = False
+
+    def clear_up(self, compiled: int) -> None:
+        """Decide the unclear calls as the function has counted them."""
+        more = min(max(compiled - self.compiled, 0), self.unclear)
+        self.compiled += more
+        self.mixed += self.unclear - more
+        self.unclear = 0
+
+    def as_dict(self) -> dict[str, float]:
+        return {
+            "calls": self.calls,
+            "compiled_calls": self.compiled,
+            "mixed_calls": self.mixed,
+            "eager_calls": self.eager,
+            "attempts": self.attempts,
+            "failures": self.failures,
+            "recoveries": self.recoveries,
+            "compile_seconds": self.seconds,
+            "partly_tuned": 0,
+        }
+
+
 @dataclass
 class Call:
     """The current call.
 
     Attributes:
+        books: The books of the function that is called.
         before: The episode when it began.
         due: Whether there was no episode, or an attempt was due.
         in_backward: Whether it is a recomputation.
@@ -154,6 +196,7 @@ class Call:
     """
 
     config: Config
+    books: Books
     before: Episode | None = None
     due: bool = True
     in_backward: bool = False
@@ -162,23 +205,27 @@ class Call:
 
 
 class Model:
-    """The state of one decorated function: everything that it must have done, and the attempts that it may make."""
+    """What functions that share must have done together, and the attempts that they may make.
+
+    Attributes:
+        functions: The books of those that are alive.
+        seen: How they have been called.
+    """
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self.episode: Episode | None = None
         self.refusals = Refusals()
-        self.calls = self.compiled = self.mixed = self.eager = 0
-        self.attempts = self.failures = self.recoveries = 0
-        self.seconds = 0.0
-        self.unclear = 0  # calls that ended in an error that Dynamo had traced: compiled or mixed
-        self.created = self.has_code = False
+        self.functions: list[Books] = []
+        self.seen: dict[Config, None] = {}
+        self.calls = 0
+        self.has_backend = self.was_reset = self.has_code = False
         self.code: set[Key] = set()
         self.waiting: set[Key] = set()
         self.given_up: set[Key] = set()
         self.progress = False
         self.clean_calls = 0
-        self.call = Call(Config())
+        self.call = Call(Config(), Books())
         self.complaints: list[str] = []
 
     # State
@@ -202,18 +249,9 @@ class Model:
         return NextRetry(calls, seconds, at_least, self.schedule.policy.max_overhead if at_least else None)
 
     @property
-    def books(self) -> dict[str, float]:
-        return {
-            "calls": self.calls,
-            "compiled_calls": self.compiled,
-            "mixed_calls": self.mixed,
-            "eager_calls": self.eager,
-            "attempts": self.attempts,
-            "failures": self.failures,
-            "recoveries": self.recoveries,
-            "compile_seconds": self.seconds,
-            "partly_tuned": 0,
-        }
+    def takes_more(self) -> bool:
+        """True if functions that are decorated now share with these."""
+        return bool(self.functions) and not self.was_reset
 
     @property
     def now(self) -> float:
@@ -231,11 +269,13 @@ class Model:
 
     # Calls and attempts
 
-    def begin(self, config: Config, *, in_backward: bool = False) -> None:
-        """Begin a call."""
+    def begin(self, config: Config, books: Books, *, in_backward: bool = False) -> None:
+        """Begin a call of the function with these books."""
+        self.seen[config] = None
         self.calls += 1
+        books.calls += 1
         due = self.episode is None or self.episode.is_due(self.calls, self.now)
-        self.call = Call(config, self.episode, due, in_backward, self._affords_a_refusal())
+        self.call = Call(config, books, self.episode, due, in_backward, self._affords_a_refusal())
 
     def _affords_a_refusal(self) -> bool:
         refusals = self.refusals
@@ -250,8 +290,8 @@ class Model:
         if outcome != "code":
             self.call.failure = Failure(key, outcome, self.now, seconds)
             return
-        self.attempts += 1
-        self.seconds += seconds
+        self.call.books.attempts += 1
+        self.call.books.seconds += seconds
         self.has_code = self.progress = True
         self.refusals = replace(self.refusals, in_a_row=0)
         self.code.add(key)
@@ -274,7 +314,7 @@ class Model:
 
     def was_created(self) -> None:
         """Record that ``torch.compile`` has returned."""
-        self.created = True
+        self.call.books.created = self.has_backend = True
         if CREATION in self.waiting:
             self.waiting.discard(CREATION)
             self.progress = True
@@ -288,16 +328,16 @@ class Model:
             runs: The graphs whose compiled code ran.
             raised: Whether the program raised. Then a failed attempt was the program's own error.
         """
-        expected, failure = list(graphs), self.call.failure
+        expected, failure, books = list(graphs), self.call.failure, self.call.books
         compilable = runs_of(expected, self._can_be_compiled)
         if not runs:
-            self.eager += 1
+            books.eager += 1
         elif raised and self.call.config.tag.startswith("raise"):
-            self.unclear += 1
+            books.unclear += 1
         elif runs == expected:
-            self.compiled += 1
+            books.compiled += 1
         else:
-            self.mixed += 1
+            books.mixed += 1
         self._complain_of_runs(expected, runs)
         if failure is not None and not raised:
             self._failed(failure)
@@ -307,17 +347,10 @@ class Model:
             clean = runs == compilable and failure is None and not raised
             self._maybe_recovered(clean=clean, compiled=bool(runs))
 
-    def clear_up(self, compiled: int) -> None:
-        """Decide the unclear calls as the function has counted them."""
-        more = min(max(compiled - self.compiled, 0), self.unclear)
-        self.compiled += more
-        self.mixed += self.unclear - more
-        self.unclear = 0
-
     def _failed(self, failure: Failure) -> None:
-        self.attempts += 1
-        self.failures += 1
-        self.seconds += failure.seconds
+        self.call.books.attempts += 1
+        self.call.books.failures += 1
+        self.call.books.seconds += failure.seconds
         if failure.outcome == "transient":
             self.waiting.add(failure.key)
             self.progress, self.clean_calls = False, 0
@@ -345,12 +378,12 @@ class Model:
     def _complain_of_runs(self, expected: list[str], runs: list[str]) -> None:
         """Complain of compiled code that did not run, and of code that was not compiled without a reason."""
         call, key = self.call, self.call.config.key
-        for graph in runs_of(expected, lambda graph: key(graph) in self.code):
+        for graph in runs_of(expected, lambda graph: key(graph) in self.code) if call.books.created else ():
             if graph not in runs:
                 self.complaints.append(f"{key(graph)} has lost its code")
         if call.before is not None or not call.affords or call.in_backward or call.failure is not None:
             return
-        wanted = runs_of(expected, self._can_be_compiled) if self.created else []
+        wanted = runs_of(expected, self._can_be_compiled) if call.books.created else []
         if runs != wanted:
             self.complaints.append(f"{runs} ran compiled, although {wanted} could have")
 
@@ -360,10 +393,10 @@ class Model:
 
     def _maybe_recovered(self, *, clean: bool, compiled: bool) -> None:
         self.clean_calls += clean
-        if not self.waiting or self.clean_calls >= CLEAN_CALLS:
+        if not self.waiting or self.clean_calls >= CLEAN_CALLS * len(self.functions):
             self.waiting = set()
             self.episode = None
-            self.recoveries += self.progress or (clean and compiled)
+            self.call.books.recoveries += self.progress or (clean and compiled)
 
     # Users' requests
 
@@ -384,5 +417,5 @@ class Model:
         self.given_up, self.waiting, self.episode, self.refusals = set(), set(), None, Refusals()
 
     def dynamo_reset(self) -> None:
-        """Drop all code. Failures are not forgotten."""
-        self.code = set()
+        """Drop all code. Failures are not forgotten, and functions that are decorated later do not share."""
+        self.code, self.was_reset = set(), self.was_reset or self.has_backend

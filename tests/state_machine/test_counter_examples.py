@@ -40,15 +40,6 @@ class ByGraph:
         return run
 
 
-def test_giving_up_is_reported_with_the_state_after_it() -> None:
-    """`Event.state` is the function's state after the event."""
-    fn = compile_with_fallback(lambda x: x.sin(), backend=Compiler(lambda inputs: NotImplementedError("no")), name="f")
-    with record_events("f", kinds={"gave up"}) as events:
-        fn(X)
-    assert [(t.kind, t.state) for t in events] == [("gave up", CompileState.GAVE_UP)]
-    assert fn.state is CompileState.GAVE_UP
-
-
 def test_a_step_that_raises_half_way_is_no_recovery() -> None:
     """If the step raises before it reaches the failed graph, that is not a recovery."""
     armed = False
@@ -109,21 +100,6 @@ def test_a_reset_between_forward_and_recomputation(what: str) -> None:
     getattr(fn, what)()
     y.sum().backward()
     assert compiler.ran == ["cos", "cos"]
-
-
-def test_a_mode_that_cannot_be_traced_does_not_affect_others() -> None:
-    """If one mode has a graph break under fullgraph=True, the other mode is compiled anyway."""
-
-    def step(x: torch.Tensor, mode: str) -> torch.Tensor:
-        if mode == "debug":
-            torch._dynamo.graph_break()
-        return x.sin()
-
-    fn = compile_with_fallback(step, backend=Compiler(), fullgraph=True)
-    fn(X, "debug")
-    for _ in range(3):
-        fn(X, "train")
-    assert (fn.stats.eager_calls, fn.stats.compiled_calls) == (1, 3)
 
 
 @pytest.mark.parametrize("in_dynamo", ["transient, then permanent in the backend", "permanent"])

@@ -11,12 +11,12 @@ A failing run is printed as a sequence of calls. Turn it into a separate test in
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import hypothesis
 import pytest
@@ -27,13 +27,12 @@ from reference_model import SCHEDULES, Config, Model
 from training_bench import (
     PERMANENT,
     Bench,
-    DeepNet,
     Fault,
-    FlatNet,
     Subject,
     Trouble,
     armed,
     assert_same,
+    decorated,
     deep,
     expected_graphs,
     flat,
@@ -41,13 +40,15 @@ from training_bench import (
     perform,
 )
 
-from compile_retry import CompiledFunction, CompileState, CompileStats, compile_with_fallback, compiled_function
+from compile_retry import CompileState, CompileStats
+from compile_retry._compile.sharing import start_anew
 from compile_retry.events import Event
 from compile_retry.testing import FakeClock, record_events
 from support import process_state
 
 NAME = "step"
 DUE_MOMENTS = 6
+MOST_SUBJECTS = 3
 
 
 # The chances are uneven on purpose: a failed frame must be called again, or it is never retried.
@@ -78,11 +79,11 @@ faults = st.builds(
 moments = st.tuples(
     configs, st.none() | faults, st.sampled_from([0.0, 10.0, 100.0]), st.sampled_from([False, False, True])
 )
-interventions = st.sampled_from(["retry_now", "retry_now", "reset", "torch._dynamo.reset", "copy"])
+interventions = st.sampled_from(["retry_now", "retry_now", "reset", "torch._dynamo.reset"])
 
 
 class TrainingMachine(RuleBasedStateMachine):
-    """Calls of up to three decorated steps, copies of each other, while faults come and go."""
+    """Calls of up to three decorated steps, most of which share, while faults come and go."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,25 +98,26 @@ class TrainingMachine(RuleBasedStateMachine):
 
     @initialize(
         body=st.sampled_from([flat, deep, deep]),
-        module=st.booleans(),
+        as_module=st.booleans(),
         schedule=st.sampled_from(sorted(SCHEDULES)),
         seconds=st.sampled_from([0.0, 2.0, 2.0]),
+        functions=st.sampled_from([1, 2, 3]),
     )
-    def decorate(self, body: Callable[..., torch.Tensor], module: bool, schedule: str, seconds: float) -> None:
+    def decorate(
+        self,
+        body: Callable[..., torch.Tensor],
+        as_module: bool,
+        schedule: str,
+        seconds: float,
+        functions: int,
+    ) -> None:
         self.bench.seconds = seconds
         self.schedule = SCHEDULES[schedule].with_clock(self.clock)
+        self.newest = Model(self.schedule)
+        self.body, self.as_module = body, as_module
         torch.manual_seed(1)
-        net = FlatNet() if body is flat else DeepNet()
-        twin = copy.deepcopy(net)
-        options: Any = {"backend": self.bench, "dynamic": False, "policy": self.schedule.policy, "name": NAME}
-        fn: CompiledFunction[..., torch.Tensor]
-        call: Callable[..., torch.Tensor]
-        if module:
-            fn, call = compiled_function(compile_with_fallback(net, **options)), net
-        else:
-            fn = compile_with_fallback(body, **options)
-            call = partial(fn, net)
-        self.subjects.append(Subject(body, fn, call, net, twin, Model(self.schedule)))
+        for _ in range(functions):
+            self.subjects.append(self.new_subject())
 
     # Calls
 
@@ -193,19 +195,34 @@ class TrainingMachine(RuleBasedStateMachine):
             torch._dynamo.reset()
             for each in self.subjects:
                 each.model.dynamo_reset()
-        elif what == "copy":
-            self.copy(subject)
         else:
             subject.tell(what)
         assert what != "reset" or subject.fn.last_failure is None
         self.check_books()
 
-    def copy(self, original: Subject) -> None:
-        copied = original.copied(Model(self.schedule))
-        self.subjects[2:] = []
-        self.subjects.append(copied)
-        assert (copied.fn.state, copied.fn.stats.calls) == (CompileState.PENDING, 0)
-        assert (copied.fn.last_failure, copied.fn.next_retry) == (None, None)
+    @rule(which=subjects, copied=st.booleans(), apart=st.sampled_from([False, False, True]))
+    def decorate_another(self, which: int, copied: bool, apart: bool) -> None:
+        """Make a function that shares with those decorated last, unless Dynamo was reset since then.
+
+        Functions that do not share have a budget of their own here: the model does not know that of the process.
+        """
+        if len(self.subjects) == MOST_SUBJECTS:
+            self.drop_last()
+        if apart or not self.newest.takes_more:
+            start_anew()
+            self.newest = Model(self.schedule)
+        self.subjects.append(self.subject(which).copied(self.newest) if copied else self.new_subject())
+        self.check_books()
+
+    def new_subject(self) -> Subject:
+        options = {"backend": self.bench, "dynamic": False, "policy": self.schedule.policy, "name": NAME}
+        return decorated(self.body, self.newest, as_module=self.as_module, **options)
+
+    def drop_last(self) -> None:
+        subject = self.subjects.pop()
+        subject.model.functions.remove(subject.books)
+        del subject
+        gc.collect()
 
     # Checks
 
@@ -217,8 +234,8 @@ class TrainingMachine(RuleBasedStateMachine):
         eager = perform(partial(subject.body, subject.twin), subject.twin, config, self.seed)
         model, before, expected = subject.model, process_state(), expected_graphs(subject.body, config)
         state, known = subject.fn.state, len(self.events)
-        with self.checking(subject, config) as runs:
-            model.begin(config)
+        with self.checking(subject) as runs:
+            model.begin(config, subject.books)
             ours = in_thread_or_not(lambda: perform(subject.call, subject.net, config, self.seed), in_thread=in_thread)
             model.end(expected, runs, raised=ours.error is not None)
         assert process_state() == before
@@ -235,10 +252,10 @@ class TrainingMachine(RuleBasedStateMachine):
             runs.clear()
             model.end(expected, forward, raised=False)
             self.meanwhile(subject, meanwhile)
-            model.begin(config, in_backward=True)
+            model.begin(config, subject.books, in_backward=True)
 
-        with self.checking(subject, config) as runs:
-            model.begin(config)
+        with self.checking(subject) as runs:
+            model.begin(config, subject.books)
             ours = perform(subject.call, subject.net, config, self.seed, between_the_passes)
             # checkpoint() ends the recomputation by raising as soon as it has all saved tensors.
             model.end(expected, runs, raised=True)
@@ -254,10 +271,9 @@ class TrainingMachine(RuleBasedStateMachine):
             self.overruled = len(self.events)
 
     @contextmanager
-    def checking(self, subject: Subject, config: Config) -> Iterator[list[str]]:
+    def checking(self, subject: Subject) -> Iterator[list[str]]:
         """Check the statistics after a call. Yields the list of graphs whose compiled code runs in it."""
-        subject.seen[config] = None
-        fn, stats, known = subject.fn, subject.fn.stats, len(self.events)
+        stats, calls, known = subject.fn.stats, subject.model.calls, len(self.events)
         self.bench.model, self.bench.runs = subject.model, []
         try:
             yield self.bench.runs
@@ -266,44 +282,46 @@ class TrainingMachine(RuleBasedStateMachine):
         subject.update()
         self.seed += 1
         self.check_books()
-        self.check_transitions(self.events[known:], stats, fn)
+        self.check_transitions(self.events[known:], subject, calls, stats)
 
     def check_books(self) -> None:
         for subject in self.subjects:
-            fn, model = subject.fn, subject.model
+            fn, model, books = subject.fn, subject.model, subject.books
             assert not model.complaints, model.complaints
-            model.clear_up(fn.stats.compiled_calls)
+            books.clear_up(fn.stats.compiled_calls)
             stats = fn.stats.as_dict()
-            books = {name: stats[name] for name in model.books}
-            assert books == model.books, (books, model.books)
+            counted = {name: stats[name] for name in books.as_dict()}
+            assert counted == books.as_dict(), (counted, books)
             assert fn.state is model.state, (fn.state, model.state)
             assert fn.next_retry == model.next_retry, (fn.next_retry, model.next_retry)
             assert fn.last_failure is None or fn.last_failure.call <= model.calls
 
-    def check_transitions(self, events: list[Event], before: CompileStats, fn: CompiledFunction[..., Any]) -> None:
-        kinds, stats = [event.kind for event in events], fn.stats
-        assert kinds.count("failed") == stats.failures - before.failures
-        assert kinds.count("recovered") == stats.recoveries - before.recoveries
-        assert all(before.calls < event.call <= stats.calls for event in events)
+    def check_transitions(self, events: list[Event], subject: Subject, calls: int, before: CompileStats) -> None:
+        kinds, fn, model = [event.kind for event in events], subject.fn, subject.model
+        assert kinds.count("failed") == fn.stats.failures - before.failures
+        assert kinds.count("recovered") == fn.stats.recoveries - before.recoveries
+        assert all(calls < event.call <= model.calls for event in events)
+        assert all(event.functions == len(model.functions) for event in events)
         if len(self.events) > self.overruled:
             assert not events or events[-1].state in (fn.state, CompileState.FALLBACK)
 
-    def come_back(self, subject: Subject) -> None:
+    def come_back(self, model: Model, *subjects: Subject) -> None:
         """After the repair, everything that was ever called is compiled within a number of due moments."""
         self.bench.fault = None
-        if subject.model.waits_out_of_reach:
-            subject.tell("retry_now")
+        calls = [(subject, config) for subject in subjects for config in model.seen]
+        if model.waits_out_of_reach:
+            subjects[0].tell("retry_now")
         for _ in range(DUE_MOMENTS):
-            self.make_due(subject)
-            for config in subject.seen:
+            self.make_due(subjects[0])
+            for subject, config in calls:
                 self.check_step(subject, config)
-            if subject.model.episode is None:
+            if model.episode is None:
                 break
-        assert subject.model.episode is None
-        subject.tell("retry_now")
-        for config in subject.seen:
+        assert model.episode is None
+        subjects[0].tell("retry_now")
+        for subject, config in calls:
             self.check_step(subject, config)
-        assert subject.fn.state is (CompileState.COMPILED if subject.model.has_code else CompileState.PENDING)
+        assert model.state is (CompileState.COMPILED if model.has_code else CompileState.PENDING)
 
     def make_due(self, subject: Subject) -> None:
         if subject.fn.state is CompileState.GAVE_UP:
@@ -311,14 +329,13 @@ class TrainingMachine(RuleBasedStateMachine):
         if (retry := subject.fn.next_retry) is not None:
             self.clock.advance(max(100.0, retry.seconds or 0.0, retry.at_least))
         while (retry := subject.fn.next_retry) is not None and retry.seconds is None and (retry.calls or 0) > 1:
-            self.check_step(subject, next(iter(subject.seen)))
+            self.check_step(subject, next(iter(subject.model.seen)))
 
     def teardown(self) -> None:
         try:
             if sys.exc_info()[0] is None:
-                for subject in self.subjects:
-                    if subject.seen:
-                        self.come_back(subject)
+                for model in {id(subject.model): subject.model for subject in self.subjects}.values():
+                    self.come_back(model, *(subject for subject in self.subjects if subject.model is model))
         finally:
             self.stack.close()
             torch._dynamo.reset()

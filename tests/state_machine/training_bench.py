@@ -14,13 +14,12 @@ import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
-from reference_model import Config, Model, Outcome
+from reference_model import Books, Config, Model, Outcome
 from torch._dynamo.exc import UncapturedHigherOrderOpError
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.utils.checkpoint import checkpoint
 
-from compile_retry import CompiledFunction, compiled_function
-from compile_retry._compile.sharing import start_anew
+from compile_retry import CompiledFunction, compile_with_fallback, compiled_function
 from compile_retry.testing import FakeClock
 
 LEARNING_RATE = 0.1
@@ -212,7 +211,7 @@ class Result:
 
 @dataclass
 class Subject:
-    """A decorated function or module, its twin and its model."""
+    """A decorated function or module, its twin, and the model that it shares with others."""
 
     body: Callable[..., torch.Tensor]
     fn: CompiledFunction[..., torch.Tensor]
@@ -220,10 +219,11 @@ class Subject:
     net: Net
     twin: Net
     model: Model
-    seen: dict[Config, None] = field(default_factory=dict)
+    books: Books = field(default_factory=Books)
 
     def __post_init__(self) -> None:
         nets = self.net, self.twin
+        self.model.functions.append(self.books)
         self.optimizers = [torch.optim.SGD(net.parameters(), lr=LEARNING_RATE) for net in nets]
 
     @property
@@ -242,13 +242,22 @@ class Subject:
         getattr(self.model, what)()
 
     def copied(self, model: Model) -> Subject:
-        """Return a deep copy of the function, or of its module. It does not share with the original."""
-        start_anew()
+        """Return a deep copy of the function, or of its module."""
         net, twin = copy.deepcopy(self.net), copy.deepcopy(self.twin)
         if self.is_module:
             return Subject(self.body, compiled_function(net), net, net, twin, model)
         fn = copy.deepcopy(self.fn)
         return Subject(self.body, fn, partial(fn, net), net, twin, model)
+
+
+def decorated(body: Callable[..., torch.Tensor], model: Model, *, as_module: bool, **options: Any) -> Subject:
+    """Decorate the function, or a new module with it as its `forward`."""
+    net = FlatNet() if body is flat else DeepNet()
+    twin = copy.deepcopy(net)
+    if as_module:
+        return Subject(body, compiled_function(compile_with_fallback(net, **options)), net, net, twin, model)
+    fn = compile_with_fallback(body, **options)
+    return Subject(body, fn, partial(fn, net), net, twin, model)
 
 
 def perform(

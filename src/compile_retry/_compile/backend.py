@@ -110,7 +110,7 @@ def attempt(compiler: compilers.Compiler, graph_module: GraphModule, example_inp
         code = compilers.innermost(compiler(graph_module, example_inputs))
     # Generate the graph module's code now, for a backend that returns the graph unchanged. Otherwise the first run
     # would generate it, possibly in two threads at once, and a `forward` read before that would stay slower for good.
-    graph_module.code  # noqa: B018
+    graph_module.code  # noqa: B018  # a property
     return graph_module.forward if getattr(code, "__self__", None) is graph_module else code
 
 

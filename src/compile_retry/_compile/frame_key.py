@@ -59,7 +59,9 @@ class _Member(NamedTuple):
 class _Instance(NamedTuple):
     kind: type | int
     training: object  # for modules
-    attributes: Summaries  # flags, numbers, short strings, functions; for modules also the classes of the submodules
+    # Flags, numbers, short strings, functions; for modules also the classes of the submodules. A deep copy may have its
+    # attributes in another order.
+    attributes: frozenset[tuple[str, Summary]]
 
 
 class FrameKey(NamedTuple):
@@ -127,12 +129,12 @@ def _summary(value: Any, depth: int) -> Summary:
 def _summary_of_instance(value: object) -> Summary:
     kind, attributes = type(value), _attributes(value)
     items = [(name, item) for name, item in islice(attributes.items(), _LENGTH) if type(item) not in _TABLES]
-    summaries = tuple([(name, _summary_of_attribute(item)) for name, item in items])
+    summaries = frozenset([(name, _summary_of_attribute(item)) for name, item in items])
     if not issubclass(kind, torch.nn.Module):
         return _Instance(_class(kind), None, summaries)
     parts = attributes.get("_modules")
     classes = tuple(_class(type(part)) for part in islice(dict.values(parts), _LENGTH)) if type(parts) is dict else ()
-    return _Instance(_class(kind), attributes.get("training"), (*summaries, classes))
+    return _Instance(_class(kind), attributes.get("training"), summaries | {("_modules", classes)})
 
 
 def _class(kind: type) -> type | int:
@@ -177,7 +179,7 @@ def _reduced(summary: Summary, *, sizes: bool) -> Summary:
     if isinstance(summary, _Items):
         return summary._replace(summaries=tuple(_reduced(item, sizes=sizes) for item in summary.summaries))
     if isinstance(summary, _Instance):
-        return summary._replace(attributes=())
+        return summary._replace(attributes=frozenset())
     return summary
 
 

@@ -100,8 +100,8 @@ class FramelessGraph:
             if is_fatal(exc) or compilers.is_for_dynamo(exc):
                 raise
             outcomes.doubt(exc, conversion, tally, can_be_retried=not self._has_numbers)
-            # Outside a call nothing else would settle it. Today torch calls the backend within calls only.
-            if not tally.call:  # pragma: no cover
+            # Outside a call nothing else would settle it.
+            if not tally.call:  # pragma: no cover  # today torch calls the backend within calls only
                 outcomes.settle(tally, program_raised=False)
             return None
         outcomes.compiled(conversion, tally)

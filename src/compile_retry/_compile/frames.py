@@ -229,7 +229,7 @@ class FrameConverter:
         self._admission.forget_code(code)
 
     def _over_limit(self, request: _Request, conversion: Conversion) -> ConvertFrameReturn:
-        """Try again without the code of functions that are gone. If there is none, run the frame eagerly."""
+        """Repeat the attempt without the code of functions that are gone. If there is none, run the frame eagerly."""
         if self._drop_orphans():
             return self._convert(request, conversion)
         request.known.over_limit_of = max(1, self._outcomes.functions)
@@ -251,7 +251,7 @@ class FrameConverter:
         """Make a frame with collectives run eagerly on all ranks or on none: see `ranks`."""
         outcomes, tally = self._outcomes, request.tally
 
-        def try_again() -> ConvertFrameReturn:
+        def attempt() -> ConvertFrameReturn:
             conversion = self._begin(request)
             try:
                 return self._attempt(request, conversion)
@@ -260,7 +260,7 @@ class FrameConverter:
                 raise
 
         spent = outcomes.seconds_since(failed)
-        together = settle_together(failed.location, tally.call, outcomes.collectives, try_again, heal=heal, spent=spent)
+        together = settle_together(failed.location, tally.call, outcomes.collectives, attempt, heal=heal, spent=spent)
         if together is not None:
             return together
         outcomes.give_up_together(failed)

@@ -1,18 +1,18 @@
 """Agreement between ranks on a frame with collectives that some rank cannot compile.
 
 Eager and compiled code may issue different collectives, so a rank must not run such a frame eagerly while others run it
-compiled. `settle_together` tries again in place until the frame compiles, all ranks have agreed to run it eagerly, or
-time is up.
+compiled. `settle_together` repeats the attempt in place until the frame compiles, all ranks have agreed to run it
+eagerly, or time is up.
 
 The agreement is a two-phase commit in the key-value store of the default group:
 
-1. A rank that has failed several times writes a *hello* with a nonce, and keeps trying.
+1. A rank that has failed several times writes a *hello* with a nonce, and keeps retrying.
 2. When all ranks have written one, rank 0 writes an *invitation* to a round, with all nonces. A rank that finds its own
-   nonce in it *accepts*: it stops trying, and waits.
+   nonce in it *accepts*: it stops retrying, and waits.
 3. The last rank to accept writes the round's outcome: eager. Until then, any rank may write the other outcome: off. The
    first write wins, and all ranks follow it.
 
-So a rank runs eagerly only after every rank has stopped trying, and tries again only if that round can no longer end in
+So a rank runs eagerly only after every rank has stopped retrying, and resumes only if that round can no longer end in
 eager. Keys left in the store by an earlier run of the job do no harm, because nonces and round names are never reused.
 
 All ranks of the default group must take part, even if the collectives belong to a subgroup. Only ranks that issue the
@@ -36,9 +36,9 @@ from compile_retry.events import log
 
 T = TypeVar("T")
 
-# Failed tries before a rank is ready to give up, so that a short failure passes first.
-_TRIES = 3
-# Seconds between tries (first and longest), and between polls of the store.
+# Failed attempts before a rank is ready to give up, so that a short failure passes first.
+_ATTEMPTS = 3
+# Seconds between attempts (first and longest), and between polls of the store.
 _FIRST_PAUSE, _LONGEST_PAUSE, _POLL = 0.1, 5.0, 0.05
 
 _EAGER, _OFF = "eager", "off"
@@ -59,7 +59,7 @@ def settle_together(
     frame: Location,
     call: int,
     collectives: tuple[str, ...],
-    try_again: Callable[[], T],
+    attempt: Callable[[], T],
     *,
     heal: Callable[[], object],
     spent: float = 0.0,
@@ -67,23 +67,23 @@ def settle_together(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], object] = time.sleep,
 ) -> T | None:
-    """Try again in place until a frame compiles or all ranks have agreed to run it eagerly.
+    """Repeat an attempt in place until a frame compiles or all ranks have agreed to run it eagerly.
 
-    Call it after a failure, before any of the frame has run. It starts no try after half the group's timeout.
+    Call it after a failure, before any of the frame has run. It starts no attempt after half the group's timeout.
 
     Args:
         frame: The frame's function, file and line.
         call: Number of the decorated function's call. Only ranks in the same call can agree.
         collectives: Names of the collectives in this frame, for messages.
-        try_again: Compiles the frame and returns the result, which is not None, or raises.
-        heal: Called before each try.
+        attempt: Compiles the frame and returns the result, which is not None, or raises.
+        heal: Called before each attempt.
         spent: Duration of the failed first attempt, in seconds.
         world: The process group; by default the default group. Tests pass their own.
         clock: A monotonic clock in seconds.
         sleep: Waits for the given number of seconds.
 
     Returns:
-        The result of `try_again`; None if all ranks run the frame eagerly from now on.
+        The result of `attempt`; None if all ranks run the frame eagerly from now on.
 
     Raises:
         RanksDisagreeError: Neither happened in time.
@@ -92,14 +92,14 @@ def settle_together(
     patience = world.timeout / 2
     where, what = in_words(frame), ", ".join(collectives)
     log.warning(
-        "%s contains collectives (%s) and could not be compiled on rank %d; trying again for up to %.4g s",
+        "%s contains collectives (%s) and could not be compiled on rank %d; retrying for up to %.4g s",
         *(where, what, world.rank, patience),
     )
     meeting = _Meeting(world, frame, call)
     meeting.open()
-    tries = _Tries(meeting, try_again, heal, clock, sleep)
+    attempts = _Attempts(meeting, attempt, heal, clock, sleep)
     try:
-        compiled = tries.make(patience, spent)
+        compiled = attempts.make(patience, spent)
     finally:
         meeting.leave()
     if meeting.agreed:  # even if there is code by now: the other ranks run eagerly already
@@ -111,45 +111,45 @@ def settle_together(
     raise RanksDisagreeError(
         f"{where} could not be compiled on rank {world.rank} within {patience:.4g} s, half of the process group's "
         f"timeout. It contains collectives ({what}), and not all {world.size} ranks have given up compiling it. "
-        "So it must not run eagerly here: eager and compiled code may issue different collectives. The last try failed "
-        f"with {tries.failure}.{meeting.trouble} Repair the compiler on this rank and restart from a checkpoint. "
-        "A larger `timeout` of `init_process_group` leaves more time for tries. To run without a compiler, set "
-        "TORCH_COMPILE_DISABLE=1 on every rank."
+        "So it must not run eagerly here: eager and compiled code may issue different collectives. The last attempt "
+        f"failed with {attempts.failure}.{meeting.trouble} Repair the compiler on this rank and restart from a "
+        "checkpoint. A larger `timeout` of `init_process_group` leaves more time for attempts. To run without a "
+        "compiler, set TORCH_COMPILE_DISABLE=1 on every rank."
     )
 
 
-class _Tries(Generic[T]):
-    """One rank's tries, and the pauses between them, in which it takes part in the meeting."""
+class _Attempts(Generic[T]):
+    """One rank's attempts, and the pauses between them, in which it takes part in the meeting."""
 
     def __init__(
         self,
         meeting: _Meeting,
-        try_again: Callable[[], T],
+        attempt: Callable[[], T],
         heal: Callable[[], object],
         clock: Callable[[], float],
         sleep: Callable[[float], object],
     ) -> None:
         self.failure = ""
         self._meeting = meeting
-        self._try_again = try_again
+        self._attempt = attempt
         self._heal = heal
         self._clock = clock
         self._sleep = sleep
 
     def make(self, patience: float, spent: float) -> T | None:
-        """Try until one succeeds, the meeting agrees or time is up."""
+        """Repeat the attempt until one succeeds, the meeting agrees or time is up."""
         deadline = self._clock() + patience - spent
-        tries, longest, pause = 0, 0.0, _FIRST_PAUSE
+        failed, longest, pause = 0, 0.0, _FIRST_PAUSE
         while True:
             began = self._clock()
-            compiled = self._try()
+            compiled = self._attempt_once()
             if compiled is not None:
                 return compiled
             now = self._clock()
-            tries, longest = tries + 1, max(longest, now - began)
+            failed, longest = failed + 1, max(longest, now - began)
             pause_ends = now + pause
             is_last = pause_ends + longest > deadline
-            if is_last or tries >= _TRIES:
+            if is_last or failed >= _ATTEMPTS:
                 self._meeting.attend()
             self._wait(max(pause_ends, deadline) if is_last else pause_ends, deadline)
             if self._meeting.agreed or self._clock() >= deadline:
@@ -157,10 +157,10 @@ class _Tries(Generic[T]):
                 return None
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _try(self) -> T | None:
+    def _attempt_once(self) -> T | None:
         try:
             self._heal()
-            return self._try_again()
+            return self._attempt()
         except Exception as exc:
             if is_fatal(exc):
                 raise
@@ -184,8 +184,8 @@ class _Meeting:
     """This rank's part in the agreement on one frame, through the group's store.
 
     Attributes:
-        bound: The round that this rank has accepted; empty if none. Until its outcome is known, this rank must not try
-            to compile the frame.
+        bound: The round that this rank has accepted; empty if none. Until its outcome is known, this rank must not
+            attempt the frame.
         agreed: Whether all ranks run the frame eagerly from now on.
         trouble: A sentence that explains why ranks cannot agree, for the error message; empty if they can.
     """
@@ -210,7 +210,7 @@ class _Meeting:
                     self._store.set(_hello(rank), _AWAY)
 
     def attend(self) -> None:
-        """Write a hello. Repeated after each failed try, because the counts of collectives may have changed."""
+        """Write a hello. Repeated after each failed attempt, because the counts of collectives may have changed."""
         issued = self._world.issued()
         if issued is None:  # then ranks cannot check that they are at the same point of the program
             self.trouble = " The group's backend does not count collectives, so ranks cannot agree."
@@ -249,7 +249,7 @@ class _Meeting:
 
     @contextmanager
     def _surviving_the_store(self) -> Iterator[None]:
-        # Without the store there is no agreement, but a try may still succeed. A bound rank stays bound.
+        # Without the store there is no agreement, but an attempt may still succeed. A bound rank stays bound.
         try:
             yield
         except RuntimeError as exc:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable
+from functools import partial
 from types import CodeType, FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,6 +34,20 @@ from .tuning import Retuning
 from .turns import Turns
 
 
+class Key(NamedTuple):
+    """Equal for functions that may share.
+
+    Attributes:
+        exact: The code's identity, the options, the policy and the name.
+        kind: The same, but all objects of one class are equal.
+        code: The code.
+    """
+
+    exact: Hashable
+    kind: Hashable
+    code: weakref.ref[CodeType]
+
+
 class Group:
     """Everything that functions with shared code have in common. Most groups have one function.
 
@@ -45,7 +60,7 @@ class Group:
         journal: Counts and publishes what happens to them.
         outcomes: Records how attempts end.
         retuning: Code that is to be tuned again.
-        key: Equal for functions that may share; None for a function that does not share.
+        key: That of its functions; None if they share with no other one.
     """
 
     def __init__(
@@ -56,7 +71,7 @@ class Group:
         options: dict[str, Any],
         entry_frames: Collection[CodeType],
     ) -> None:
-        self.key: Hashable = None
+        self.key: Key | None = None
         self.numbers, self.calls = Counter(), Calls()
         self.breaker, self.ledger, turns = Breaker(policy), Ledger(), Turns()
         self.admission = admission = Admission(self.breaker, self.ledger, turns)
@@ -71,7 +86,8 @@ class Group:
             journal=self.journal,
             retuning=self.retuning,
         )
-        self._kept = policy, options  # their parts' identities are in the key
+        # Keeps the policy and the options alive: the key has the identities of their parts.
+        self._make_another = partial(Group, name, location, policy, options, entry_frames)
         self._region = Region(options, self.calls, admission, self.outcomes, entry_frames)
 
     def creation(self) -> Creation:
@@ -80,7 +96,11 @@ class Group:
 
     def takes_more(self) -> bool:
         """Return True if functions that are decorated now may join."""
-        return _groups.get(self.key) is self and not self._region.was_reset()
+        return not self._region.was_reset()
+
+    def for_copy(self) -> Group | None:
+        """Return the group for a copy of one of the functions; None if none of them shares."""
+        return _group_with(self.key, self._make_another) if self.key is not None else None
 
     def add(self, record: Record) -> None:
         """Add a function's record. The group rests when its last function is gone."""
@@ -106,10 +126,12 @@ class Resting:
     def __init__(self) -> None:
         self._groups: OrderedDict[Hashable, tuple[weakref.ref[CodeType], Group]] = OrderedDict()
 
-    def add(self, key: Hashable, code: CodeType, group: Group) -> None:
+    def add(self, key: Key, group: Group) -> None:
         """Keep a group."""
-        self._groups[key] = weakref.ref(code, self._forget_dead), group
-        self._groups.move_to_end(key)
+        code = key.code()
+        if code is not None:  # pragma: no branch  # a function with this code is being decorated or copied
+            self._groups[key.kind] = weakref.ref(code, self._forget_dead), group
+            self._groups.move_to_end(key.kind)
         if len(self._groups) > _MAX_RESTING:
             self._groups.popitem(last=False)
 
@@ -148,18 +170,23 @@ def group_of(
     entry_frames: Collection[CodeType],
 ) -> Group:
     """Return the group of a function: that of others with the same code, options and policy, or a new one."""
+    make = partial(Group, name, location, policy, options, entry_frames)
     code, of = _code_of(fn)
     if code is None:
-        return Group(name, location, policy, options, entry_frames)
+        return make()
     # By identity: equal code objects, of the same line in two files, have their own cache entries.
-    key = (id(code), of, name, meaning(options), policy_key(policy))
+    exact = (id(code), of, name, meaning(options), policy_key(policy))
     kind = (id(code), of, name, meaning(options, of_objects=type), policy_key(policy, of_objects=type))
+    return _group_with(Key(exact, kind, weakref.ref(code)), make)
+
+
+def _group_with(key: Key, make: Callable[[], Group]) -> Group:
     with _lock:
-        group = _groups.get(key)
+        group = _groups.get(key.exact)
         if group is None or not group.takes_more():
-            group = _groups[key] = Group(name, location, policy, options, entry_frames)
+            group = _groups[key.exact] = make()
             group.key = key
-            _resting.add(kind, code, group)
+            _resting.add(key, group)
         return group
 
 

@@ -105,8 +105,7 @@ def _compiler() -> Facts:
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    # This is the compiler that Inductor would run.
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)  # noqa: S603
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)  # noqa: S603  # Inductor's compiler
 
 
 def _vector_instructions() -> Facts:

@@ -34,8 +34,8 @@ class _Watch:
 
     def add(self, running: _Running) -> None:
         with self._lock:
-            # A forked child does not have the parent's thread: test_g02_g04_g11_processes.py
-            if self._process not in (0, os.getpid()):  # pragma: no cover
+            # A forked child does not have the parent's thread.
+            if self._process not in (0, os.getpid()):  # pragma: no cover  # test_g02_g04_g11_processes.py
                 self._running, self._wake, self._process = [], threading.Event(), 0
             if not self._process:
                 # Not `threading.Thread`: its start() waits forever if the new thread finds no memory to begin.

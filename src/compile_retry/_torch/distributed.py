@@ -138,7 +138,6 @@ def _is_alone(node: Node) -> bool:
 
     names = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, str)]
     try:
-        # Its type differs between torch versions.
-        return bool(names) and _resolve_process_group(names[-1]).size() == 1  # type: ignore[arg-type, unused-ignore]
+        return bool(names) and _resolve_process_group(names[-1]).size() == 1  # type: ignore[arg-type, unused-ignore]  # other types in other versions
     except (RuntimeError, ValueError):  # not the name of a group
         return False

@@ -33,7 +33,7 @@ def _import_dynamo() -> None:
         with tempfile.TemporaryDirectory() as another:  # if this fails too, it fails before the import
             os.environ[_VARIABLE] = another
             try:
-                import torch._dynamo  # noqa: F401
+                import torch._dynamo  # noqa: F401  # so that it is imported from here on
             finally:
                 if directory is None:
                     del os.environ[_VARIABLE]

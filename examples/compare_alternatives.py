@@ -1,6 +1,6 @@
 """Compare the usual workarounds for a failing torch.compile, side by side, on one training step.
 
-    python examples/how_others_answer.py
+    python examples/compare_alternatives.py
 
 The step normalises a batch, breaks the graph, and continues. The compiler compiles the first graph. Then the disk is
 full, and every compile fails until the repair after step 5 of 12. Each approach runs the same steps in its own
@@ -103,7 +103,7 @@ def suppressed() -> AbstractContextManager[object]:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Approach:
     """One approach to failing compiles."""
 
     name: str
@@ -111,13 +111,13 @@ class Answer:
     setting: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
-ANSWERS = [
-    Answer("stock torch.compile", stock),
-    Answer("try around torch.compile()", try_round_torch_compile),
-    Answer("latch to eager", latch_to_eager),
-    Answer("eager on every error", eager_on_every_error),
-    Answer("suppress_errors=True", stock, suppressed),
-    Answer("@compile_with_fallback", ours),
+APPROACHES = [
+    Approach("stock torch.compile", stock),
+    Approach("try around torch.compile()", try_round_torch_compile),
+    Approach("latch to eager", latch_to_eager),
+    Approach("eager on every error", eager_on_every_error),
+    Approach("suppress_errors=True", stock, suppressed),
+    Approach("@compile_with_fallback", ours),
 ]
 
 
@@ -132,16 +132,16 @@ class Listener(logging.Handler):
         self._world.messages += 1
 
 
-def live_with(answer: Answer) -> tuple[str, ...]:
-    """Run the steps. Returns one row of the table."""
+def compare(approach: Approach) -> tuple[str, ...]:
+    """Run the steps with one approach, and return its row of the table."""
     world = World()
     for name in ("torch._dynamo", "compile_retry"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [Listener(world)], False
     done = compiled_after_repair = 0
     died = ""
-    with answer.setting():
-        step = answer.make(world)
+    with approach.setting():
+        step = approach.make(world)
         for world.now in range(1, STEPS + 1):
             before = world.graphs_run
             try:
@@ -153,7 +153,7 @@ def live_with(answer: Answer) -> tuple[str, ...]:
             compiled_after_repair += world.now > REPAIRED_AFTER and world.graphs_run - before == 2
     batches = int(world.norm.state_dict()["num_batches_tracked"])
     return (
-        answer.name,
+        approach.name,
         died or f"all {done}",
         "" if died else f"{batches} for {done} steps",
         f"{compiled_after_repair} of {STEPS - REPAIRED_AFTER}",
@@ -165,7 +165,7 @@ def live_with(answer: Answer) -> tuple[str, ...]:
 def main() -> None:
     """Print the table."""
     head = ("approach", "steps completed", "batches normalised", "compiled after repair", "failed compiles", "warnings")
-    rows = [head, *(live_with(answer) for answer in ANSWERS)]
+    rows = [head, *(compare(approach) for approach in APPROACHES)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     rows.insert(1, tuple("-" * width for width in widths))
     for row in rows:
