@@ -104,6 +104,14 @@ def test_a_broken_compiler_is_tried_by_one_of_a_hundred_functions() -> None:
     assert all(fn.stats.attempts == fn.stats.failures + 1 for fn in functions)
 
 
+@pytest.mark.parametrize(("cost", "attempts"), [(0.5, 8), (0.9, 5), (1.0, 1)])
+def test_quick_failures_are_free_at_first(cost: float, attempts: int) -> None:
+    """Functions that fail within a second do not wait for each other until five seconds are spent, or eight have failed."""
+    compiler = SlowCompiler(FakeClock(), cost)
+    call_all(decorated(compiler, 20))
+    assert len(compiler.runs) == attempts
+
+
 def test_functions_that_fail_for_the_same_reason_share_their_due_moments() -> None:
     """The one that has not been tried for longest tries for both, and its success makes the other due at once."""
     clock = FakeClock()

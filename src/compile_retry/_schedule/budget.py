@@ -18,9 +18,9 @@ from .policy import RetryPolicy, pause, policy_key
 # Once so many functions have failed for the same reason, those that have never been attempted wait for the outage too.
 _CERTAINLY_BROKEN = 8
 
-# Seconds that failed attempts may take before anything is limited. So functions whose failures cost next to nothing do
-# not wait for each other.
-_FREE = 1.0
+# Attempts that fail within a second are not limited until they have taken five seconds in all. So functions whose
+# failures cost next to nothing do not wait for each other.
+_QUICK, _FREE = 1.0, 5.0
 
 # Seconds that are lost to rounding at most.
 _ROUNDING = 1e-6
@@ -172,7 +172,8 @@ class Budget:
             return wait if wait > _ROUNDING else 0.0
 
     def _pause(self, policy: RetryPolicy, now: float, spent: float, cost: float) -> float:
-        return 0.0 if spent + cost <= _FREE else pause(policy, now - self._since, spent, cost)
+        is_free = cost < _QUICK and spent + cost <= _FREE
+        return 0.0 if is_free else pause(policy, now - self._since, spent, cost)
 
     def first_tells(self) -> bool:
         """Return True once until no function is held off any more, to the first function that says that it waits."""
