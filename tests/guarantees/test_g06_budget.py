@@ -106,7 +106,7 @@ def test_a_broken_compiler_is_tried_by_one_of_a_hundred_functions() -> None:
 
 @pytest.mark.parametrize(("cost", "attempts"), [(0.5, 8), (0.9, 5), (1.0, 1)])
 def test_quick_failures_are_free_at_first(cost: float, attempts: int) -> None:
-    """Functions that fail within a second do not wait for each other until five seconds are spent, or eight have failed."""
+    """They delay nobody until five seconds are spent, or eight functions have failed for the same reason."""
     compiler = SlowCompiler(FakeClock(), cost)
     call_all(decorated(compiler, 20))
     assert len(compiler.runs) == attempts
@@ -310,6 +310,20 @@ def test_a_user_may_ask_for_an_attempt(ask: str) -> None:
     getattr(failing, ask)()
     call_all([failing])
     assert failing.state is CompileState.COMPILED
+
+
+def test_an_attempt_that_the_user_asked_for_is_not_put_off() -> None:
+    """Another function's failure moves the due moment of the others, but not of one that was told to retry now."""
+    compiler = SlowCompiler(FakeClock(), 0.0)
+    a, b = decorated(compiler, 2, wait=10)
+    call_all([a, b])
+    a.retry_now()
+    b.retry_now()
+    call_all([b])
+    assert (a.stats.failures, b.stats.failures) == (1, 2)
+    compiler.broken = False
+    call_all([a])
+    assert a.state is CompileState.COMPILED
 
 
 @pytest.mark.parametrize("end", ["recovery", "reset", "death", "giving up"])
