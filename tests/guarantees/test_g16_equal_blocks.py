@@ -446,6 +446,29 @@ def test_a_wrapper_made_anew_runs_compiled_code_while_other_functions_fail() -> 
     assert fn.stats.eager_calls == 1
 
 
+@pytest.mark.parametrize("error", [NotImplementedError("no"), full_disk()], ids=lambda error: type(error).__name__)
+def test_a_wrapper_made_anew_after_torch_compile_itself_failed(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """It does not call it again before that is due, although another one has been compiled."""
+    options: dict[str, Any] = {"backend": "eager", "policy": RetryPolicy(wait=1e6)}
+    compiled = compile_with_fallback(plain, **options)
+    compiled(torch.ones(2))
+    asked = []
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        asked.append(args)
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", fails)
+        functions = [compile_with_fallback(plain, **options) for _ in range(3)]
+        for fn in functions:
+            torch.testing.assert_close(fn(torch.ones(2)), plain(torch.ones(2)))
+    assert len(asked) == 1
+    assert [fn.stats.eager_calls for fn in functions] == [1, 1, 1]
+
+
 def test_wrappers_with_new_objects_do_not_pile_up() -> None:
     """Only the last of those that differ in a backend or a clock alone is kept, and none that outlives its code."""
 

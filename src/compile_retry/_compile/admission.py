@@ -44,8 +44,12 @@ class Admission:
     # Frames
 
     def admits(self, tally: Tally, key: FrameKey, *, at_no_cost: bool = False) -> bool:
-        """Return True if this frame may be attempted and no backward pass needs it to stay eager."""
-        return (at_no_cost or self.may_attempt(tally, key)) and not self._step.must_stay_eager(key.code)
+        """Return True if this frame may be attempted and no backward pass needs it to stay eager.
+
+        What costs nothing need not wait for others, unless it has failed itself.
+        """
+        is_free = at_no_cost and not (self._ledger.waits(key) or self._ledger.is_given_up(key))
+        return (is_free or self.may_attempt(tally, key)) and not self._step.must_stay_eager(key.code)
 
     def may_attempt(self, tally: Tally, key: FrameKey) -> bool:
         """Return True if this thread's call may run the compiler for this frame now."""
