@@ -27,7 +27,7 @@ from compile_retry import (
     report,
 )
 from compile_retry.events import AttemptFailed, Event
-from compile_retry.testing import assert_compiled, record_events
+from compile_retry.testing import FakeClock, assert_compiled, record_events
 from support import Compiler, first
 
 EVERY_STEP = RetryPolicy.every(calls=12)
@@ -209,7 +209,9 @@ def test_a_block_with_two_names() -> None:
 def test_a_model_of_its_blocks_class() -> None:
     """The model itself is not one of its blocks. Those without a forward of their own are located at the call."""
     model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
-    compile_repeated_blocks(model, nn.Sequential, backend=Compiler(first(1)), policy=RetryPolicy(wait=1e6))
+    compile_repeated_blocks(
+        model, nn.Sequential, backend=Compiler(first(1)), policy=RetryPolicy(wait=1e6, clock=FakeClock())
+    )
     assert compiled(model) == "0 1"
     model(torch.randn(2, 8))
     failure = compiled_function(model[0]).last_failure
@@ -311,7 +313,7 @@ def failed_event(model: nn.Module) -> Event:
 
 def test_names_of_one_two_and_many() -> None:
     """One or two blocks are all named. Blocks of unknown names are counted only."""
-    options: dict[str, Any] = {"policy": RetryPolicy(wait=1e6)}
+    options: dict[str, Any] = {"policy": RetryPolicy(wait=1e6, clock=FakeClock())}
     one = compile_repeated_blocks(Model(layer=Block()), Block, backend=Compiler(first(1)), **options)
     two = compile_repeated_blocks(Model(layers=blocks(2)), backend=Compiler(first(1)), **options)
     compiler = Compiler(first(1))
@@ -328,7 +330,7 @@ def test_a_name_of_ones_own() -> None:
     student, teacher = Model(layers=blocks(2)), Model(layers=blocks(2))
     compiler = Compiler(first(1))
     for name, model in (("student", student), ("teacher", teacher)):
-        compile_repeated_blocks(model, backend=compiler, policy=RetryPolicy(wait=1e6), name=name)
+        compile_repeated_blocks(model, backend=compiler, policy=RetryPolicy(wait=1e6, clock=FakeClock()), name=name)
     assert failed_event(student).who == "student x2 (layers.0, layers.1)"
     teacher(torch.randn(2, 8))
     assert compiled_function(teacher.get_submodule("layers.0")).state is CompileState.COMPILED
@@ -338,7 +340,7 @@ def test_blocks_of_two_classes() -> None:
     """Each class has its own attempts, its own line and its own hold-off."""
     eager = Diffuser(layers=blocks(4), gates=gates(2))
     ours, compiler = copy.deepcopy(eager), Compiler(first(1))
-    compile_repeated_blocks(ours, backend=compiler, policy=RetryPolicy(wait=1e6))
+    compile_repeated_blocks(ours, backend=compiler, policy=RetryPolicy(wait=1e6, clock=FakeClock()))
     with record_events() as events:
         torch.testing.assert_close(train(ours, 3), train(eager, 3))
     assert [event.who for event in events if event.kind in ("failed", "compiled")][:2] == [

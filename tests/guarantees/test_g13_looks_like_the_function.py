@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from compile_retry import CompiledFunction, CompileState, RetryPolicy, compile_with_fallback, compiled_function
+from compile_retry.testing import FakeClock
 from support import Compiler, full_disk
 
 X = torch.arange(8.0).reshape(2, 4)
@@ -79,7 +80,9 @@ class Twice(nn.Module):
 
 def test_where_a_failure_is_located(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the function or forward; where it was decorated if that is torch's or not Python. Deep copies keep that."""
-    decorate: Any = compile_with_fallback(backend=Compiler(lambda inputs: full_disk()), policy=RetryPolicy(wait=1))
+    decorate: Any = compile_with_fallback(
+        backend=Compiler(lambda inputs: full_disk()), policy=RetryPolicy(wait=1, clock=FakeClock())
+    )
     sequential = decorate(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))  # a Sequential
     linear = compile_with_fallback(nn.Linear(4, 4), backend=Compiler(lambda inputs: full_disk()))  # a plain call
     tree: Any = nn.Sequential(nn.Sequential(nn.Linear(4, 4)))

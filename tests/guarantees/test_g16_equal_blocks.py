@@ -156,7 +156,7 @@ def test_closures_that_are_made_and_dropped_all_get_compiled(fullgraph: bool) ->
 def test_other_options_do_not_mix(other: dict[str, Any]) -> None:
     """A wrapper with another option or policy has code, failures and a schedule of its own."""
     compiler = Compiler(first(1))
-    usual: dict[str, Any] = {"backend": compiler, "policy": RetryPolicy(wait=1e6), "dynamic": False}
+    usual: dict[str, Any] = {"backend": compiler, "policy": RetryPolicy(wait=1e6, clock=FakeClock()), "dynamic": False}
     a, b = Block(), Block()
     compile_with_fallback(a, **usual)
     compile_with_fallback(b, **{**usual, **other})
@@ -312,7 +312,7 @@ def test_a_copy_of_a_block_that_cannot_be_compiled() -> None:
 def test_copies_after_a_reset_of_dynamo_share() -> None:
     """Deep copies of equal blocks share with each other and with new blocks, but not with the old ones."""
     stack, compiler = Stack(3), Compiler(first(1))
-    policy, x = RetryPolicy(wait=1e6), torch.randn(4, 8)
+    policy, x = RetryPolicy(wait=1e6, clock=FakeClock()), torch.randn(4, 8)
     wrapped(stack, backend=compiler, policy=policy)(x)
     torch._dynamo.reset()
     twin, new = copy.deepcopy(stack), wrapped(Stack(2), backend=compiler, policy=policy)
@@ -327,7 +327,7 @@ def test_copies_after_a_reset_of_dynamo_share() -> None:
 def test_a_shallow_copy_does_not_share() -> None:
     """What ``copy.copy()`` returns starts uncompiled and without failures."""
     compiler = Compiler(first(1))
-    fn = compile_with_fallback(factory(2.0), backend=compiler, policy=RetryPolicy(wait=1e6))
+    fn = compile_with_fallback(factory(2.0), backend=compiler, policy=RetryPolicy(wait=1e6, clock=FakeClock()))
     fn(torch.ones(3))
     twin = copy.copy(fn)
     assert (fn.state, twin.state) == (CompileState.FALLBACK, CompileState.PENDING)
@@ -369,7 +369,7 @@ def test_blocks_that_are_gone() -> None:
 def test_wrappers_start_anew_after_a_reset_of_dynamo() -> None:
     """After ``torch._dynamo.reset()``, a new wrapper does not inherit a hold-off."""
     compiler = Compiler(first(1))
-    block, policy = Block(), RetryPolicy(wait=1e6)
+    block, policy = Block(), RetryPolicy(wait=1e6, clock=FakeClock())
     compile_with_fallback(block, backend=compiler, policy=policy)
     block(torch.randn(2, 8))
     torch._dynamo.reset()
@@ -451,7 +451,7 @@ def test_a_wrapper_made_anew_after_torch_compile_itself_failed(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """It does not call it again before that is due, although another one has been compiled."""
-    options: dict[str, Any] = {"backend": "eager", "policy": RetryPolicy(wait=1e6)}
+    options: dict[str, Any] = {"backend": "eager", "policy": RetryPolicy(wait=1e6, clock=FakeClock())}
     compiled = compile_with_fallback(plain, **options)
     compiled(torch.ones(2))
     asked = []
@@ -495,12 +495,12 @@ def test_wrappers_with_new_objects_do_not_pile_up() -> None:
 
 def test_functions_with_equal_code_objects_do_not_share() -> None:
     """Dynamo keeps compiled code per code object, so one of them cannot use the other's, nor fail in its place."""
-    compiler = Compiler(first(1))
+    compiler, policy = Compiler(first(1)), RetryPolicy(wait=1e6, clock=FakeClock())
 
     def make() -> Any:
         namespace: dict[str, Any] = {}
         exec(compile("def step(x):\n    return x.sin()", "step.py", "exec"), namespace)
-        return compile_with_fallback(namespace["step"], backend=compiler, policy=RetryPolicy(wait=1e6))
+        return compile_with_fallback(namespace["step"], backend=compiler, policy=policy)
 
     a, b = make(), make()
     assert a.__code__ == b.__code__
