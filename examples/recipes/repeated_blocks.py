@@ -121,7 +121,7 @@ def main() -> None:
     print(compile_retry.report())
     statistics = [compiled_function(layer).stats for layer in ours.layers]
     failures = sum(stats.failures for stats in statistics)
-    print(f"runs of the compiler: {compiler.runs}, of which {failures} failed; with stock: {stock_compiler.runs}")
+    print(f"compiler runs: {compiler.runs} ({failures} failed); stock torch.compile: {stock_compiler.runs}")
     torch.testing.assert_close(losses, train(eager))
     assert failures == 1, "one attempt failed, for all blocks"
     assert compiler.runs == stock_compiler.runs + failures, "otherwise the compiler ran as often as with stock"

@@ -16,7 +16,7 @@ from ._decorator import compile_with_fallback, compiled_function
 from ._failures import CompileFailure, is_transient
 from ._function import CompiledFunction
 from ._report import report
-from ._schedule.breaker import NextRetry
+from ._schedule.episode import NextRetry
 from ._schedule.policy import RetryPolicy
 from ._stats import CompileState, CompileStats
 from ._strict import set_strict

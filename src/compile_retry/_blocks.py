@@ -36,11 +36,11 @@ def compile_repeated_blocks(
 
     Args:
         model: The model.
-        block: The blocks' class, its name, or several of either. Subclasses match, too. Of blocks inside blocks, only
-            the outermost are compiled. By default, the classes in the model's ``_repeated_blocks``, as models from
-            diffusers have it, or else each class of which a ``ModuleList``, ``ModuleDict`` or ``Sequential`` of the
-            model holds at least two modules, and nothing else. PyTorch's own modules without submodules, such as
-            ``Linear``, are no blocks by default.
+        block: The blocks' class, its name, or several of either. Subclasses match too. If a block contains another,
+            only the outer one is compiled. The default is the list ``_repeated_blocks`` of the model, which diffusers
+            models have. For other models it is every class that fills a ``ModuleList``, ``ModuleDict`` or
+            ``Sequential`` of at least two modules; PyTorch's own modules without submodules, such as ``Linear``, do
+            not count.
         policy: The retry policy: see :func:`compile_with_fallback`.
         name: The name in log lines; by default the class's name. Equal blocks with different names do not share.
         **compile_options: Arguments for ``torch.compile``: see :func:`compile_with_fallback`.
@@ -51,8 +51,8 @@ def compile_repeated_blocks(
     Raises:
         TypeError: `model` is not an ``nn.Module``, `block` is neither a module class nor a name, or a block or another
             argument is wrong in the same way as for :func:`compile_with_fallback`.
-        ValueError: The model has no such block (the message names candidates: the classes that it has more than once),
-            or another argument has a value that is not allowed.
+        ValueError: The model has no such block, or another argument has a value that is not allowed. In the first case
+            the message lists the classes of which the model has more than one module.
 
     Example:
         >>> import torch

@@ -22,7 +22,7 @@ from ._failures import CompileFailure, Location, device_error, is_from_compiler
 from ._record.history import CallPath
 from ._record.live import WeakRegistry
 from ._record.record import Record
-from ._schedule.breaker import NextRetry, Probe
+from ._schedule.episode import NextRetry, Probe
 from ._schedule.policy import RetryPolicy
 from ._stats import CompileState, CompileStats
 from ._torch.eager import (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ._compile.sharing import Group
 from ._failures import CompileFailure, summary
 from ._function import CompiledFunction, live_functions
-from ._schedule.breaker import NextRetry
+from ._schedule.episode import NextRetry
 from ._stats import CompileState, CompileStats, total
 from .events import title
 

@@ -16,7 +16,7 @@ from typing import ClassVar, Protocol
 from torch.utils.hooks import RemovableHandle
 
 from ._failures import CompileFailure
-from ._schedule.breaker import NextRetry
+from ._schedule.episode import NextRetry
 from ._stats import CompileState
 
 __all__ = [

@@ -7,7 +7,6 @@ import io
 import logging
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +27,7 @@ from compile_retry import (
 )
 from compile_retry.events import AttemptFailed, Event
 from compile_retry.testing import FakeClock, assert_compiled, record_events
-from support import Compiler, first
+from support import Compiler, first, train
 
 EVERY_STEP = RetryPolicy.every(calls=12)
 
@@ -127,20 +126,6 @@ def compiled(model: nn.Module) -> str:
             yield name
 
     return " ".join(names())
-
-
-def train(model: nn.Module, steps: int = 6) -> list[torch.Tensor]:
-    """Return the losses of a few steps with plain gradient descent, and the final parameters."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    generator = torch.Generator().manual_seed(1)
-    losses = []
-    for _ in range(steps):
-        loss = model(torch.randn(4, 8, generator=generator)).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-    return [*losses, *(parameter.detach() for parameter in model.parameters())]
 
 
 FOUND: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -415,13 +400,6 @@ def test_a_second_time() -> None:
     model(torch.randn(2, 8))
     stats = compiled_function(model.get_submodule("layers.0")).stats
     assert (stats.calls, stats.compiled_calls) == (1, 1)
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("process_group")

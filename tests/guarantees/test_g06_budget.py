@@ -62,6 +62,13 @@ def decorated(compiler: SlowCompiler, number: int, **policy: Any) -> list[Compil
     ]
 
 
+def seconds_left(function: CompiledFunction[..., Any]) -> float:
+    """Return the seconds until the function's next attempt."""
+    assert function.next_retry is not None
+    assert function.next_retry.seconds is not None
+    return function.next_retry.seconds
+
+
 def call_all(functions: list[CompiledFunction[..., Any]]) -> None:
     for function in functions:
         torch.testing.assert_close(function(X), X.sin())
@@ -97,7 +104,7 @@ def test_a_broken_compiler_is_tried_by_one_of_a_hundred_functions() -> None:
     run(functions, clock, until=8 * 3600, pause=60)
     assert compiler.spent <= 0.06 * 8 * 3600
     compiler.broken, compiler.cost = False, 1.0
-    clock.advance(min(fn.next_retry.seconds or 0.0 for fn in functions if fn.next_retry is not None))
+    clock.advance(min(seconds_left(fn) or 0.0 for fn in functions if fn.next_retry is not None))
     call_all(functions)  # those that are called before the one that tries run eagerly once more
     call_all(functions)
     assert all(fn.state is CompileState.COMPILED for fn in functions)
@@ -120,11 +127,11 @@ def test_functions_that_fail_for_the_same_reason_share_their_due_moments() -> No
     call_all([a])
     clock.advance(4)
     call_all([b])
-    assert a.next_retry.seconds == b.next_retry.seconds == 6  # type: ignore[union-attr]  # asserted by the comparison
+    assert seconds_left(a) == seconds_left(b) == 6
     clock.advance(6)
     call_all([b, a, b])  # b gives way to a, which has not been tried for longer
     assert (a.stats.failures, b.stats.failures) == (2, 1)
-    assert a.next_retry.seconds == b.next_retry.seconds == 10  # type: ignore[union-attr]
+    assert seconds_left(a) == seconds_left(b) == 10
     compiler.broken = False
     clock.advance(10)
     call_all([a, b, a])
@@ -176,6 +183,31 @@ def test_while_one_function_tries_the_others_wait() -> None:
     assert (a.state, b.state) == (CompileState.COMPILED, CompileState.COMPILED)
 
 
+def test_a_kept_exception_of_the_program_holds_up_nobody() -> None:
+    """A call that tries and raises is over, although its traceback, which a notebook keeps, still refers to it."""
+    clock = FakeClock()
+    compiler = SlowCompiler(clock, 0.0)
+    wrong = False
+
+    def raises(x: torch.Tensor) -> torch.Tensor:
+        y = x.sin()
+        if wrong:
+            raise KeyError("the program's own")
+        return y
+
+    a = compile_with_fallback(raises, backend=compiler.backend("a"), policy=RetryPolicy(wait=10, clock=clock))
+    (b,) = decorated(compiler, 1, wait=10)
+    call_all([a, b])
+    clock.advance(10)
+    wrong = True
+    with pytest.raises(KeyError) as kept:
+        a(X)
+    wrong, compiler.broken = False, False
+    call_all([a, b, a, b])
+    assert kept.tb is not None
+    assert [fn.state for fn in (a, b)] == [CompileState.COMPILED] * 2
+
+
 def test_a_clock_that_cannot_be_hashed() -> None:
     """It is told apart by its identity."""
 
@@ -198,6 +230,35 @@ def test_a_clock_that_cannot_be_hashed() -> None:
     assert (a.stats.failures, b.stats.failures) == (1, 0)
 
 
+def test_a_success_makes_the_others_due_at_once() -> None:
+    """Those that failed for the same reason need not wait for their due moment. Those that failed for another do."""
+    clock = FakeClock()
+    compiler = SlowCompiler(clock, 0.0)
+    compiler.broken = lambda name: MemoryError("no memory") if name == "step2" else full_disk()
+    a, b, other = functions = decorated(compiler, 3, wait=10)
+    call_all(functions)
+    compiler.broken = False
+    a.retry_now()
+    call_all(functions)
+    assert [fn.state for fn in functions] == [CompileState.COMPILED, CompileState.COMPILED, CompileState.FALLBACK]
+    assert seconds_left(other) == 10
+
+
+def test_after_a_success_the_others_do_not_wait_for_their_own_share() -> None:
+    """A function that has failed just now, and long, tries at once if another one succeeds."""
+    clock = FakeClock()
+    compiler = SlowCompiler(clock, 10.0)
+    a, b = decorated(compiler, 2)
+    call_all([a])
+    clock.advance(90)
+    call_all([b])
+    clock.advance(seconds_left(a))
+    assert seconds_left(b) > 0
+    compiler.broken = False
+    call_all([a, b])
+    assert [fn.state for fn in (a, b)] == [CompileState.COMPILED] * 2
+
+
 def test_other_reasons_have_due_moments_of_their_own() -> None:
     """A function that keeps failing for its own reason does not delay one that failed for another."""
     clock = FakeClock()
@@ -207,10 +268,10 @@ def test_other_reasons_have_due_moments_of_their_own() -> None:
     call_all([a])
     clock.advance(9)
     call_all([b])
-    assert (a.next_retry.seconds, b.next_retry.seconds) == (1, 10)  # type: ignore[union-attr]
+    assert (seconds_left(a), seconds_left(b)) == (1, 10)
     clock.advance(1)
     call_all([a])
-    assert (a.next_retry.seconds, b.next_retry.seconds) == (10, 9)  # type: ignore[union-attr]
+    assert (seconds_left(a), seconds_left(b)) == (10, 9)
     assert a.stats.failures == 2
 
 
@@ -221,13 +282,13 @@ def test_a_function_with_a_problem_of_its_own_delays_nobody() -> None:
     bad, good, other = decorated(compiler, 3)
     for _ in range(20):
         call_all([bad])
-        clock.advance(bad.next_retry.seconds or 0.0)  # type: ignore[union-attr]  # it is held off
+        clock.advance(seconds_left(bad))
     call_all([bad])
-    assert bad.next_retry.seconds > 1000  # type: ignore[union-attr, operator]
+    assert seconds_left(bad) > 1000
     compiler.broken = lambda name: None if name == "step1" else full_disk()
     call_all([good, other])
     assert good.state is CompileState.COMPILED
-    assert other.next_retry.seconds == 15  # type: ignore[union-attr]
+    assert seconds_left(other) == 15
 
 
 @pytest.mark.parametrize("other", [{"wait": 20}, {"wait_calls": 5, "wait": None, "max_overhead": 0.2}])
@@ -240,13 +301,13 @@ def test_functions_with_another_policy_share_the_time_only(other: dict[str, Any]
     call_all([a, b])
     assert (a.stats.failures, b.stats.failures) == (1, 0)
     assert b.next_retry is not None
-    assert b.next_retry.seconds == pytest.approx(90)  # so that 20 s are a fifth of the time
+    assert seconds_left(b) == pytest.approx(90)  # so that 20 s are a fifth of the time
     clock.advance(90)
     call_all([b, a])
     assert (a.stats.failures, b.stats.failures) == (1, 1)
     assert a.next_retry is not None
     assert a.next_retry.max_overhead == 0.2
-    assert a.next_retry.seconds == pytest.approx(40)  # so that 30 s are a fifth
+    assert seconds_left(a) == pytest.approx(40)  # so that 30 s are a fifth
     assert "(delayed by max_overhead=0.2)" in str(a.next_retry)
 
 
@@ -285,7 +346,7 @@ def test_what_has_not_failed_waits_and_says_so_once() -> None:
     assert compiled.stats.compiled_calls == 4
     assert new.stats.eager_calls == 3
     assert new.next_retry is not None
-    assert new.next_retry.seconds == pytest.approx(90)
+    assert seconds_left(new) == pytest.approx(90)
     clock.advance(90)
     call_all([failing, new])  # the one that has never failed goes first
     torch.testing.assert_close(compiled(shape), shape.sin())
@@ -310,6 +371,18 @@ def test_a_user_may_ask_for_an_attempt(ask: str) -> None:
     getattr(failing, ask)()
     call_all([failing])
     assert failing.state is CompileState.COMPILED
+
+
+def test_a_failed_attempt_that_the_user_asked_for_restarts_the_wait() -> None:
+    """Also for the functions that share its due moments."""
+    clock = FakeClock()
+    a, b = decorated(SlowCompiler(clock, 0.0), 2, wait=10)
+    call_all([a, b])
+    clock.advance(4)
+    a.retry_now()
+    call_all([a])
+    assert a.stats.failures == 2
+    assert seconds_left(a) == seconds_left(b) == 10
 
 
 def test_an_attempt_that_the_user_asked_for_is_not_put_off() -> None:
@@ -349,6 +422,21 @@ def test_after_the_last_hold_off_nothing_is_limited(end: str) -> None:
     compiler.broken = False
     call_all(functions[-1:])
     assert functions[-1].state is CompileState.COMPILED
+
+
+def test_a_second_outage_does_not_pay_for_the_first() -> None:
+    """The share is one of the time since the first failure of those that are held off now."""
+    clock = FakeClock()
+    compiler = SlowCompiler(clock, 10.0)
+    a, b = decorated(compiler, 2)
+    call_all([a])
+    compiler.broken = False
+    clock.advance(90)
+    call_all([a])
+    assert a.state is CompileState.COMPILED
+    compiler.broken = True
+    call_all([b])
+    assert seconds_left(b) == pytest.approx(90)
 
 
 def test_a_permanent_failure_delays_nobody() -> None:

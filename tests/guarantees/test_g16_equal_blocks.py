@@ -16,7 +16,7 @@ from torch import nn
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback, compiled_function
 from compile_retry.events import Event, Recovered
 from compile_retry.testing import FakeClock, record_events
-from support import Compiler, first, full_disk
+from support import Compiler, first, full_disk, train
 
 COMPILER = Compiler()
 EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
@@ -49,20 +49,6 @@ def wrapped(stack: Stack, **options: Any) -> Stack:
     return stack
 
 
-def train(model: nn.Module, steps: int = 4) -> list[torch.Tensor]:
-    """Return the losses of a few steps with plain gradient descent, and the final parameters."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    generator = torch.Generator().manual_seed(1)
-    losses = []
-    for _ in range(steps):
-        loss = model(torch.randn(4, 8, generator=generator)).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-    return [*losses, *(parameter.detach() for parameter in model.parameters())]
-
-
 def test_equal_blocks_compile_as_often_as_with_stock() -> None:
     """Six equal blocks, wrapped one by one, make as many compiles as stock, and train like their eager twin."""
     eager = Stack()
@@ -71,9 +57,9 @@ def test_equal_blocks_compile_as_often_as_with_stock() -> None:
     for block in stock.blocks:
         block.compile(backend=counts[0])
     wrapped(ours, backend=counts[1])
-    expected = train(eager)
-    torch.testing.assert_close(train(stock), expected)
-    torch.testing.assert_close(train(ours), expected)
+    expected = train(eager, 4)
+    torch.testing.assert_close(train(stock, 4), expected)
+    torch.testing.assert_close(train(ours, 4), expected)
     assert counts[0].asked == counts[1].asked <= 2
     assert [compiled_function(block).stats.compiled_calls for block in ours.blocks] == [4] * 6
 
@@ -444,6 +430,37 @@ def test_a_wrapper_made_anew_runs_compiled_code_while_other_functions_fail() -> 
     assert fn.stats.compiled_calls == 1
     fn(torch.ones(2, 2))
     assert fn.stats.eager_calls == 1
+
+
+def test_a_wrapper_made_anew_and_exported_leaves_compiled_code_alone() -> None:
+    """While a new shape must wait for other functions, it does not make the others of its kind run eagerly."""
+    clock = FakeClock()
+
+    def fails(inputs: object) -> Exception:
+        clock.advance(10)
+        return full_disk()
+
+    options: dict[str, Any] = {"backend": "eager", "policy": RetryPolicy(clock=clock), "dynamic": False}
+    fn = compile_with_fallback(plain, **options)
+    fn(torch.ones(2))
+    failing = compile_with_fallback(lambda x: x.cos(), backend=Compiler(fails), policy=options["policy"])
+    failing(torch.ones(2))
+    fn(torch.ones(3, 3))
+    assert fn.next_retry is not None
+
+    another = compile_with_fallback(plain, **options)
+
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = another(x)
+            return y
+
+    for _ in range(6):  # later and later calls of it are timed
+        torch.export.export(Model(), (torch.ones(2),), strict=False)
+    compiled = fn.stats.compiled_calls
+    for _ in range(5):
+        fn(torch.ones(2))
+    assert fn.stats.compiled_calls == compiled + 5
 
 
 @pytest.mark.parametrize("error", [NotImplementedError("no"), full_disk()], ids=lambda error: type(error).__name__)

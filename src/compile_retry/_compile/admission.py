@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from types import CodeType
 
-from compile_retry._schedule.breaker import Breaker, Episode, Probe
+from compile_retry._schedule.breaker import Breaker
+from compile_retry._schedule.episode import Episode, Probe
 from compile_retry._stats import CompileState
 from compile_retry._torch.distributed import world_size
 from compile_retry._torch.eager import may_run_again
@@ -102,7 +103,8 @@ class Admission:
 
     def hold_off_first(self, tally: Tally) -> None:
         """Hold off later calls without further checks while other functions' failures forbid the first attempt."""
-        self._breaker.hold_off_first(tally.record.history.next_call)
+        if not self.has_code:
+            self._breaker.hold_off_first(tally.record.history.next_call)
 
     def let_through(self, tally: Tally, call: int) -> Probe | None:
         """Make a call the episode's probe. Return None if it may not be."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compile_retry._failures import FailureStage, Location
 from compile_retry._record.record import Record
-from compile_retry._schedule.breaker import Probe, Unsettled
+from compile_retry._schedule.episode import Probe, Unsettled
 from compile_retry._torch.autotuning import Tuning
 
 from .frame_key import FrameKey

@@ -190,8 +190,8 @@ class FrameConverter:
         outer, tally.conversion = tally.conversion, conversion
         try:
             # The code that is tuned again has an entry of its own until the call is over.
-            functions = self._outcomes.functions + conversion.is_retuning
-            with torch_frames.settings_for_compile(known.compiles, functions):
+            entries = self._outcomes.functions + conversion.is_retuning
+            with torch_frames.settings_for_compile(known.compiles, entries):
                 result = self._inner(request.frame, request.cache_entry, known.state)
         except Exception:
             torch_frames.uncount_compiles(known.state, compiles)

@@ -16,7 +16,8 @@ from compile_retry._failures import (
     suggests_damaged_cache,
 )
 from compile_retry._record.journal import Journal
-from compile_retry._schedule.breaker import WATCHED_CALLS, Breaker
+from compile_retry._schedule.breaker import Breaker
+from compile_retry._schedule.episode import WATCHED_CALLS
 from compile_retry._strict import is_strict
 from compile_retry.events import log
 

@@ -116,11 +116,12 @@ class Group:
 
 
 class Resting:
-    """The last groups, which may have no function left.
+    """Keeps groups alive after their last function is gone.
 
-    A function may be decorated anew for each request. Then it finds the code of the one before, as with stock
-    ``torch.compile``, or that it is held off. A group rests as long as its code object lives, unless a group that
-    differs in its objects only, such as a new backend, takes its place.
+    A server may decorate a function anew for each request. The new function then uses the code that was compiled for
+    the one before, as with stock ``torch.compile``; if that one was held off, so is the new one. A group is dropped
+    when its code object is collected, when too many others have come since, or when a group takes its place that
+    differs only in an object, such as the backend.
     """
 
     def __init__(self) -> None:

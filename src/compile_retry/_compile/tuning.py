@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from compile_retry._locks import Lock
 from compile_retry._record.journal import Journal
-from compile_retry._schedule.breaker import Breaker, NextRetry
+from compile_retry._schedule.breaker import Breaker
+from compile_retry._schedule.episode import NextRetry
 from compile_retry._schedule.policy import RetryPolicy
 from compile_retry._torch.eager import may_run_again
 from compile_retry.events import log
@@ -88,7 +89,7 @@ class Retuning:
         Args:
             conversion: The frame.
             tally: This thread's tally.
-            entry: Its entry in Dynamo's cache; None if it has none, so that it cannot be tuned again.
+            entry: Its entry in Dynamo's cache; None if the code must not be tuned again.
             seconds: The attempt's duration.
         """
         turn, reason = tally.turn if conversion.is_retuning else None, conversion.tuning.reason
@@ -105,8 +106,15 @@ class Retuning:
             due = self.next_retry(tally.call)
         elif turn is not None:
             self._supersede(turn)
-        record, call = tally.record, tally.call
-        self._journal.partly_tuned(record, call, conversion.location, conversion.tuning, reason=reason, due=due)
+        self._journal.partly_tuned(
+            tally.record,
+            tally.call,
+            conversion.location,
+            timed=conversion.tuning.timed,
+            candidates=conversion.tuning.candidates,
+            reason=reason,
+            due=due,
+        )
 
     def failed(self, reason: BaseException, conversion: Conversion, tally: Tally, seconds: float) -> tuple[int, bool]:
         """Record that tuning again has failed. The code stays in use.

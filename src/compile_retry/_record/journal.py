@@ -11,10 +11,10 @@ from typing import Any
 
 from compile_retry._failures import CompileFailure, Location, in_words, qualified_name, summary
 from compile_retry._locks import Lock
-from compile_retry._schedule.breaker import Breaker, Episode, NextRetry
+from compile_retry._schedule.breaker import Breaker
+from compile_retry._schedule.episode import Episode, NextRetry
 from compile_retry._stats import CompileState
 from compile_retry._strict import is_strict
-from compile_retry._torch.autotuning import Tuning
 from compile_retry.events import (
     AttemptFailed,
     AttemptPostponed,
@@ -216,8 +216,9 @@ class Journal:
         record: Record,
         call: int,
         location: Location,
-        tuning: Tuning,
         *,
+        timed: int,
+        candidates: int,
         reason: BaseException,
         due: NextRetry | None,
     ) -> None:
@@ -227,21 +228,22 @@ class Journal:
             record: The record of the function in whose call it was made.
             call: The call.
             location: The frame.
-            tuning: Its autotuning.
+            timed: How many autotuning candidates were timed.
+            candidates: The number of candidates.
             reason: Why a candidate could not be timed.
             due: The due moment of the attempt to tune it again; None if there will be none.
         """
         next(record.books.partly_tuned)
-        error, timed = _in_words(reason), f"{tuning.timed} of {tuning.candidates} autotuning candidates"
-        then = f"tuning again {due}" if due else "it will not be tuned again"
-        message = f"{in_words(location)} is compiled, but only {timed} could be timed: {error}; {then}"
+        error, then = _in_words(reason), f"tuning again {due}" if due else "it will not be tuned again"
+        how_many = f"only {timed} of {candidates} autotuning candidates could be timed"
+        message = f"{in_words(location)} is compiled, but {how_many}: {error}; {then}"
         self._note(
             PartlyTuned,
             call,
             message,
             logging.WARNING,
-            timed=tuning.timed,
-            candidates=tuning.candidates,
+            timed=timed,
+            candidates=candidates,
             error=error,
             next_retry=due,
         )

@@ -9,159 +9,14 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import weakref
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
 
 from compile_retry._failures import reason
 from compile_retry._locks import Lock
 
-from .budget import Standing, budget_of
+from .budget import budget_of
+from .episode import WATCHED_CALLS, Episode, NextRetry, Probe, Refusals, Unsettled
 from .policy import RetryPolicy, decide, pause
-
-# Number of calls after a failure that still go through Dynamo even if nothing is compiled, to find out which other
-# graphs are waiting. Later calls go straight to the eager function.
-WATCHED_CALLS = 64
-
-# Number of permanent failures in a row that `max_overhead` does not limit.
-_FREE_REFUSALS = 8
-
-
-@dataclass(frozen=True)
-class NextRetry:
-    """The due moment of the next attempt. If both limits are given, whichever comes first applies.
-
-    Attributes:
-        calls: Calls left, including the one that attempts; ``None`` if the policy does not count calls.
-        seconds: Seconds left; ``None`` if the policy does not count seconds.
-        at_least: Minimum number of seconds left, whatever ``calls`` says, because of the policy's ``max_overhead``.
-        max_overhead: The policy's share, if it delays the attempt beyond the policy's wait; otherwise ``None``.
-    """
-
-    calls: int | None
-    seconds: float | None
-    at_least: float = 0.0
-    max_overhead: float | None = None
-
-    def __str__(self) -> str:
-        delayed = "" if self.max_overhead is None else f" (delayed by max_overhead={self.max_overhead:g})"
-        in_time = "" if self.seconds is None else f"in {_in_seconds(self.seconds)}"
-        if self.calls is None or (self.seconds is not None and 0 < self.seconds <= self.at_least):
-            return in_time + delayed
-        in_calls = "in 1 call" if self.calls == 1 else f"in {self.calls} calls"
-        if self.at_least:
-            in_calls += f" and {_in_seconds(self.at_least)}{delayed}"
-        return f"{in_calls} or {in_time}" if in_time else in_calls
-
-
-def _in_seconds(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
-
-
-class Episode(NamedTuple):
-    """State from a first failure to the recovery. Replaced, never mutated, so it can be read without a lock."""
-
-    failures: int
-    started: float
-    failed_at: float
-    waited: float
-    failed_in_call: int
-    watched_until: int  # `failed_in_call + WATCHED_CALLS`; stored, because each held-off call reads it
-    due_call: float
-    due_time: float
-    stopped: bool
-    spent: float  # seconds, in failed attempts
-    not_before: float = -math.inf  # even if the due call has come; set if `max_overhead` delays the attempt
-
-    def is_due(self, call: int, clock: Callable[[], float]) -> bool:
-        if call >= self.due_call and (self.not_before == -math.inf or clock() >= self.not_before):
-            return True
-        return self.due_time < math.inf and clock() >= self.due_time
-
-    @property
-    def is_asked_for(self) -> bool:
-        """True if the user has made an attempt due now."""
-        return self.due_time == -math.inf or self.due_call == 0
-
-    def nothing_due_before(self, call: int) -> tuple[float, float]:
-        """Return a call and a time before which nothing is due, for this call and later ones."""
-        if call < self.due_call:
-            return self.due_call, self.due_time
-        return math.inf, min(self.due_time, self.not_before)
-
-    def is_long_overdue(self, call: int, now: float) -> bool:
-        """Return True if twice the wait has passed since the failure."""
-        return call >= 2 * self.due_call - self.failed_in_call or now >= 2 * self.due_time - self.failed_at
-
-
-class Refusals:
-    """Limits permanent failures. The first few in a row are free.
-
-    After a frame is given up, the functions that it calls are compiled on their own. Without a limit, a compiler that
-    rejects everything would be run for one function after another, endlessly.
-    """
-
-    def __init__(self) -> None:
-        self._in_a_row = 0
-        self._since: float | None = None
-        self._spent = self._last = 0.0
-
-    def add(self, now: float, seconds: float) -> None:
-        """Record a permanent failure and its duration in seconds."""
-        if self._since is None:
-            self._since = now
-        self._in_a_row += 1
-        self._spent, self._last = self._spent + seconds, seconds
-
-    def end(self) -> None:
-        """End the row of failures, because an attempt has succeeded."""
-        self._in_a_row = 0
-
-    def affords_another(self, policy: RetryPolicy) -> bool:
-        """Return True for the first few in a row, and later if another one stays within ``max_overhead``."""
-        if self._since is None or self._in_a_row < _FREE_REFUSALS:
-            return True
-        return pause(policy, policy.clock() - self._since, self._spent, self._last) <= 0
-
-
-class Probe:
-    """One call's permission to attempt during an episode.
-
-    Only the call holds a reference to it. So it disappears with the call's Python frame, even if an interrupt skipped
-    the call's clean-up or the thread died. A forked child keeps the Python frames of threads that it does not have, so
-    the probe records its process too.
-
-    Attributes:
-        episode: The episode in which it may attempt; None once one of its own attempts has failed.
-        claims: The keys whose turn it is; empty if any key may be attempted.
-        exclusive: Whether only these keys may be attempted.
-    """
-
-    def __init__(self, episode: Episode) -> None:
-        self.process, self.thread = os.getpid(), threading.get_ident()
-        self.episode: Episode | None = episode
-        self.claims: frozenset[Hashable] = frozenset()
-        self.exclusive = False
-
-
-def _is_running(probe: weakref.ref[Probe] | None) -> bool:
-    running = probe() if probe is not None else None
-    return running is not None and running.process == os.getpid()
-
-
-class Unsettled:
-    """A failure in a call that is not over yet. No other attempt is made in the meantime."""
-
-    def __init__(self) -> None:
-        self._process = os.getpid()
-
-    @property
-    def is_open(self) -> bool:
-        """False in a forked child, which does not have the thread of this call."""
-        return self._process == os.getpid()
 
 
 class Breaker:
@@ -227,21 +82,16 @@ class Breaker:
             if self.probe is not last or self.episode is not episode:
                 return None
             self.probe = weakref.ref(probe)
-        if self._budget is not None:
-            self._budget.tries(self, partial(_is_running, self.probe))
-        return probe
+            return probe
 
     def _is_next(self, episode: Episode) -> bool:
         """Return True if the budget allows an attempt and no other function should go first."""
-        budget = self._budget
-        if budget is None:
-            return True
-        if wait := budget.wait(self):
+        if wait := self._budget.wait(self):
             self._postpone(episode, self.policy.clock() + wait)
             return False
-        if budget.is_tried(self):
+        if self._budget.is_tried(self):
             return False
-        if self._gave_way is not episode and budget.gives_way(self):
+        if self._gave_way is not episode and self._budget.gives_way(self):
             self._gave_way = episode  # give way for one call: the other function may not be called any more
             return False
         return True
@@ -283,8 +133,7 @@ class Breaker:
         with self._lock:
             if self.episode is not None:
                 self._begin(self.episode._replace(spent=self.episode.spent + seconds))
-        if self._budget is not None:
-            self._budget.spend(seconds)
+        self._budget.spend(seconds)
 
     def affords_another_refusal(self) -> bool:
         """Return True if another permanent failure would stay within the limit."""
@@ -292,7 +141,7 @@ class Breaker:
 
     def may_begin(self) -> bool:
         """Return True if the budget allows an attempt although nothing of the function is held off."""
-        wait = 0.0 if self._budget is None or self._is_asked_for else self._budget.wait(self)
+        wait = 0.0 if self._is_asked_for else self._budget.wait(self)
         self._begins_at = self.policy.clock() + wait if wait else None
         return not wait
 
@@ -301,11 +150,11 @@ class Breaker:
 
         The second value is True if no other function has been told so.
         """
-        if self._budget is None or self._begins_at is None or self._told_of_postponing:
+        if self._begins_at is None or self._told_of_postponing:
             return None
         self._told_of_postponing = True
         wait = max(0.0, self._begins_at - self.policy.clock())
-        return NextRetry(None, wait), self._budget.first_tells()
+        return NextRetry(None, wait), self._budget.is_first_to_tell()
 
     def hold_off_first(self, before_call: float) -> None:
         """Hold off calls of a function that has not been attempted for as long as the budget does not allow it."""
@@ -316,8 +165,7 @@ class Breaker:
         """Record that an attempt has succeeded."""
         self.refusals.end()
         self._attempted()
-        if self._budget is not None:
-            self._budget.succeeded(self)
+        self._budget.succeeded(self)
 
     def _attempted(self) -> None:
         self._is_asked_for, self._begins_at, self._told_of_postponing = False, None, False
@@ -334,6 +182,12 @@ class Breaker:
         episode = self.episode
         return math.inf if episode is None else episode.failed_at
 
+    @property
+    def is_probing(self) -> bool:
+        """True while one of the function's calls may attempt, in this process."""
+        probe = self.probe() if self.probe is not None else None
+        return probe is not None and probe.process == os.getpid()
+
     def move_due_time(self, time: float, *, at_once: bool = False) -> None:
         """Make the next attempt due at this time, because of another function's attempt.
 
@@ -343,7 +197,7 @@ class Breaker:
         """
         with self._lock:
             episode = self.episode
-            if episode is None or episode.stopped or episode.is_asked_for or _is_running(self.probe):
+            if episode is None or episode.stopped or episode.is_asked_for or self.is_probing:
                 return
             not_before = -math.inf if at_once else episode.not_before
             self._begin(episode._replace(due_time=max(time, not_before), not_before=not_before))
@@ -375,7 +229,7 @@ class Breaker:
             episode = Episode(
                 attempt, started, now, waited, call, watched_until, math.inf, math.inf, stopped=True, spent=spent
             )
-            standing = budget.standing(self, cause, began, cost) if budget is not None else Standing(1, 0.0)
+            standing = budget.standing(self, cause, began, cost)
             try:  # without the lock, because the strategies are user code
                 decision = decide(
                     self.policy,
@@ -389,8 +243,7 @@ class Breaker:
                 )
             except Exception:
                 self._begin(episode)
-                if budget is not None:
-                    budget.leave(self)
+                budget.leave(self)
                 raise
             if decision.retry and not decision.stop:
                 due_call, due_time = call + decision.calls, now + decision.seconds
@@ -401,12 +254,11 @@ class Breaker:
                     continue
                 if decision.retry:
                     self._begin(episode)
-            if budget is not None:
-                if not episode.stopped:
-                    budget.failed(self, cause, began, cost, now + max(decision.wait, standing.at_least))
-                elif decision.retry:
-                    budget.leave(self)
-                    budget.spend(cost)
+            if not episode.stopped:
+                budget.failed(self, cause, began, cost, now + max(decision.wait, standing.at_least))
+            elif decision.retry:
+                budget.leave(self)
+                budget.spend(cost)
             return attempt, decision.retry
 
     def end(self, only: Episode | None = None) -> Episode | None:
@@ -416,14 +268,12 @@ class Breaker:
                 return None
             ended = self.episode
             self._begin(None)
-        if self._budget is not None:
-            self._budget.leave(self)
+        self._budget.leave(self)
         return ended
 
     def rest(self) -> None:
         """Take no more part in the budget: the function is gone, or attempts nothing any more."""
-        if self._budget is not None:
-            self._budget.leave(self)
+        self._budget.leave(self)
 
     def reset(self) -> None:
         """Forget all failures, and let the next call attempt."""
@@ -474,7 +324,7 @@ class Breaker:
         left = None if math.isinf(episode.due_call) else max(1, int(episode.due_call) - calls)
         seconds = None if episode.due_time == math.inf else max(0.0, episode.due_time - now)
         at_least = max(0.0, episode.not_before - now)
-        if self._budget is not None and not episode.is_asked_for:
+        if not episode.is_asked_for:
             wait = self._budget.wait(self)
             if wait > (seconds or 0.0):
                 at_least = max(at_least, wait)

@@ -39,6 +39,10 @@ class Member(Protocol):
     def failed_at(self) -> float:
         """The clock at its last failed attempt."""
 
+    @property
+    def is_probing(self) -> bool:
+        """True while one of its calls may attempt."""
+
     def move_due_time(self, time: float, *, at_once: bool = False) -> None:
         """Make its next attempt due at this time. With `at_once`, its own share of the time does not matter."""
 
@@ -54,14 +58,12 @@ class Outage:
         members: Their breakers.
         failures: The number of failed attempts at its due moments.
         due_time: The clock when one of the functions may try again.
-        is_tried: Returns True while a call tries.
     """
 
     def __init__(self, policy: Hashable) -> None:
         self.policy = policy
         self.members: weakref.WeakSet[Member] = weakref.WeakSet()
         self.failures, self.due_time = 0, -math.inf
-        self.is_tried: Callable[[], bool] = bool
 
     def moves(self, member: Member, began: float) -> bool:
         """Return True if this failed attempt moves the due moment. A function that joins early does not."""
@@ -83,8 +85,8 @@ class Standing(NamedTuple):
 class Budget:
     """The budget of all functions whose policies have the same clock.
 
-    Functions with ``max_overhead=math.inf`` take no part. Functions with ``wait_calls`` share the time, but belong to
-    no outage, because each counts its own calls.
+    A function with ``max_overhead=math.inf`` has one to itself. Functions with ``wait_calls`` share the time, but they
+    belong to no outage, because each counts its own calls.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -139,6 +141,7 @@ class Budget:
                     outage = self._outages[key] = Outage(policy_key(member.policy))
                 moves = outage.moves(member, began)
                 self._leave_outages(member, but=outage)
+                self._outages = {key: other for key, other in self._outages.items() if other.members or other is outage}
                 outage.members.add(member)
                 if moves:
                     outage.failures, outage.due_time = outage.failures + 1, due_time
@@ -175,8 +178,8 @@ class Budget:
         is_free = cost < _QUICK and spent + cost <= _FREE
         return 0.0 if is_free else pause(policy, now - self._since, spent, cost)
 
-    def first_tells(self) -> bool:
-        """Return True once until no function is held off any more, to the first function that says that it waits."""
+    def is_first_to_tell(self) -> bool:
+        """Return True for the first function that reports a wait. Starts over when no function is held off any more."""
         first, self._told = not self._told, True
         return first
 
@@ -187,8 +190,9 @@ class Budget:
         return max((outage.due_time for outage in of_policy if len(outage.members) >= _CERTAINLY_BROKEN), default=0.0)
 
     def is_tried(self, member: Member) -> bool:
-        """Return True while another call tries for the function's outage."""
-        return any(outage.is_tried() for outage in self._outages_of(member))
+        """Return True while another function tries for the outage."""
+        others = (other for outage in self._outages_of(member) for other in outage.members if other is not member)
+        return any(other.is_probing for other in others)
 
     def gives_way(self, member: Member) -> bool:
         """Return True if another function should go first: one never attempted, or else the one untried for longest."""
@@ -198,11 +202,6 @@ class Budget:
                 other is not member and other.due_time <= now and other.failed_at < member.failed_at
                 for other in self._held_off
             )
-
-    def tries(self, member: Member, is_running: Callable[[], bool]) -> None:
-        """Record that a call tries for the function's outage. `is_running` returns False when the call is over."""
-        for outage in self._outages_of(member):
-            outage.is_tried = is_running
 
     def succeeded(self, member: Member) -> None:
         """Record that an attempt succeeded.
@@ -256,10 +255,10 @@ _budgets: weakref.WeakValueDictionary[Hashable, Budget] = weakref.WeakValueDicti
 _lock = Lock()
 
 
-def budget_of(policy: RetryPolicy, purpose: str) -> Budget | None:
-    """Return the budget for these attempts of functions with this policy; None if they are not limited."""
+def budget_of(policy: RetryPolicy, purpose: str) -> Budget:
+    """Return the budget for these attempts of functions with this policy: their own if they are not limited."""
     if policy.max_overhead is None or math.isinf(policy.max_overhead):
-        return None
+        return Budget(policy.clock)
     try:
         hash(policy.clock)
         clock: Hashable = policy.clock

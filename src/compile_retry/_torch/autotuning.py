@@ -205,7 +205,9 @@ def _counting(do_autotuning: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return do_autotuning(*args, **kwargs)
         except NoValidChoicesError as exc:
-            exc.__cause__ = next(iter(_reasons(choices)), None)  # which is the root cause
+            reasons = _reasons(choices)
+            if reasons and _this_thread.tuning is not None:
+                raise exc from reasons[0]  # which is the root cause
             raise
         finally:
             if _this_thread.tuning is not None:

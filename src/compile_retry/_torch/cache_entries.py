@@ -66,7 +66,7 @@ class CachedFrame:
         if add is not None:  # pragma: no branch  # exists in the torch version that the tests use
             try:
                 add(passes, reason, None)
-            except TypeError:  # pragma: no cover
+            except TypeError:  # pragma: no cover  # before 2.12
                 add(passes, reason)
 
 

@@ -149,7 +149,7 @@ def _put_judge_behind_probes() -> None:
             _reset_instruction_sets()
             raise
 
-    cpu_vec_isa.VecISA.check_build = check_build  # type: ignore[assignment, method-assign]
+    cpu_vec_isa.VecISA.check_build = check_build  # type: ignore[assignment, method-assign]  # on purpose
 
 
 # As large as a probe, but for any processor.
