@@ -235,7 +235,7 @@ def test_a_success_makes_the_others_due_at_once() -> None:
     clock = FakeClock()
     compiler = SlowCompiler(clock, 0.0)
     compiler.broken = lambda name: MemoryError("no memory") if name == "step2" else full_disk()
-    a, b, other = functions = decorated(compiler, 3, wait=10)
+    a, _, other = functions = decorated(compiler, 3, wait=10)
     call_all(functions)
     compiler.broken = False
     a.retry_now()
@@ -406,6 +406,8 @@ def test_after_the_last_hold_off_nothing_is_limited(end: str) -> None:
     compiler = SlowCompiler(clock, 10.0)
     functions = decorated(compiler, 2, stop=stop_after_attempt(2))
     call_all(functions)
+    call_all(functions[1:] * 20)  # from some call on, it is held off without further checks
+    assert functions[1].stats.attempts == 0
     if end == "recovery":
         compiler.broken = False
         clock.advance(100)
