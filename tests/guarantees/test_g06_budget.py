@@ -291,6 +291,20 @@ def test_a_function_with_a_problem_of_its_own_delays_nobody() -> None:
     assert seconds_left(other) == 15
 
 
+def test_a_function_that_fails_for_another_reason_leaves_the_outage() -> None:
+    """Those that fail for the old reason move its due moment no more."""
+    clock = FakeClock()
+    compiler = SlowCompiler(clock, 0.0)
+    a, b = decorated(compiler, 2, wait=10)
+    call_all([a])
+    compiler.broken = lambda name: MemoryError("no memory") if name == "step0" else full_disk()
+    clock.advance(10)
+    call_all([a])
+    clock.advance(5)
+    call_all([b])
+    assert (seconds_left(a), seconds_left(b)) == (5, 10)
+
+
 @pytest.mark.parametrize("other", [{"wait": 20}, {"wait_calls": 5, "wait": None, "max_overhead": 0.2}])
 def test_functions_with_another_policy_share_the_time_only(other: dict[str, Any]) -> None:
     """They have due moments of their own, but wait for each other's cost."""

@@ -229,17 +229,16 @@ class Breaker:
             episode = Episode(
                 attempt, started, now, waited, call, watched_until, math.inf, math.inf, stopped=True, spent=spent
             )
-            standing = budget.standing(self, cause, began, cost)
             try:  # without the lock, because the strategies are user code
                 decision = decide(
                     self.policy,
                     exc,
                     attempt=attempt,
-                    number=max(attempt, standing.number),
+                    number=max(attempt, budget.number(self, cause, began)),
                     started=started,
                     now=now,
                     waited=waited,
-                    at_least=max(standing.at_least, pause(self.policy, now - started, spent, cost)),
+                    at_least=pause(self.policy, now - started, spent, cost),
                 )
             except Exception:
                 self._begin(episode)
@@ -255,7 +254,7 @@ class Breaker:
                 if decision.retry:
                     self._begin(episode)
             if not episode.stopped:
-                budget.failed(self, cause, began, cost, now + max(decision.wait, standing.at_least))
+                budget.failed(self, cause, began, cost, now + decision.wait)
             elif decision.retry:
                 budget.leave(self)
                 budget.spend(cost)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Hashable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from compile_retry._locks import Lock
 
@@ -70,18 +70,6 @@ class Outage:
         return began >= self.due_time or member in self.members
 
 
-class Standing(NamedTuple):
-    """A failed attempt, seen from all functions together.
-
-    Attributes:
-        number: Its number among the outage's attempts, from 1.
-        at_least: Minimum number of seconds until the next attempt, because of the policy's ``max_overhead``.
-    """
-
-    number: int
-    at_least: float
-
-
 class Budget:
     """The budget of all functions whose policies have the same clock.
 
@@ -108,14 +96,11 @@ class Budget:
 
     # Failures
 
-    def standing(self, member: Member, reason: Hashable, began: float, cost: float) -> Standing:
-        """Return what matters for the decision about a failed attempt. See `failed`."""
+    def number(self, member: Member, reason: Hashable, began: float) -> int:
+        """Return the number of a failed attempt among those of its outage, from 1. See `failed`, which must follow."""
         with self._lock:
-            if self._is_quiet():
-                return Standing(1, 0.0)
-            outage = self._outages.get(_key(member.policy, reason))
-            number = outage.failures + outage.moves(member, began) if outage is not None and outage.members else 1
-            return Standing(number, self._pause(member.policy, began + cost, self._spent + cost, cost))
+            outage = None if self._is_quiet() else self._outages.get(_key(member.policy, reason))
+            return outage.failures + outage.moves(member, began) if outage is not None and outage.members else 1
 
     def failed(self, member: Member, reason: Hashable, began: float, cost: float, due_time: float) -> None:
         """Record a failed attempt that will be retried.
