@@ -14,7 +14,7 @@ import weakref
 from compile_retry._failures import reason
 from compile_retry._locks import Lock
 
-from .budget import budget_of
+from .budget import Outage, budget_of
 from .episode import WATCHED_CALLS, Episode, NextRetry, Probe, Refusals, Unsettled
 from .policy import RetryPolicy, decide, pause
 
@@ -28,6 +28,7 @@ class Breaker:
 
     Attributes:
         episode: The current episode; None if there is none.
+        outage: The outage that the function belongs to, if any. The budget sets it.
         held_off_before_call: Earlier calls are held off without further checks, before `held_off_before_time`.
         held_off_before_time: The time until which `held_off_before_call` applies.
     """
@@ -35,6 +36,7 @@ class Breaker:
     def __init__(self, policy: RetryPolicy, purpose: str = "compiling") -> None:
         self.policy = policy
         self._budget = budget_of(policy, purpose)
+        self.outage: Outage | None = None
         self._lock = Lock()
         self.probe: weakref.ref[Probe] | None = None
         self._unsettled: weakref.ref[Unsettled] | None = None

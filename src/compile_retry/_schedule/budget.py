@@ -27,9 +27,15 @@ _ROUNDING = 1e-6
 
 
 class Member(Protocol):
-    """A function's breaker, as far as the budget needs to know it."""
+    """A function's breaker, as far as the budget needs to know it.
+
+    Attributes:
+        policy: Its policy.
+        outage: The outage that it belongs to, if any. Set by the budget; it lives as long as one of its functions.
+    """
 
     policy: RetryPolicy
+    outage: Outage | None
 
     @property
     def due_time(self) -> float:
@@ -82,14 +88,13 @@ class Budget:
         self._lock = Lock()
         self._held_off: weakref.WeakSet[Member] = weakref.WeakSet()
         self._not_begun: weakref.WeakSet[Member] = weakref.WeakSet()  # not held off, but had to wait for the budget
-        self._outages: dict[Hashable, Outage] = {}
+        self._outages: weakref.WeakValueDictionary[Hashable, Outage] = weakref.WeakValueDictionary()
         self._since = self._spent = self._last = 0.0
         self._told = False
 
     def _is_quiet(self) -> bool:
         """Return True if no function is held off any more. Then what came before does not matter."""
         if not self._held_off:
-            self._outages.clear()
             self._spent = self._last = 0.0
             self._told = False
         return not self._held_off
@@ -99,8 +104,8 @@ class Budget:
     def number(self, member: Member, reason: Hashable, began: float) -> int:
         """Return the number of a failed attempt among those of its outage, from 1. See `failed`, which must follow."""
         with self._lock:
-            outage = None if self._is_quiet() else self._outages.get(_key(member.policy, reason))
-            return outage.failures + outage.moves(member, began) if outage is not None and outage.members else 1
+            outage = self._outages.get(_key(member.policy, reason))
+            return outage.failures + outage.moves(member, began) if outage is not None else 1
 
     def failed(self, member: Member, reason: Hashable, began: float, cost: float, due_time: float) -> None:
         """Record a failed attempt that will be retried.
@@ -122,11 +127,11 @@ class Budget:
             if member.policy.wait_calls is None:
                 key = _key(member.policy, reason)
                 outage = self._outages.get(key)
-                if outage is None or not outage.members:
+                if outage is None:
                     outage = self._outages[key] = Outage(policy_key(member.policy))
                 moves = outage.moves(member, began)
-                self._leave_outages(member, but=outage)
-                self._outages = {key: other for key, other in self._outages.items() if other.members or other is outage}
+                self._leave_outage(member)
+                member.outage = outage
                 outage.members.add(member)
                 if moves:
                     outage.failures, outage.due_time = outage.failures + 1, due_time
@@ -176,8 +181,8 @@ class Budget:
 
     def is_tried(self, member: Member) -> bool:
         """Return True while another function tries for the outage."""
-        others = (other for outage in self._outages_of(member) for other in outage.members if other is not member)
-        return any(other.is_probing for other in others)
+        outage = member.outage
+        return outage is not None and any(other.is_probing for other in outage.members if other is not member)
 
     def gives_way(self, member: Member) -> bool:
         """Return True if another function should go first: one never attempted, or else the one untried for longest."""
@@ -198,18 +203,17 @@ class Budget:
             return
         now = self._clock()
         with self._lock:
-            over = self._outages_of(member)
-            if member not in self._held_off:
-                key = policy_key(member.policy)
-                over = [outage for outage in self._outages.values() if outage.policy == key]
-            self._outages = {key: outage for key, outage in self._outages.items() if outage not in over}
-            others = [
-                other
-                for outage in over
-                if member in outage.members or outage.due_time <= now
-                for other in outage.members
-                if other is not member
-            ]
+            own, policy = member.outage, policy_key(member.policy)
+            if member in self._held_off:
+                over = [own] if own is not None else []
+            else:
+                over = [outage for outage in self._outages.values() if outage.policy == policy]
+            others = []
+            for outage in over:
+                if outage is own or outage.due_time <= now:
+                    others += [other for other in outage.members if other is not member]
+                for each in list(outage.members):
+                    self._leave_outage(each)
         for other in others:
             other.move_due_time(now, at_once=True)
 
@@ -217,19 +221,16 @@ class Budget:
         """Record that nothing of a function is held off any more, or that it has given up."""
         with self._lock:
             self._held_off.discard(member)
-            self._leave_outages(member)
+            self._leave_outage(member)
             waiting = list(self._not_begun) if self._is_quiet() else []
             self._not_begun.difference_update(waiting)
         for other in waiting:
             other.resume_checks()
 
-    def _outages_of(self, member: Member) -> list[Outage]:
-        return [outage for outage in list(self._outages.values()) if member in outage.members]
-
-    def _leave_outages(self, member: Member, but: Outage | None = None) -> None:
-        for outage in self._outages_of(member):
-            if outage is not but:
-                outage.members.discard(member)
+    def _leave_outage(self, member: Member) -> None:
+        if member.outage is not None:
+            member.outage.members.discard(member)
+            member.outage = None
 
 
 def _key(policy: RetryPolicy, reason: Hashable) -> Hashable:
