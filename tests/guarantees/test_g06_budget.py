@@ -296,7 +296,7 @@ def test_a_function_that_fails_for_another_reason_leaves_the_outage() -> None:
     clock = FakeClock()
     compiler = SlowCompiler(clock, 0.0)
     a, b = decorated(compiler, 2, wait=10)
-    call_all([a])
+    call_all([a, b])
     compiler.broken = lambda name: MemoryError("no memory") if name == "step0" else full_disk()
     clock.advance(10)
     call_all([a])
@@ -453,6 +453,21 @@ def test_a_second_outage_does_not_pay_for_the_first() -> None:
     compiler.broken = True
     call_all([b])
     assert seconds_left(b) == pytest.approx(90)
+
+
+def test_the_last_attempt_before_giving_up_counts() -> None:
+    """Its time is part of the share, although its function will not attempt again."""
+    clock = FakeClock()
+    compiler = SlowCompiler(clock, 10.0)
+    (a,) = decorated(compiler, 1, stop=stop_after_attempt(2))
+    (b,) = decorated(compiler, 1)
+    call_all([a])
+    clock.advance(90)
+    call_all([b])
+    clock.advance(seconds_left(a))
+    call_all([a])
+    assert a.state is CompileState.GAVE_UP
+    assert seconds_left(b) == pytest.approx(50)  # so that 40 s are a fifth of the time since the first failure
 
 
 def test_a_permanent_failure_delays_nobody() -> None:
