@@ -208,6 +208,27 @@ def test_a_kept_exception_of_the_program_holds_up_nobody() -> None:
     assert [fn.state for fn in (a, b)] == [CompileState.COMPILED] * 2
 
 
+def test_an_attempt_in_progress_is_not_put_off() -> None:
+    """Another function, told to retry now, fails while it runs, for the same reason. It still counts as a recovery."""
+    clock = FakeClock()
+    compiler = SlowCompiler(clock, 0.0)
+    a, b = decorated(compiler, 2, wait=10)
+    call_all([a, b])
+
+    def fails(name: str) -> Exception | None:
+        if name == "step1":
+            return full_disk()
+        b.retry_now()
+        call_all([b])
+        return None
+
+    compiler.broken = fails
+    clock.advance(10)
+    call_all([a])
+    assert (a.state, a.stats.recoveries) == (CompileState.COMPILED, 1)
+    assert b.stats.failures == 2
+
+
 def test_a_clock_that_cannot_be_hashed() -> None:
     """It is told apart by its identity."""
 
@@ -368,6 +389,18 @@ def test_what_has_not_failed_waits_and_says_so_once() -> None:
     assert (failing.stats.attempts, new.stats.attempts, compiled.stats.attempts) == (1, 1, 2)
     call_all([failing])
     assert failing.state is CompileState.COMPILED
+
+
+@pytest.mark.usefixtures("process_group")
+def test_with_several_ranks_what_has_not_failed_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait on this rank alone, and run eagerly while the others run compiled code."""
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    compiler = SlowCompiler(FakeClock(), 10.0)
+    failing, new = decorated(compiler, 2)
+    call_all([failing])
+    compiler.broken = False
+    call_all([new])
+    assert [fn.state for fn in (failing, new)] == [CompileState.FALLBACK, CompileState.COMPILED]
 
 
 @pytest.mark.parametrize("ask", ["retry_now", "reset"])

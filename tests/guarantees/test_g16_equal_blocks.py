@@ -510,6 +510,22 @@ def test_wrappers_with_new_objects_do_not_pile_up() -> None:
     assert (alive(kept), alive(gone)) == (1, 0)
 
 
+def test_wrappers_of_many_functions_do_not_pile_up() -> None:
+    """The compiled code of 64 functions is kept for wrappers to come, as long as the functions live."""
+    backends, functions = list[weakref.ref[Any]](), list[Callable[..., Any]]()
+    for _ in range(70):
+        namespace: dict[str, Any] = {}
+        exec("def step(x):\n    return x.sin()", namespace)
+        functions.append(namespace["step"])
+        backend = Compiler()
+        backends.append(weakref.ref(backend))
+        compile_with_fallback(functions[-1], backend=backend)(torch.ones(2))
+    del backend
+    torch._dynamo.reset()  # Dynamo keeps backends until then
+    gc.collect()
+    assert sum(backend() is not None for backend in backends) == 64
+
+
 def test_functions_with_equal_code_objects_do_not_share() -> None:
     """Dynamo keeps compiled code per code object, so one of them cannot use the other's, nor fail in its place."""
     compiler, policy = Compiler(first(1)), RetryPolicy(wait=1e6, clock=FakeClock())
