@@ -51,7 +51,7 @@ TABLES = {
     "memory": Table("Memory kept after the first calls, Python objects only", unit="kB"),
     "attempt": Table("An attempt, in a fresh process with an empty cache", BARE, ("ratio",)),
     "equal blocks": Table("The first step of equal blocks wrapped one by one, in a fresh process", BARE, ("ratio",)),
-    "peak memory": Table("The largest size of a process in memory", unit="kB"),
+    "peak memory": Table("The largest size of a process in memory", unit="MB"),
     "recovered": Table("A train step after a recovery, against one that never failed", "never failed", ("ratio",)),
     "bad day, 10 min": Table("A bad day of 10 minutes, simulated: time to finish against an ideal"),
     "bad day, 1 h": Table("A bad day of 1 hour, simulated: time to finish against an ideal"),
@@ -63,6 +63,8 @@ TABLES = {
     "import": Table("Importing, with torch already imported", "", ()),
     "decorating": Table("Decorating a thousand functions", BARE, ("ratio",), unit="bytes"),
 }
+
+SIZES = {"kB": 1e3, "MB": 1e6}
 
 
 def collected(files: list[Path]) -> tuple[dict[str, dict[str, dict[str, tuple[str, Laps]]]], dict[str, str]]:
@@ -98,7 +100,9 @@ def cell(kind: str, laps: Laps, reference: Laps | None, table: Table) -> str:
         return str(next(iter(laps.values())))
     middle = statistics.median(laps.values())
     if kind == "value":
-        return f"{middle / 1000:.1f} kB" if table.unit == "kB" else f"{middle:.4g} {table.unit}".strip()
+        if table.unit in SIZES:
+            return f"{middle / SIZES[table.unit]:,.1f} {table.unit}"
+        return f"{middle:.4g} {table.unit}".strip()
     words = in_words(middle)
     shared = sorted(laps.keys() & reference.keys()) if reference else []
     if reference is None or reference is laps or not shared:
