@@ -14,11 +14,13 @@ from ._compile.checkpointing import mark_step_end
 from ._decorator import compile_with_fallback, compiled_function
 from ._failures import CompileFailure, is_transient
 from ._function import CompiledFunction
+from ._install import Installation, install
 from ._report import report
 from ._schedule.breaker import NextRetry
 from ._schedule.policy import RetryPolicy
 from ._stats import CompileState, CompileStats
 from ._strict import set_strict
+from ._switches import is_set as _is_set
 
 if TYPE_CHECKING:
     from . import plotting as plotting
@@ -31,10 +33,12 @@ __all__ = [
     "CompileState",
     "CompileStats",
     "CompiledFunction",
+    "Installation",
     "NextRetry",
     "RetryPolicy",
     "compile_with_fallback",
     "compiled_function",
+    "install",
     "is_transient",
     "mark_step_end",
     "report",
@@ -57,6 +61,10 @@ if not TYPE_CHECKING:  # pragma: no branch  # type checkers would accept any att
 
             return installed_version()
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if _is_set("install"):
+    install()
 
 
 def __dir__() -> list[str]:

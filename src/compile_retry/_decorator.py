@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
 
 import torch
 
-from ._function import CompiledFunction, ModuleHandle
+from ._function import CompiledFunction, ModuleHandle, behind
 from ._schedule.policy import RetryPolicy
-from ._torch.eager import call_of, compiled_call_of, is_from_torch, is_from_torch_compile
+from ._torch.eager import call_of, compiled_call_of, is_from_torch, is_from_torch_compile, optimized_call_of
 
 if TYPE_CHECKING:
     from tenacity import Retrying
@@ -111,7 +111,7 @@ def compile_with_fallback(
     if fn is None:
         _check(policy, name, compile_options)
         return functools.partial(compile_with_fallback, policy=policy, name=name, **compile_options)
-    decorate = functools.partial(_decorate, policy, name, compile_options, _decoration(sys._getframe(1)))
+    decorate = functools.partial(_decorate, policy, name, compile_options, decoration(sys._getframe(1)))
     if isinstance(fn, (staticmethod, classmethod)):
         method = type(fn)(decorate(fn.__func__))
         vars(method).update({name: value for name, value in vars(fn).items() if name not in vars(method)})
@@ -120,11 +120,11 @@ def compile_with_fallback(
 
 
 def _decorate(policy: object, name: str | None, options: dict[str, Any], decorated_at: tuple[str, int], fn: Any) -> Any:
-    target = _plain(fn)
+    target = plain(fn)
     if isinstance(target, torch.nn.Module):
         _check_module(target)
     else:
-        _check_function(target)
+        check_function(target)
     _check(policy, name, options)
     compiled = functools.partial(
         CompiledFunction, policy=RetryPolicy.of(policy), name=name, options=options, decorated_at=decorated_at
@@ -135,7 +135,7 @@ def _decorate(policy: object, name: str | None, options: dict[str, Any], decorat
     return compiled(target)
 
 
-def _decoration(frame: FrameType) -> tuple[str, int]:
+def decoration(frame: FrameType) -> tuple[str, int]:
     """Return file and line of the decoration: of the innermost frame that is not torch's, as in ``module.apply()``."""
     while is_from_torch(frame.f_code) and frame.f_back is not None:
         frame = frame.f_back
@@ -147,29 +147,29 @@ def compiled_function(fn: CompiledFunction[P, R], /) -> CompiledFunction[P, R]: 
 @overload
 def compiled_function(fn: torch.nn.Module | Callable[..., Any], /) -> CompiledFunction[..., Any]: ...
 def compiled_function(fn: object, /) -> CompiledFunction[..., Any]:
-    """Return the :class:`CompiledFunction` behind anything that :func:`compile_with_fallback` has decorated.
+    """Return the :class:`CompiledFunction` behind anything that has been compiled with a fallback.
 
     Args:
-        fn: A module that was compiled in place, a decorated method of an instance, or the :class:`CompiledFunction`
-            itself.
+        fn: A module that was compiled in place, a decorated method of an instance, the :class:`CompiledFunction`
+            itself, or anything that ``torch.compile`` has returned after :func:`install`.
 
     Raises:
-        TypeError: `fn` has not been compiled by :func:`compile_with_fallback`.
+        TypeError: `fn` has no fallback.
     """
     if isinstance(fn, torch.nn.Module):
-        function = compiled_call_of(fn)
+        function = behind(optimized_call_of(fn) if is_from_torch_compile(fn) else compiled_call_of(fn))
         if not isinstance(function, CompiledFunction):
             raise TypeError(f"{type(fn).__qualname__} has not been compiled by compile_with_fallback()")
         return function
-    function = fn.__func__ if isinstance(fn, MethodType) else fn
+    function = behind(fn.__func__ if isinstance(fn, MethodType) else fn)
     if not isinstance(function, CompiledFunction):
         raise TypeError(f"fn must be a function or module from compile_with_fallback(), not {fn!r}")
     return function
 
 
-def _plain(fn: Any) -> Any:
+def plain(fn: Any) -> Any:
     """Unwrap a function that has been decorated or compiled before, so that it is not compiled twice."""
-    function = fn.__func__ if isinstance(fn, MethodType) else fn
+    function = behind(fn.__func__ if isinstance(fn, MethodType) else fn)
     if isinstance(function, CompiledFunction):
         plain = function.eager
     elif inspect.isfunction(function) and hasattr(function, "get_compiler_config"):  # torch.compile's mark on functions
@@ -188,7 +188,7 @@ def _check_module(module: torch.nn.Module) -> None:
         raise TypeError("this module was returned by torch.compile(); pass the original module")
 
 
-def _check_function(fn: Any) -> None:
+def check_function(fn: Any) -> None:
     allowed = "compile_with_fallback() takes functions, methods, callables and nn.Module instances"
     if isinstance(fn, type):
         raise TypeError(f"{allowed}, not the class {fn.__qualname__}; decorate its forward or an instance of it")

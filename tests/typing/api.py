@@ -15,10 +15,12 @@ from compile_retry import (
     CompileFailure,
     CompileState,
     CompileStats,
+    Installation,
     NextRetry,
     RetryPolicy,
     compile_with_fallback,
     compiled_function,
+    install,
     instrumentation,
     is_transient,
     report,
@@ -132,6 +134,12 @@ def records(stats: CompileStats, failure: CompileFailure) -> None:
     assert_type(failure.message, str)
     assert_type(str(report()), str)
     assert_type(report().show(), None)
+
+
+def installation() -> None:
+    with install(RetryPolicy(wait=30)) as handle:
+        assert_type(handle, Installation)
+    assert_type(handle.remove(), None)
 
 
 def testing() -> None:
