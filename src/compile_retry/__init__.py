@@ -15,11 +15,13 @@ from ._compile.checkpointing import mark_step_end
 from ._decorator import compile_with_fallback, compiled_function
 from ._failures import CompileFailure, is_transient
 from ._function import CompiledFunction
+from ._install import Installation, install
 from ._report import report
 from ._schedule.episode import NextRetry
 from ._schedule.policy import RetryPolicy
 from ._stats import CompileState, CompileStats
 from ._strict import set_strict
+from ._switches import is_set as _is_set
 
 if TYPE_CHECKING:
     from . import plotting as plotting
@@ -32,11 +34,13 @@ __all__ = [
     "CompileState",
     "CompileStats",
     "CompiledFunction",
+    "Installation",
     "NextRetry",
     "RetryPolicy",
     "compile_repeated_blocks",
     "compile_with_fallback",
     "compiled_function",
+    "install",
     "is_transient",
     "mark_step_end",
     "report",
@@ -59,6 +63,10 @@ if not TYPE_CHECKING:  # pragma: no branch  # type checkers would accept any att
 
             return installed_version()
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if _is_set("install"):
+    install()
 
 
 def __dir__() -> list[str]:

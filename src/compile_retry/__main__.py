@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, NoReturn
 
 from ._doctor.checks import Check, Status, examine
 from ._version import installed_version
@@ -23,7 +26,7 @@ _COLOURS: dict[Status, str] = {"ok": "green", "warning": "yellow", "failed": "re
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run a command. ``run`` does not return: the program takes the place of this process.
 
     Args:
         arguments: The command-line arguments; by default those of the process.
@@ -34,8 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: The command line is invalid (status 2), or asks for help or the version.
     """
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    own = len(arguments)
+    if arguments[:1] == ["run"]:  # what follows is the program's own
+        own = 3 if arguments[1:2] == ["-m"] else 2
+    options = _parser().parse_args(arguments[:own])
     try:
+        if options.command == "run":
+            _run(options, arguments[own:])
         return _doctor(options)
     except KeyboardInterrupt:
         print("Aborted!", file=sys.stderr)
@@ -49,7 +58,7 @@ def _parser() -> ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s, version {installed_version()}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
     summary = "Check whether torch.compile works on this machine."
     doctor = commands.add_parser(
         "doctor",
@@ -67,7 +76,34 @@ def _parser() -> ArgumentParser:
         metavar="SECONDS",
         help="Time limit for the checks, at least 1 (default: 60).",
     )
+    summary = "Run a program whose calls to torch.compile fall back to eager, and retry, without a change to its code."
+    run = commands.add_parser(
+        "run",
+        help=summary,
+        description=summary,
+        usage="%(prog)s [-h] (SCRIPT | -m MODULE) [ARGUMENT ...]",
+        epilog="The program runs as with python SCRIPT or python -m MODULE, with COMPILE_RETRY=install set.",
+        allow_abbrev=False,
+    )
+    program = run.add_mutually_exclusive_group(required=True)
+    program.add_argument("script", nargs="?", metavar="SCRIPT", help="The file to run.")
+    program.add_argument("-m", dest="module", metavar="MODULE", help="The module to run.")
     return parser
+
+
+def _run(options: Namespace, arguments: Sequence[str]) -> NoReturn:
+    """Replace this process by the program, so that it has its own `__main__`, arguments, signals and exit status."""
+    if not entry_points(group="torch.backends", name="compile_retry"):
+        sys.exit("compile_retry is not installed, so PyTorch cannot load it; install it with pip")
+    program = ["-m", options.module] if options.module else [options.script]
+    # The options of the interpreter, such as -W. There is no public name for them; multiprocessing uses this one.
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    # The variables also reach the program's own children. The second one may have been set to 0.
+    switches = f"{os.environ['COMPILE_RETRY']},install" if "COMPILE_RETRY" in os.environ else "install"
+    environment = {**os.environ, "COMPILE_RETRY": switches, "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
+    sys.stdout.flush()
+    command = [sys.executable, *flags, *program, *arguments]
+    os.execve(sys.executable, command, environment)  # noqa: S606  # no shell is needed
 
 
 def _seconds(text: str) -> float:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
 
 import torch
 
-from ._function import CompiledFunction, ModuleHandle
+from ._function import CompiledFunction, ModuleHandle, behind
 from ._schedule.policy import RetryPolicy
-from ._torch.eager import call_of, compiled_call_of, is_from_torch, is_from_torch_compile
+from ._torch.eager import call_of, compiled_call_of, is_from_torch, is_from_torch_compile, optimized_call_of
 
 if TYPE_CHECKING:
     from tenacity import Retrying
@@ -120,12 +120,12 @@ def compile_with_fallback(
 
 
 def _decorate(policy: object, name: str | None, options: dict[str, Any], decorated_at: tuple[str, int], fn: Any) -> Any:
-    target = _plain(fn)
+    target = plain(fn)
     if isinstance(target, torch.nn.Module):
         check_module(target)
         check_options(policy, name, options)
         return compile_in_place(target, policy=policy, name=name, options=options, decorated_at=decorated_at)
-    _check_function(target)
+    check_function(target)
     check_options(policy, name, options)
     return CompiledFunction(
         target, policy=RetryPolicy.of(policy), name=name, options=options, decorated_at=decorated_at
@@ -171,29 +171,29 @@ def compiled_function(fn: CompiledFunction[P, R], /) -> CompiledFunction[P, R]: 
 @overload
 def compiled_function(fn: torch.nn.Module | Callable[..., Any], /) -> CompiledFunction[..., Any]: ...
 def compiled_function(fn: object, /) -> CompiledFunction[..., Any]:
-    """Return the :class:`CompiledFunction` behind anything that :func:`compile_with_fallback` has decorated.
+    """Return the :class:`CompiledFunction` behind anything that has been compiled with a fallback.
 
     Args:
-        fn: A module that was compiled in place, a decorated method of an instance, or the :class:`CompiledFunction`
-            itself.
+        fn: A module that was compiled in place, a decorated method of an instance, the :class:`CompiledFunction`
+            itself, or anything that ``torch.compile`` has returned after :func:`install`.
 
     Raises:
-        TypeError: `fn` has not been compiled by :func:`compile_with_fallback`.
+        TypeError: `fn` has no fallback.
     """
     if isinstance(fn, torch.nn.Module):
-        function = compiled_call_of(fn)
+        function = behind(optimized_call_of(fn) if is_from_torch_compile(fn) else compiled_call_of(fn))
         if not isinstance(function, CompiledFunction):
             raise TypeError(f"{type(fn).__qualname__} has not been compiled by compile_with_fallback()")
         return function
-    function = fn.__func__ if isinstance(fn, MethodType) else fn
+    function = behind(fn.__func__ if isinstance(fn, MethodType) else fn)
     if not isinstance(function, CompiledFunction):
         raise TypeError(f"fn must be a function or module from compile_with_fallback(), not {fn!r}")
     return function
 
 
-def _plain(fn: Any) -> Any:
+def plain(fn: Any) -> Any:
     """Unwrap a function that has been decorated or compiled before, so that it is not compiled twice."""
-    function = fn.__func__ if isinstance(fn, MethodType) else fn
+    function = behind(fn.__func__ if isinstance(fn, MethodType) else fn)
     if isinstance(function, CompiledFunction):
         plain = function.eager
     elif inspect.isfunction(function) and hasattr(function, "get_compiler_config"):  # torch.compile's mark on functions
@@ -213,7 +213,7 @@ def check_module(module: torch.nn.Module) -> None:
         raise TypeError("this module was returned by torch.compile(); pass the original module")
 
 
-def _check_function(fn: Any) -> None:
+def check_function(fn: Any) -> None:
     allowed = "compile_with_fallback() takes functions, methods, callables and nn.Module instances"
     if isinstance(fn, type):
         raise TypeError(f"{allowed}, not the class {fn.__qualname__}; decorate its forward or an instance of it")

@@ -9,7 +9,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from operator import attrgetter
-from types import FrameType, MethodType
+from types import FrameType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar, cast, overload
 
 import torch
@@ -30,6 +30,7 @@ from ._torch.eager import (
     compiled_call_of,
     has_forward_gradients,
     is_from_torch,
+    mark_as_compiled,
     saved_tensors_hooks,
     set_compiled_call,
 )
@@ -411,9 +412,32 @@ def title_of(function: CompiledFunction[..., Any]) -> str:
 
 live_functions: WeakRegistry[CompiledFunction[..., Any]] = WeakRegistry()
 
+
+def _calling(function: CompiledFunction[P, R]) -> Callable[P, R]:
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return function(*args, **kwargs)
+
+    return call
+
+
+def as_function(function: CompiledFunction[..., Any], like: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a plain function that calls `function`, with the attributes of one that ``torch.compile`` returned."""
+    call = functools.update_wrapper(_calling(function), like)
+    mark_as_compiled(call, like)
+    return call
+
+
+def behind(fn: object) -> object:
+    """Return the `CompiledFunction` that a function from `as_function` calls; any other object as it is."""
+    if isinstance(fn, FunctionType) and fn.__code__ is _CALLING and fn.__closure__:
+        return fn.__closure__[0].cell_contents
+    return fn
+
+
 CALL = CompiledFunction.__call__.__code__
+_CALLING = cast("FunctionType", _calling(cast("Any", None))).__code__
 # Frames on the way into a decorated function. If Dynamo compiled them, the caller would call the plain function.
-ENTRY_FRAMES = frozenset({CALL, CompiledFunction.__get__.__code__})
+ENTRY_FRAMES = frozenset({CALL, CompiledFunction.__get__.__code__, _CALLING})
 
 
 class ModuleHandle:
@@ -451,7 +475,9 @@ def _name_of(fn: object) -> str:
 def _location(fn: Callable[..., Any], decorated_at: tuple[str, int]) -> Location:
     """Return the function's name and where its code is; where it was decorated if it has none or it is torch's own."""
     owner = getattr(fn, "__self__", None)
-    source = owner.forward if isinstance(owner, torch.nn.Module) and fn == call_of(owner) else fn
+    source: Callable[..., Any] = fn
+    if isinstance(owner, torch.nn.Module) and fn in (call_of(owner), owner.__call__):
+        source = owner.forward
     code = getattr(inspect.unwrap(source), "__code__", None)
     if code is None or is_from_torch(code):
         return _name_of(fn), *decorated_at

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager
+
+from . import _switches
 
 
 class _Strict:
     def __init__(self) -> None:
-        self.enabled = os.environ.get("COMPILE_RETRY_STRICT", "") == "1"
+        self.enabled = _switches.is_set("strict")
 
 
 _strict = _Strict()
@@ -31,7 +32,7 @@ def set_strict(enabled: bool) -> AbstractContextManager[None]:
     """Turn strict mode on or off for the whole process.
 
     In strict mode, the call in which a compile fails raises that failure, and nothing is held off. It is meant for CI,
-    where the fallback would hide a broken compile. ``COMPILE_RETRY_STRICT=1`` in the environment turns it on from the
+    where the fallback would hide a broken compile. ``COMPILE_RETRY=strict`` in the environment turns it on from the
     start.
 
     Args:

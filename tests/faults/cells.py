@@ -64,7 +64,7 @@ def _run(place: Place, environment: dict[str, str], *arguments: str) -> dict[str
         **environment,
     }
     # Inductor sets the second one when this process uses it.
-    for name in ("COMPILE_RETRY_STRICT", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"):
+    for name in ("COMPILE_RETRY", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"):
         environment.pop(name, None)
     process = subprocess.Popen(
         command,

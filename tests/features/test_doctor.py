@@ -258,10 +258,10 @@ def test_compiling_is_disabled(find: Find, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_variables_that_change_compiling(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
     """Variables that change how torch compiles are listed with their effects."""
-    monkeypatch.setenv("COMPILE_RETRY_STRICT", "1")
+    monkeypatch.setenv("COMPILE_RETRY", "strict")
     find({})
     check = examine(status=0)["environment"]
-    assert (check["status"], check["detail"]) == ("warning", "COMPILE_RETRY_STRICT=1: failed compiles raise")
+    assert (check["status"], check["detail"]) == ("warning", "COMPILE_RETRY=strict: failed compiles raise")
 
 
 def test_a_torch_that_cannot_compile(find: Find) -> None:

@@ -141,8 +141,8 @@ def test_fixtures_end_with_their_test(pytester: pytest.Pytester) -> None:
 
 @pytest.mark.long
 def test_the_example_project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example project's tests pass in a copy of their own, with COMPILE_RETRY_STRICT=1. CI runs them without it."""
-    monkeypatch.setenv("COMPILE_RETRY_STRICT", "1")
+    """The example project's tests pass in a copy of their own, with COMPILE_RETRY=strict. CI runs them without it."""
+    monkeypatch.setenv("COMPILE_RETRY", "strict")
     shutil.copytree(PROJECT, pytester.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     pytester.run(sys.executable, "-m", "pytest").assert_outcomes(passed=4)
 

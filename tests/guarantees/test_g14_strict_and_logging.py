@@ -58,18 +58,23 @@ def test_set_strict_as_a_function() -> None:
         set_strict(1)  # type: ignore[arg-type]  # the wrong type, on purpose
 
 
-@pytest.mark.parametrize(("value", "strict"), [("1", True), ("0", False), ("", False)])
+@pytest.mark.parametrize(
+    ("value", "strict"), [("strict", True), ("STRICT,install", True), ("yes", False), ("", False), ("nonsense", False)]
+)
+@pytest.mark.usefixtures("measured")
 def test_strict_from_the_environment(value: str, strict: bool) -> None:
-    """COMPILE_RETRY_STRICT=1 enables strict mode from the start."""
+    """COMPILE_RETRY=strict enables strict mode from the start. A wrong value is a warning that names the right ones."""
     code = f"from {is_strict.__module__} import is_strict; print(is_strict())"
-    out = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "COMPILE_RETRY_STRICT": value},
+        env={**os.environ, "COMPILE_RETRY": value},
         check=True,
         capture_output=True,
         text=True,
-    ).stdout
-    assert out.strip() == str(strict)
+    )
+    assert ended.stdout.strip() == str(strict)
+    warning = "COMPILE_RETRY=nonsense is ignored; it must be on, strict, install, or strict,install\n"
+    assert ended.stderr.count(warning) == (value == "nonsense")
 
 
 def test_one_line_per_transition(caplog: pytest.LogCaptureFixture) -> None:

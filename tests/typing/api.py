@@ -15,11 +15,13 @@ from compile_retry import (
     CompileFailure,
     CompileState,
     CompileStats,
+    Installation,
     NextRetry,
     RetryPolicy,
     compile_repeated_blocks,
     compile_with_fallback,
     compiled_function,
+    install,
     instrumentation,
     is_transient,
     report,
@@ -142,6 +144,12 @@ def records(stats: CompileStats, failure: CompileFailure) -> None:
     assert_type(str(report(expanded=True)), str)
     assert_type(report().groups[0].stats, CompileStats)
     assert_type(report().show(), None)
+
+
+def installation() -> None:
+    with install(RetryPolicy(wait=30)) as handle:
+        assert_type(handle, Installation)
+    assert_type(handle.remove(), None)
 
 
 def testing() -> None:

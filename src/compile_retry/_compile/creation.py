@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import weakref
 from collections.abc import Callable, Collection
 from types import CodeType
@@ -123,7 +124,11 @@ class Region:
         with self._lock, working_cache(damaged=self._outcomes.suspects_cache) as usual:
             options["backend"] = self._backend = self._backend or self._new_backend()
             visible, self._code = functions.visible(fn, self._code)
-            compiled: Callable[..., Any] = torch.compile(visible, **options)
+            _creating.now = True
+            try:
+                compiled: Callable[..., Any] = torch.compile(visible, **options)
+            finally:
+                _creating.now = False
             functions.interpose(compiled, self._in_front)
             self._number = functions.join_region(compiled, self._number)
         return Created(compiled, functions.with_guards(compiled), functions.skips_guards), usual
@@ -157,6 +162,18 @@ class Region:
             self._converter = FrameConverter(inner, *self._shared, self._entry_frames)
             weakref.finalize(self, self._converter.abandon).atexit = False
         return self._converter
+
+
+class _Creating(threading.local):
+    now = False
+
+
+_creating = _Creating()
+
+
+def is_creating() -> bool:
+    """Return True inside this thread's own call to ``torch.compile``, which must not be given a fallback again."""
+    return _creating.now
 
 
 def _accepts(fn: Callable[..., Any], option: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from numbers import Real
 from typing import NamedTuple, TypeAlias
@@ -21,6 +21,7 @@ from tenacity import (
     wait_exponential,
 )
 
+from compile_retry import _switches
 from compile_retry._failures import is_transient
 
 from .equality import meaning
@@ -148,14 +149,20 @@ class RetryPolicy:
 
     @classmethod
     def of(cls, policy: object) -> RetryPolicy:
-        """Convert an argument to a policy: a policy, a ``tenacity.Retrying``, or ``None`` for the default."""
+        """Convert an argument to a policy: a policy, a ``tenacity.Retrying``, or ``None`` for the default.
+
+        The environment variables ``COMPILE_RETRY_WAIT`` and ``COMPILE_RETRY_MAX_OVERHEAD`` take precedence.
+        """
         if policy is None:
-            return cls()
-        if isinstance(policy, cls):
-            return policy
-        if isinstance(policy, BaseRetrying) and not isinstance(policy, AsyncRetrying):
-            return cls(wait=policy.wait, stop=policy.stop, retry=policy.retry)
-        raise TypeError(f"policy must be a RetryPolicy, a tenacity.Retrying or None, not {policy!r}")
+            given = cls()
+        elif isinstance(policy, cls):
+            given = policy
+        elif isinstance(policy, BaseRetrying) and not isinstance(policy, AsyncRetrying):
+            given = cls(wait=policy.wait, stop=policy.stop, retry=policy.retry)
+        else:
+            raise TypeError(f"policy must be a RetryPolicy, a tenacity.Retrying or None, not {policy!r}")
+        overrides = _switches.overrides()
+        return replace(given, **overrides) if overrides else given  # type: ignore[arg-type]  # its other fields
 
 
 def _check_wait(name: str, value: object, at_least: int) -> None:

@@ -66,6 +66,45 @@ def is_from_torch_compile(module: torch.nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule"
 
 
+def optimized_call_of(module: torch.nn.Module) -> object:
+    """Return the compiled call of a module that ``torch.compile(module)`` returned. Since 2.0.
+
+    For a lazy module, ``forward`` is a check that calls it; since 2.1.
+    """
+    return vars(module).get("_forward", vars(module)["forward"])
+
+
+def replace_context(module: Any, wrap: Callable[[Any], Any]) -> None:
+    """Wrap what a module that ``torch.compile(module)`` returned compiles its call with, and compile the call again.
+
+    Its deep copies and Lightning compile with it too. Since 2.0. Essential: no other object takes part in both.
+    """
+    module.dynamo_ctx = wrap(module.dynamo_ctx)
+    module._initialize()
+
+
+def original_of_inline_wrapper(fn: Any) -> Any:
+    """Return the call of the module whose call an ``OptimizedModule`` wraps; other functions as they are.
+
+    It wraps the call if ``forward`` is torch.nn's own, as `visible` does. Since 2.1. Without it, all such modules would
+    share their code and their name.
+    """
+    module = getattr(fn, "__wrapped__", None)
+    if isinstance(module, torch.nn.Module) and is_from_torch(fn.__code__):
+        return module.__call__
+    return fn
+
+
+def mark_as_compiled(fn: Any, like: Any) -> None:
+    """Complete the attributes of a function that has been given those of one from ``torch.compile``.
+
+    The number tells Dynamo that the attributes belong to this function, and were not copied by ``functools.wraps``.
+    Since 2.12; without it a function that is compiled twice is not unwrapped.
+    """
+    fn.__wrapped__ = like.__wrapped__
+    fn._torchdynamo_wrapper_id = id(fn)
+
+
 def path_of_part(part: object, models: Iterable[weakref.ref[Any]]) -> str:
     """Return the path of a submodule as in ``named_modules()``, such as ``layers.3``; empty if it is in no model.
 
