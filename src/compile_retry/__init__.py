@@ -15,13 +15,13 @@ from ._compile.checkpointing import mark_step_end
 from ._decorator import compile_with_fallback, compiled_function
 from ._failures import CompileFailure, is_transient
 from ._function import CompiledFunction
-from ._install import Installation, install
+from ._install import install
+from ._install import install_at_start as _install_at_start
 from ._report import report
 from ._schedule.episode import NextRetry
 from ._schedule.policy import RetryPolicy
 from ._stats import CompileState, CompileStats
-from ._strict import set_strict
-from ._switches import is_set as _is_set
+from ._switches import set_active, set_strict
 
 if TYPE_CHECKING:
     from . import plotting as plotting
@@ -34,7 +34,6 @@ __all__ = [
     "CompileState",
     "CompileStats",
     "CompiledFunction",
-    "Installation",
     "NextRetry",
     "RetryPolicy",
     "compile_repeated_blocks",
@@ -44,6 +43,7 @@ __all__ = [
     "is_transient",
     "mark_step_end",
     "report",
+    "set_active",
     "set_strict",
 ]
 
@@ -65,8 +65,7 @@ if not TYPE_CHECKING:  # pragma: no branch  # type checkers would accept any att
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-if _is_set("install"):
-    install()
+_install_at_start()
 
 
 def __dir__() -> list[str]:

@@ -12,7 +12,7 @@ import tenacity
 import torch
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback, set_strict
-from compile_retry._strict import is_strict
+from compile_retry._switches import is_strict
 from compile_retry.events import Event, register_hook
 from compile_retry.testing import fail_compiles, record_events
 from support import Compiler, first, full_disk
@@ -73,7 +73,7 @@ def test_strict_from_the_environment(value: str, strict: bool) -> None:
         text=True,
     )
     assert ended.stdout.strip() == str(strict)
-    warning = "COMPILE_RETRY=nonsense is ignored; it must be on, strict, install, or strict,install\n"
+    warning = "COMPILE_RETRY=nonsense is ignored; it must be on, off, strict, install, or strict,install\n"
     assert ended.stderr.count(warning) == (value == "nonsense")
 
 
