@@ -20,7 +20,7 @@ __all__ = ["plot_timeline"]
 
 class _Style(NamedTuple):
     marker: str
-    colour: str
+    colour: str | None  # None: that of the text, dark on a light background and light on a dark one
 
 
 # Okabe and Ito's colours, which colour-blind people can distinguish, ordered by lightness for printing.
@@ -30,7 +30,7 @@ _PATHS: dict[CallPath, _Style] = {
     "eager": _Style("^", "#D55E00"),
 }
 _MARKS: dict[type[Event], _Style] = {
-    AttemptFailed: _Style("x", "black"),
+    AttemptFailed: _Style("x", None),
     Recovered: _Style("*", "#009E73"),
     GaveUp: _Style("X", "#CC79A7"),
 }
@@ -128,7 +128,7 @@ def _draw_marks(ax: Axes, kind: type[Event], times: Sequence[float]) -> None:
             [1.0] * len(times),
             s=110 if marker == "*" else 45,
             marker=marker,
-            color=colour,
+            color=colour or ax.title.get_color(),
             transform=ax.get_xaxis_transform(),
             clip_on=False,
             label="failure" if kind is AttemptFailed else kind.kind.replace("recovered", "recovery"),

@@ -280,9 +280,7 @@ def plus_one_after_a_graph_break(x: torch.Tensor) -> torch.Tensor:
     return x + 1
 
 
-@pytest.mark.skipif(
-    torch.__version__ < "2.12", reason="there a function that all of them call has one limit, see README.md"
-)
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="there a function that all of them call has one limit")
 @pytest.mark.parametrize("fails", [0, 3])
 def test_many_closures_of_one_factory(fails: int) -> None:
     """They exceed torch's limit for all compiles of one code object, and fallbacks do not count towards it."""
