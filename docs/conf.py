@@ -60,6 +60,7 @@ html_theme_options = {
 }
 pygments_dark_style = "github-dark"
 mermaid_height = "auto"
+mermaid_fullscreen = False
 
 notfound_urls_prefix = urlsplit(html_baseurl).path
 
