@@ -30,12 +30,14 @@ class Table(NamedTuple):
         reference: The column to compare the others with; empty for no comparison.
         shows: What a cell adds to a time: "difference", "ratio" or both.
         unit: Unit of values that are not times.
+        upright: Rows become columns: a single row of many cells is wider than a page.
     """
 
     title: str
     reference: str = ""
     shows: tuple[str, ...] = ()
     unit: str = ""
+    upright: bool = False
 
 
 BARE, EAGER = "bare `torch.compile`", "eager"
@@ -59,7 +61,7 @@ TABLES = {
     "bad day, functions": Table(
         "Several functions, 8 hours without a repair, 60 s to fail, simulated: share of the time taken by failures"
     ),
-    "bad day, for real": Table("A bad day of two minutes, for real", "ideal", ("ratio",)),
+    "bad day, for real": Table("A bad day of two minutes, for real", "ideal", ("ratio",), upright=True),
     "import": Table("Importing, with torch already imported", "", ()),
     "decorating": Table("Decorating a thousand functions", BARE, ("ratio",), unit="bytes"),
 }
@@ -118,10 +120,13 @@ def cell(kind: str, laps: Laps, reference: Laps | None, table: Table) -> str:
 
 def rendered(table: Table, rows: dict[str, dict[str, tuple[str, Laps]]], origin: str) -> str:
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    lines = [["", *columns]]
     for row, found in rows.items():
         _, reference = found.get(table.reference, ("", None))
         lines.append([row, *(cell(*found[column], reference, table) if column in found else "" for column in columns)])
+    if table.upright:
+        lines = [list(line) for line in zip(*lines, strict=True)]
+    lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join([table.title, "", origin, "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 

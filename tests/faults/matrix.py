@@ -84,7 +84,7 @@ def _plain(text: str) -> str:
 
 
 def reported(answers: list[dict[str, Any]]) -> str:
-    types = [cause["type"].removeprefix("torch._inductor.exc.") for a in answers for cause in a.get("causes", ())]
+    types = [cause["type"].rpartition(".")[2] for a in answers for cause in a.get("causes", ())]
     errors = [f"`{name}`" for name in dict.fromkeys(types)]
     return ", ".join(errors) or "none"
 
