@@ -40,7 +40,7 @@ nitpick_ignore_regex = [
     # No inventory of other projects is loaded: the build must work without a network.
     ("py:.*", r"(collections|contextlib|datetime|logging|matplotlib|torch|tenacity|types|typing)\..*"),
     # For type checkers only, told under its public name, or of the standard library.
-    ("py:class", r"Axes|timedelta|compile_retry\._report\.Report"),
+    ("py:class", r"Axes|Retrying|nn\.Module|timedelta|compile_retry\._report\.Report"),
     # Type variables have no page.
     ("py:(class|obj)", r"([\w.]+\.)?_?[A-Z]"),
 ]
