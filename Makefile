@@ -58,8 +58,11 @@ lint: $(INSTALLED) ## check style, format, and that imports between rooms only p
 	$(VENV_PYTHON) -m ruff format --check
 	$(VENV_PYTHON) -c "from importlinter.cli import lint_imports_command as check; check()"
 
-types: $(INSTALLED) ## check types
+# Pyright looks up its newest version on the network unless its warnings are off.
+types: $(INSTALLED) ## check types with mypy, and the public API with mypy and pyright as a user's project sees it
 	$(VENV_PYTHON) -m mypy
+	$(VENV_PYTHON) -m mypy --config-file tests/typing/pyproject.toml
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV_PYTHON) -m pyright --project tests/typing --pythonpath $(VENV_PYTHON)
 
 docs: $(INSTALLED) ## build docs/_build/html and run the doctests
 	$(SPHINX) -b html docs docs/_build/html

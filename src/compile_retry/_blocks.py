@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from tenacity import Retrying
 from torch import nn
 
-from ._decorator import check_module, check_options, compile_in_place, decoration
+from ._decorator import CompileOptions, check_module, check_options, compile_in_place, decoration
 from ._schedule.policy import RetryPolicy
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 M = TypeVar("M", bound=nn.Module)
 # A class of blocks, or its name.
@@ -27,7 +30,7 @@ def compile_repeated_blocks(
     *,
     policy: RetryPolicy | Retrying | None = None,
     name: str | None = None,
-    **compile_options: Any,
+    **compile_options: Unpack[CompileOptions],
 ) -> M:
     """Compile each repeated block of a model in place, as :func:`compile_with_fallback` compiles a module.
 
@@ -64,7 +67,8 @@ def compile_repeated_blocks(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {model!r}")
     check_module(model)
-    check_options(policy, name, compile_options)
+    options = dict(compile_options)
+    check_options(policy, name, options)
     classes = _classes(block) if block is not None else _default_classes(model)
     blocks = dict(_outermost(model, classes, seen=set()))
     if not blocks:
@@ -73,7 +77,7 @@ def compile_repeated_blocks(
         check_module(part)
     decorated_at = decoration(sys._getframe(1))
     for fqn, part in blocks.items():
-        compile_in_place(part, policy=policy, name=name, options=compile_options, decorated_at=decorated_at, fqn=fqn)
+        compile_in_place(part, policy=policy, name=name, options=options, decorated_at=decorated_at, fqn=fqn)
     return model
 
 

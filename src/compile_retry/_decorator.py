@@ -8,9 +8,9 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import FrameType, MethodType
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypedDict, TypeVar, overload
 
 import torch
 
@@ -20,52 +20,79 @@ from ._torch.eager import call_of, compiled_call_of, is_from_torch, is_from_torc
 
 if TYPE_CHECKING:
     from tenacity import Retrying
+    from typing_extensions import Unpack
 
 P = ParamSpec("P")
 R = TypeVar("R")
-T = TypeVar("T")
 M = TypeVar("M", bound=torch.nn.Module)
+# A module, or a static or class method: what is returned is of the same type.
+K = TypeVar("K", bound="torch.nn.Module | staticmethod[..., Any] | classmethod[Any, ..., Any]")
+
+
+class CompileOptions(TypedDict, total=False):
+    """Arguments for ``torch.compile``, for type checkers. At run time, the installed version decides."""
+
+    backend: str | Callable[..., Any] | None
+    mode: str | None
+    options: dict[str, Any] | None
+    dynamic: bool | None
+    fullgraph: bool
+    disable: bool
+    recompile_limit: int | None  # not in 2.10
+    isolate_recompiles: bool  # not in 2.10
+    shapes_spec: Any  # in 2.13
+    dynamic_shapes: Any  # in 2.14
 
 
 class Decorator(Protocol):
     """The type that ``compile_with_fallback(...)`` returns without a function."""
 
     @overload
-    def __call__(self, fn: M, /) -> M: ...  # type: ignore[overload-overlap]  # a module is callable, too
+    def __call__(self, fn: K, /) -> K: ...  # type: ignore[overload-overlap]  # these are callable, too
     @overload
-    def __call__(self, fn: staticmethod[P, R], /) -> staticmethod[P, R]: ...  # type: ignore[overload-overlap]  # so is this
+    def __call__(self, fn: type[Any], /) -> None: ...  # type: ignore[overload-overlap]  # so are classes
     @overload
-    def __call__(self, fn: classmethod[T, P, R], /) -> classmethod[T, P, R]: ...
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> CompiledFunction[P, R]: ...
     @overload
     def __call__(self, fn: Callable[P, R], /) -> CompiledFunction[P, R]: ...
 
 
 @overload
 def compile_with_fallback(
-    fn: None = None, /, *, policy: RetryPolicy | Retrying | None = ..., name: str | None = ..., **compile_options: Any
+    fn: None = None,
+    /,
+    *,
+    policy: RetryPolicy | Retrying | None = ...,
+    name: str | None = ...,
+    **compile_options: Unpack[CompileOptions],
 ) -> Decorator: ...
 @overload
-def compile_with_fallback(
-    fn: M, /, *, policy: RetryPolicy | Retrying | None = ..., name: str | None = ..., **compile_options: Any
-) -> M: ...
-@overload
-def compile_with_fallback(
-    fn: staticmethod[P, R],
+def compile_with_fallback(  # type: ignore[overload-overlap]  # these are callable, too
+    fn: K,
     /,
     *,
     policy: RetryPolicy | Retrying | None = ...,
     name: str | None = ...,
-    **compile_options: Any,
-) -> staticmethod[P, R]: ...
-@overload
-def compile_with_fallback(
-    fn: classmethod[T, P, R],
+    **compile_options: Unpack[CompileOptions],
+) -> K: ...
+@overload  # for a class, which raises: type checkers report that None is called
+def compile_with_fallback(  # type: ignore[overload-overlap]  # classes are callable, too
+    fn: type[Any],
     /,
     *,
     policy: RetryPolicy | Retrying | None = ...,
     name: str | None = ...,
-    **compile_options: Any,
-) -> classmethod[T, P, R]: ...
+    **compile_options: Unpack[CompileOptions],
+) -> None: ...
+@overload  # for a coroutine function, which raises: they report `await`. If R is Any, it equals the next one
+def compile_with_fallback(
+    fn: Callable[P, Coroutine[Any, Any, R]],
+    /,
+    *,
+    policy: RetryPolicy | Retrying | None = ...,
+    name: str | None = ...,
+    **compile_options: Unpack[CompileOptions],
+) -> CompiledFunction[P, R]: ...
 @overload
 def compile_with_fallback(
     fn: Callable[P, R],
@@ -73,7 +100,7 @@ def compile_with_fallback(
     *,
     policy: RetryPolicy | Retrying | None = ...,
     name: str | None = ...,
-    **compile_options: Any,
+    **compile_options: Unpack[CompileOptions],
 ) -> CompiledFunction[P, R]: ...
 def compile_with_fallback(
     fn: Any = None,

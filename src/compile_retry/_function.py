@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from operator import attrgetter
 from types import FrameType, FunctionType, MethodType
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, NoReturn, ParamSpec, Protocol, TypeVar, cast, overload
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -43,7 +43,40 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 P = ParamSpec("P")
+Q = ParamSpec("Q")
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+T = TypeVar("T")
+
+
+class BoundCompiledFunction(Protocol[P, R_co]):
+    """The type of a decorated method of an instance, for type checkers.
+
+    At run time it is a ``types.MethodType``, which looks up attributes in its :class:`CompiledFunction`.
+    """
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+    @property
+    def __self__(self) -> object: ...
+    @property
+    def __func__(self) -> CompiledFunction[..., Any]: ...
+    @property
+    def eager(self) -> Callable[..., R_co]: ...
+    @property
+    def policy(self) -> RetryPolicy: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def state(self) -> CompileState: ...
+    @property
+    def stats(self) -> CompileStats: ...
+    @property
+    def last_failure(self) -> CompileFailure | None: ...
+    @property
+    def next_retry(self) -> NextRetry | None: ...
+    def register_hook(self, hook: Hook) -> RemovableHandle: ...
+    def retry_now(self) -> None: ...
+    def reset(self) -> None: ...
 
 
 class CompiledFunction(Generic[P, R]):
@@ -385,11 +418,20 @@ class CompiledFunction(Generic[P, R]):
     __defaults__ = property(attrgetter("eager.__defaults__"))
     __kwdefaults__ = property(attrgetter("eager.__kwdefaults__"))
 
+    # `self` is a Callable here because mypy solves Concatenate in no other generic type.
+    @overload  # for a class method, which takes the class
+    def __get__(self: Callable[Concatenate[T, Q], R], instance: object, owner: T) -> BoundCompiledFunction[Q, R]: ...
     @overload
     def __get__(self, instance: None, owner: type | None = None) -> Self: ...
+    @overload  # nn.Module declares `forward` as an attribute of this type, which mypy lets no other override
+    def __get__(self: Callable[Concatenate[T, Q], R], instance: T, owner: type[torch.nn.Module]) -> Callable[Q, R]: ...
     @overload
-    def __get__(self, instance: object, owner: type | None = None) -> Callable[..., R]: ...
-    def __get__(self, instance: object, owner: type | None = None) -> Any:
+    def __get__(
+        self: Callable[Concatenate[T, Q], R], instance: T, owner: type | None = None
+    ) -> BoundCompiledFunction[Q, R]: ...
+    @overload  # for a static method, which takes anything
+    def __get__(self, instance: object, owner: type | None = None) -> BoundCompiledFunction[..., R]: ...
+    def __get__(self, instance: object, owner: Any = None) -> Any:
         if instance is None:
             return self
         if is_dynamo_compiling():  # Dynamo cannot bind an object as a method

@@ -280,7 +280,7 @@ def test_torch_compile_is_patched_away() -> None:
     """Tests may replace torch.compile by the identity or any other callable."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda fn, **options: fn)
-        fn = compile_with_fallback(sine, dynamic=True, whatever=1)
+        fn = compile_with_fallback(sine, dynamic=True, whatever=1)  # type: ignore[call-overload]
         torch.testing.assert_close(fn(X), X.sin())
     assert (fn.stats.eager_calls, fn.state) == (1, CompileState.PENDING)
 
@@ -289,9 +289,10 @@ def test_arguments_of_the_policy_while_torch_compile_is_patched(monkeypatch: pyt
     """They are refused by a torch.compile that takes anything, but not by one that has such an argument."""
     monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)
     with pytest.raises(TypeError, match=r"use policy=RetryPolicy\(stop=stop_after_delay\(60\)\)"):
-        compile_with_fallback(sine, timeout=60)
+        compile_with_fallback(sine, timeout=60)  # type: ignore[call-overload]
     monkeypatch.setattr(torch, "compile", lambda fn, *, backend, timeout: fn)
-    torch.testing.assert_close(compile_with_fallback(sine, timeout=60)(X), X.sin())
+    fn = compile_with_fallback(sine, timeout=60)  # type: ignore[call-overload]
+    torch.testing.assert_close(fn(X), X.sin())
 
 
 def test_an_unknown_torch() -> None:

@@ -1,10 +1,11 @@
-"""The public signatures. This file is type-checked and never run."""
+"""The public signatures. This file is checked by mypy and pyright, and never run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from typing import Any
 
 import tenacity
 import torch
@@ -63,7 +64,7 @@ def train_step(
 
 def signatures(x: torch.Tensor, model: torch.nn.Module) -> None:
     assert_type(bare(x, n=2), torch.Tensor)
-    bare("x")  # type: ignore[arg-type]  # must be refused
+    bare("x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     loss, outputs = train_step(model, x, x, torch.nn.functional.mse_loss)
     assert_type(loss, torch.Tensor)
     assert_type(outputs, torch.Tensor)
@@ -75,7 +76,7 @@ def signatures(x: torch.Tensor, model: torch.nn.Module) -> None:
     assert_type(bare.next_retry, NextRetry | None)
     assert_type(bare.policy, RetryPolicy)
     assert_type(bare.name, str)
-    bare.policy = RetryPolicy()  # type: ignore[assignment]  # must be refused
+    bare.policy = RetryPolicy()  # type: ignore[assignment]  # pyright: ignore[reportAttributeAccessIssue]
     assert_type(bare.retry_now(), None)
     assert_type(bare.reset(), None)
 
@@ -88,25 +89,34 @@ def modules() -> None:
     assert_type(function.stats.calls, int)
     assert_type(compiled_function(bare)(torch.ones(1), n=2), torch.Tensor)
     compiled_function(Trainer().method)
-    compiled_function(3)  # type: ignore[call-overload]  # must be refused
+    compiled_function(3)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def repeated_blocks(model: torch.nn.Transformer) -> None:
     assert_type(compile_repeated_blocks(model), torch.nn.Transformer)
     assert_type(compile_repeated_blocks(model, "Block", name="block", dynamic=True), torch.nn.Transformer)
     compile_repeated_blocks(model, [torch.nn.TransformerEncoderLayer, "Block"], policy=RetryPolicy.never())
-    compile_repeated_blocks(model, model)  # type: ignore[arg-type]  # must be refused
-    compile_repeated_blocks(len)  # type: ignore[type-var]  # must be refused
+    compile_repeated_blocks(model, model)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    compile_repeated_blocks(len)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType]
 
 
 class Trainer:
     @compile_with_fallback
-    def method(self, x: torch.Tensor) -> torch.Tensor:
-        return x
+    def method(self, x: torch.Tensor, *, n: int = 1) -> torch.Tensor:
+        return x * n
+
+    @compile_with_fallback(dynamic=True)
+    def chained(self, x: torch.Tensor) -> torch.Tensor:
+        return self.method(self.method(x), n=2)
 
     @compile_with_fallback(dynamic=True)
     @staticmethod
     def static(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    @staticmethod
+    @compile_with_fallback
+    def decorated_inside(x: torch.Tensor) -> torch.Tensor:
         return x
 
     @classmethod
@@ -114,10 +124,147 @@ class Trainer:
     def of(cls, x: torch.Tensor) -> torch.Tensor:
         return x
 
+    @compile_with_fallback()
+    @classmethod
+    def decorated_outside(cls, x: torch.Tensor) -> torch.Tensor:
+        return x
 
-def methods(x: torch.Tensor) -> None:
-    assert_type(Trainer().method(x), torch.Tensor)
-    assert_type(Trainer.static(x), torch.Tensor)
+
+class SubTrainer(Trainer):
+    @compile_with_fallback
+    def inherited(self, x: torch.Tensor) -> torch.Tensor:
+        return super().method(x, n=2)
+
+
+def methods(x: torch.Tensor, trainer: SubTrainer) -> None:
+    for fn in (Trainer().method, trainer.method):
+        assert_type(fn(x), torch.Tensor)
+        assert_type(fn(x, n=2), torch.Tensor)
+        fn()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+        fn("x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        fn(x, m=2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    assert_type(Trainer.method(trainer, x), torch.Tensor)
+    assert_type(trainer.chained(x), torch.Tensor)
+    assert_type(trainer.inherited(x), torch.Tensor)
+    functions: list[Callable[[torch.Tensor], torch.Tensor]] = [
+        trainer.chained,
+        trainer.static,
+        Trainer.static,
+        Trainer.decorated_inside,
+        Trainer.of,
+        trainer.of,
+        Trainer.decorated_outside,
+        trainer.decorated_outside,
+    ]
+    assert functions
+    Trainer.static(x, x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    Trainer.of(x, x)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    Trainer.decorated_outside("x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+def attributes_of_methods(trainer: Trainer) -> None:
+    assert_type(trainer.method.state, CompileState)
+    assert_type(trainer.method.stats, CompileStats)
+    assert_type(trainer.method.last_failure, CompileFailure | None)
+    assert_type(trainer.method.next_retry, NextRetry | None)
+    assert_type(trainer.method.policy, RetryPolicy)
+    assert_type(trainer.method.name, str)
+    trainer.method.register_hook(print)
+    trainer.method.retry_now()
+    trainer.method.reset()
+    assert_type(trainer.method.eager(trainer, torch.ones(1)), torch.Tensor)
+    assert_type(trainer.method.__self__, object)
+    assert_type(trainer.method.__func__.state, CompileState)
+    assert_type(Trainer.method.state, CompileState)
+    assert_type(Trainer.static.state, CompileState)
+    assert_type(trainer.static.state, CompileState)
+    assert_type(Trainer.decorated_outside.state, CompileState)
+    assert_type(trainer.of.state, CompileState)
+    trainer.method.sate = 1  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Net(torch.nn.Module):
+    # Pyright accepts no decorator at all here that returns an object.
+    @compile_with_fallback
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return x
+
+
+def methods_of_modules(x: torch.Tensor, net: Net) -> None:
+    assert_type(net.forward(x), torch.Tensor)
+    net.forward("x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    assert_type(Net.forward.state, CompileState)
+    assert_type(compiled_function(net.forward).state, CompileState)
+
+
+class Step:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def whatever_is_callable(x: torch.Tensor, unknown: Callable[..., Any], module: torch.nn.Linear) -> None:
+    assert_type(compile_with_fallback(Step())(x), torch.Tensor)
+    assert_type(compile_with_fallback(torch.sin)(x), torch.Tensor)
+    assert_type(compile_with_fallback(module.forward)(x), torch.Tensor)
+    assert_type(compile_with_fallback(bare)(x, n=2), torch.Tensor)
+    assert_type(compile_with_fallback(unknown).state, CompileState)
+    assert_type(compile_with_fallback()(unknown)(x, x), Any)
+    assert_type(compile_with_fallback(staticmethod(bare.eager)).__func__(x), torch.Tensor)
+
+
+def backend(graph_module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+    return graph_module.forward
+
+
+def options(given: dict[str, Any], fn: Callable[[], None]) -> None:
+    compile_with_fallback(
+        fn,
+        backend="inductor",
+        mode="max-autotune",
+        options={"max_autotune": True, "triton.cudagraphs": False},
+        dynamic=None,
+        fullgraph=True,
+        disable=False,
+        recompile_limit=16,
+        isolate_recompiles=False,
+        dynamic_shapes=None,
+    )
+    compile_with_fallback(backend=backend)
+    assert_type(compile_with_fallback(fn, **given).state, CompileState)
+    compile_with_fallback(mod="default")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    compile_with_fallback(fn, mod="default")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+    compile_with_fallback(fullgraph="yes")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    compile_with_fallback(fn, wait=30)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
+
+
+def repeated_block_options(model: torch.nn.Transformer) -> None:
+    compile_repeated_blocks(model, mod="default")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    compile_repeated_blocks(model, dynamic="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+@compile_with_fallback
+async def coroutine(x: int) -> int:
+    return x
+
+
+@compile_with_fallback(dynamic=True)
+async def another_coroutine(x: int) -> None: ...
+
+
+# mypy disregards what the decorator of a class returns.
+@compile_with_fallback
+class Decorated:
+    def __call__(self) -> int:
+        return 1
+
+
+async def what_cannot_be_compiled() -> None:
+    await coroutine(1)  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues]
+    await another_coroutine(1)  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues]
+    compile_with_fallback(Step)()  # type: ignore[misc]  # pyright: ignore[reportOptionalCall]
+    compile_with_fallback()(torch.nn.Linear)(1, 1)  # type: ignore[misc]  # pyright: ignore[reportOptionalCall]
+    Decorated()  # pyright: ignore[reportOptionalCall]
+    compile_with_fallback(3)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def policies() -> None:
@@ -128,10 +275,10 @@ def policies() -> None:
     assert_type(RetryPolicy.every(calls=100), RetryPolicy)
     assert_type(RetryPolicy.never(), RetryPolicy)
     RetryPolicy.every(seconds=timedelta(minutes=5), stop=tenacity.stop_after_attempt(10), clock=FakeClock(timedelta(1)))
-    RetryPolicy.every(100)  # type: ignore[call-arg]  # must be refused
+    RetryPolicy.every(100)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     RetryPolicy(wait=timedelta(seconds=30))
-    RetryPolicy(wait_calls=timedelta(1))  # type: ignore[arg-type]  # must be refused
-    RetryPolicy(stop=5)  # type: ignore[arg-type]  # must be refused
+    RetryPolicy(wait_calls=timedelta(1))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    RetryPolicy(stop=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     compile_with_fallback(policy=tenacity.Retrying(wait=tenacity.wait_fixed(3)))
     assert_type(is_transient(OSError()), bool)
 
@@ -170,7 +317,7 @@ def package() -> None:
     assert_type(compile_retry.testing.FakeClock(), FakeClock)
     compile_retry.plotting.plot_timeline(bare)
     compile_retry.events.register_hook(print)
-    str(compile_retry.polcy)  # type: ignore[attr-defined]  # must be refused
+    compile_retry.polcy = 1  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def integrations() -> None:
@@ -184,4 +331,4 @@ def assertions(trainer: Trainer) -> None:
         assert_type(assert_compiled(fn), None)
     with assert_max_attempts(2) as nothing, assert_max_attempts(0, bare):
         assert_type(nothing, None)
-    assert_max_attempts("2")  # type: ignore[arg-type]  # must be refused
+    assert_max_attempts("2")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
