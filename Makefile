@@ -49,7 +49,7 @@ demo: $(INSTALLED) ## train a network while its compiler breaks and is repaired 
 	$(VENV_PYTHON) examples/demo.py $(ARGS)
 
 # In an environment of their own: the frameworks bring a hundred packages, which `make test` does not need.
-recipes: $(RECIPES_INSTALLED) ## run examples/recipes, each with its framework (three minutes)
+recipes: $(RECIPES_INSTALLED) ## run examples/recipes, each with its framework (five minutes)
 	@for recipe in examples/recipes/*.py; do \
 	    printf '\n--- %s\n' "$$recipe"; .venv-recipes/bin/python "$$recipe" || exit 1; done
 

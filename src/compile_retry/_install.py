@@ -96,16 +96,11 @@ def install_at_start() -> None:
 def _surviving(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that calls `stock`, and protects what it returns."""
 
-    @functools.wraps(stock)
-    def compile(model: Any = None, **options: Any) -> Any:  # noqa: A001  # torch calls it so, in its errors too
-        if model is None:
-            stock(None, **options)  # checks the arguments
-            return functools.partial(compile, **options)
+    def protected(model: Any, options: dict[str, Any], frame: FrameType) -> Any:
         given = dict(options)
         if isinstance(options.get("options"), dict):
-            options["options"] = dict(options["options"])  # torch.compile removes entries from it
+            options = {**options, "options": dict(options["options"])}  # torch.compile removes entries from it
         result = stock(model, **options)
-        frame = sys._getframe(1)
         with _lock:
             policy = _installations[-1].policy if _installations else None
         if policy is None or result is model or is_creating() or _is_for_torch(frame):
@@ -115,6 +110,18 @@ def _surviving(stock: Callable[..., Any]) -> Callable[..., Any]:
             replace_context(result, lambda stock: _Context(stock, protect))
             return result
         return protect(model, result)
+
+    @functools.wraps(stock)
+    def compile(model: Any = None, **options: Any) -> Any:  # noqa: A001  # torch calls it so, in its errors too
+        if model is not None:
+            return protected(model, options, sys._getframe(1))
+        decorator = stock(None, **options)  # checks the arguments
+
+        @functools.wraps(decorator)
+        def fn(model: Any) -> Any:
+            return decorator(None) if model is None else protected(model, options, sys._getframe(1))
+
+        return fn
 
     return compile
 

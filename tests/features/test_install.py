@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 import compile_retry
-from compile_retry import CompileState, RetryPolicy, compile_with_fallback, compiled_function, install
+from compile_retry import CompileState, RetryPolicy, compile_with_fallback, compiled_function, install, set_strict
 from compile_retry.testing import fail_compiles
 from support import Compiler, first
 
@@ -244,6 +245,142 @@ def test_decorators_with_arguments() -> None:
         torch.testing.assert_close(Scale(2.0)(X), 2 * X)
     assert backend.asked == 2
     assert compiled_function(Scale.__call__).stats.recoveries == 1
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_a_decorator_with_arguments_is() -> None:
+    """It is a function, as in stock, can be used repeatedly, and takes a function only. A partial works as well."""
+    decorator, stock = torch_compile(None, dynamic=True, backend="aot_eager"), stock_compile(None, dynamic=True)
+    assert (type(decorator), decorator.__name__) == (type(stock), stock.__name__)
+    partial = functools.partial(torch.compile, backend="aot_eager", dynamic=True)
+    for fn in (decorator(sine), decorator(sine), partial(sine)):
+        with fail_compiles(OSError, times=1):
+            torch.testing.assert_close([fn(X) for _ in range(3)], [sine(X)] * 3)
+        assert compiled_function(fn).stats.calls == 3
+    with pytest.raises(RuntimeError) as expected:
+        stock(None)
+    with pytest.raises(RuntimeError, match=str(expected.value)):
+        decorator(None)
+
+
+def breaks(x: torch.Tensor) -> torch.Tensor:
+    y = x + 1
+    torch._dynamo.graph_break()
+    return y * 2
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_graph_break_with_fullgraph(caplog: pytest.LogCaptureFixture) -> None:
+    """It is a permanent failure: eager results, an ERROR line, and no retry. Strict mode raises, as stock does."""
+    fn = torch_compile(breaks, backend="eager", fullgraph=True)
+    torch.testing.assert_close([fn(X) for _ in range(4)], [breaks(X)] * 4)
+    assert (compiled_function(fn).state, compiled_function(fn).stats.attempts) == (CompileState.GAVE_UP, 1)
+    (line,) = (record for record in caplog.records if record.name == "compile_retry")
+    assert (line.levelname, "graph_break" in line.getMessage()) == ("ERROR", True)
+    with set_strict(True), pytest.raises(torch._dynamo.exc.Unsupported):
+        torch_compile(breaks, backend=Compiler(), fullgraph=True)(X)  # another backend: it shares no verdict
+
+
+def compile_module(block: nn.Module, backend: Any) -> Any:
+    return torch.compile(block, backend=backend)
+
+
+def compile_in_place(block: nn.Module, backend: Any) -> nn.Module:
+    block.compile(backend=backend)
+    return block
+
+
+def compile_forward(block: nn.Module, backend: Any) -> nn.Module:
+    block.forward = torch.compile(block.forward, backend=backend)  # type: ignore[method-assign]
+    return block
+
+
+@pytest.mark.parametrize(
+    ("compiles", "make"),
+    [
+        (compile_module, Block),
+        (compile_in_place, Block),
+        (compile_forward, Block),
+        (compile_module, make_model),  # in place, stock compiles none of these
+    ],
+)
+def test_equal_blocks(compiles: Callable[[nn.Module, Any], Any], make: Callable[[], nn.Module]) -> None:
+    """Twenty equal blocks are compiled as often as in stock, not twenty times."""
+
+    def count() -> int:
+        torch._dynamo.reset()
+        backend = Compiler()
+        blocks = [compiles(make(), backend) for _ in range(20)]
+        for _ in range(2):
+            for block in blocks:
+                block(X)
+        return backend.asked
+
+    expected = count()
+    with install(RetryPolicy.every(calls=2)):
+        assert count() == expected
+    assert 1 <= expected <= 2
+
+
+@pytest.mark.usefixtures("installed")
+def test_compiled_in_many_threads() -> None:
+    """Threads may call ``torch.compile`` and what it returns at once: each has its result, through a failure."""
+    results: dict[int, Any] = {}
+
+    def work(number: int) -> None:
+        fn = torch_compile(lambda x: x * number, backend=Compiler(first(1)))
+        model = torch_compile(nn.Identity(), backend=Compiler(first(1)))
+        results[number] = [fn(model(X)) for _ in range(4)], compiled_function(fn).stats.recoveries
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.testing.assert_close(results, {number: ([X * number] * 4, 1) for number in range(4)})
+
+
+@pytest.mark.usefixtures("installed")
+def test_disabled_functions_and_stances() -> None:
+    """``torch.compiler.disable`` and ``torch.compiler.set_stance`` have the effect that they have in stock."""
+    inside: list[bool] = []
+
+    @torch.compiler.disable
+    def off(x: torch.Tensor) -> torch.Tensor:
+        inside.append(torch.compiler.is_compiling())
+        return x + 1
+
+    def calls_off(x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = off(x * 2)
+        return y * 3
+
+    backend = Compiler(first(1))
+    fn = torch_compile(calls_off, backend=backend)
+    torch.testing.assert_close([fn(X) for _ in range(4)], [(X * 2 + 1) * 3] * 4)
+    assert inside == [False] * 4
+
+    backend = Compiler()
+    fn = torch_compile(sine, backend=backend)
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(fn(X), sine(X))
+    assert backend.asked == 0
+    torch.testing.assert_close(fn(X), sine(X))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        torch.testing.assert_close(fn(X), sine(X))
+        with pytest.raises(RuntimeError, match="recompile"):
+            fn(X.double())
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports(strict: bool) -> None:  # a parameter of the test
+    """``torch.export`` takes a compiled module, and modules that contain one, as in stock."""
+    model = Block()
+    compiled = torch_compile(model, backend=Compiler(first(10)))
+    for target in (compiled, nn.Sequential(compiled)):
+        exported = torch.export.export(target, (X,), strict=strict)
+        torch.testing.assert_close(exported.module()(X), model(X))
+    assert compiled_function(compiled).stats.failures == 0
 
 
 @pytest.mark.usefixtures("installed")

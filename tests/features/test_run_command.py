@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,45 @@ if "--killed" in sys.argv:
 sys.exit(7)
 """
 
+# Trains on two ranks, each of which fails once.
+DISTRIBUTED = """
+import pathlib, signal, sys, time
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+asked = []
+
+def backend(graph_module, inputs):
+    asked.append(1)
+    if len(asked) == 1:
+        raise OSError(28, "No space left on device")
+    return graph_module.forward
+
+dist.init_process_group("gloo")
+rank, folder = dist.get_rank(), pathlib.Path(sys.argv[1])
+model = torch.nn.Linear(2, 1)
+compiled = DistributedDataParallel(torch.compile(model, backend=backend))
+for step in range(4):
+    compiled(torch.full((1, 2), float(rank + step))).sum().backward()
+    assert torch.equal(model.weight.grad, torch.full((1, 2), step + 0.5))
+    model.zero_grad()
+assert len(asked) == 2 and dist.get_world_size() == 2
+
+def end(*args):
+    folder.joinpath(f"terminated {rank}").touch()
+    sys.exit()
+
+if "--wait" in sys.argv:
+    signal.signal(signal.SIGTERM, end)
+    folder.joinpath(f"waits {rank}").touch()
+    time.sleep(300)
+dist.destroy_process_group()
+sys.exit(3)
+"""
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -63,6 +103,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("COMPILE_RETRY_MAX_OVERHEAD", "inf")
     monkeypatch.delenv("COMPILE_RETRY", raising=False)
     tmp_path.joinpath("program.py").write_text(PROGRAM)
+    tmp_path.joinpath("distributed.py").write_text(DISTRIBUTED)
     return tmp_path
 
 
@@ -98,6 +139,31 @@ def test_a_module(installed: Path) -> None:
     strict = run("-m", "compile_retry", "run", "-m", "program", COMPILE_RETRY="strict")
     assert strict.returncode == 1
     assert "No space left on device" in strict.stderr
+
+
+@pytest.mark.long
+def test_torchrun(installed: Path) -> None:
+    """``torchrun -m compile_retry run`` trains on two ranks, each of which recovers, and reports their exit status."""
+    program = str(installed / "distributed.py")
+    ended = run(*TORCHRUN, "-m", "compile_retry", "run", program, str(installed))
+    assert len(re.findall(r"exitcode *: 3 ", ended.stderr)) == 2, ended.stderr
+    assert ended.stderr.count("Linear: recovered in call 2") == 2
+
+
+@pytest.mark.long
+def test_a_signal_to_torchrun(installed: Path) -> None:
+    """SIGTERM reaches the programs that ``torchrun --no-python python -m compile_retry run`` has started."""
+    program = ("-m", "compile_retry", "run", str(installed / "distributed.py"), str(installed), "--wait")
+    launcher = subprocess.Popen(
+        [sys.executable, *TORCHRUN, "--no-python", sys.executable, *program], stderr=subprocess.PIPE, text=True
+    )
+    with launcher:
+        while launcher.poll() is None and len(list(installed.glob("waits *"))) < 2:
+            time.sleep(0.1)
+        launcher.terminate()
+        _, errors = launcher.communicate(timeout=120)
+    assert sorted(path.name for path in installed.glob("terminated *")) == ["terminated 0", "terminated 1"], errors
+    assert errors.count("Linear: recovered in call 2") == 2
 
 
 @pytest.mark.usefixtures("measured")

@@ -24,7 +24,7 @@ def main() -> None:
         optimizer.zero_grad()
         steps += 1
     assert accelerator.unwrap_model(prepared, keep_torch_compile=False) is model
-    print(f"trained {steps} steps")
+    print(f"took {steps} steps")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def main(folder: str) -> None:
         enable_model_summary=False,
     )
     trainer.fit(cast("Any", torch.compile(Regression())), data)
-    print(f"trained {trainer.global_step} steps")
+    print(f"took {trainer.global_step} steps")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def main(folder: str) -> None:
     trainer.train()
     trainer.save_model(folder)
     assert list(LlamaForCausalLM.from_pretrained(folder).state_dict()) == list(model.state_dict())
-    print(f"trained {trainer.state.global_step} steps")
+    print(f"took {trainer.state.global_step} steps")
 
 
 if __name__ == "__main__":
