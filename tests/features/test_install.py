@@ -291,7 +291,7 @@ def compile_in_place(block: nn.Module, backend: Any) -> nn.Module:
 
 
 def compile_forward(block: nn.Module, backend: Any) -> nn.Module:
-    block.forward = torch.compile(block.forward, backend=backend)  # type: ignore[method-assign]
+    block.forward = torch.compile(block.forward, backend=backend)
     return block
 
 
@@ -345,7 +345,7 @@ def test_disabled_functions_and_stances() -> None:
     """``torch.compiler.disable`` and ``torch.compiler.set_stance`` have the effect that they have in stock."""
     inside: list[bool] = []
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no annotations here
     def off(x: torch.Tensor) -> torch.Tensor:
         inside.append(torch.compiler.is_compiling())
         return x + 1

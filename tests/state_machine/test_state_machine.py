@@ -360,4 +360,4 @@ def test_training() -> None:
 @pytest.mark.parametrize("part", range(4))
 def test_training_at_length(part: int) -> None:
     """Many runs, in parts with different draws, find no failure."""
-    train(type(f"TrainingMachine{part}", (TrainingMachine,), {}), 20)
+    train(type(f"TrainingMachine{part}", (TrainingMachine,), {}), 10)

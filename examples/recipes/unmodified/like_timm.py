@@ -39,7 +39,7 @@ class Clipped(torch.optim.Optimizer):
         self._update = torch.compile(update, fullgraph=True, dynamic=False)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # stock returns a loss with a closure
         weights = self.param_groups[0]["params"]
         self._update(weights, [weight.grad for weight in weights])
 
