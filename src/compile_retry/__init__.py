@@ -14,13 +14,13 @@ if not _is_command():
     from ._decorator import compile_with_fallback, compiled_function
     from ._failures import CompileFailure, is_transient
     from ._function import CompiledFunction
-    from ._install import Installation, install
+    from ._install import install
+    from ._install import install_at_start as _install_at_start
     from ._report import report
     from ._schedule.episode import NextRetry
     from ._schedule.policy import RetryPolicy
     from ._stats import CompileState, CompileStats
-    from ._strict import set_strict
-    from ._switches import is_set as _is_set
+    from ._switches import set_active, set_strict
 
 if TYPE_CHECKING:
     from . import plotting as plotting
@@ -33,7 +33,6 @@ __all__ = [
     "CompileState",
     "CompileStats",
     "CompiledFunction",
-    "Installation",
     "NextRetry",
     "RetryPolicy",
     "compile_repeated_blocks",
@@ -43,6 +42,7 @@ __all__ = [
     "is_transient",
     "mark_step_end",
     "report",
+    "set_active",
     "set_strict",
 ]
 
@@ -51,8 +51,7 @@ if not _is_command():
         globals()[_name].__module__ = __name__
     del _name
 
-    if _is_set("install"):
-        install()
+    _install_at_start()
 
 
 if not TYPE_CHECKING:  # pragma: no branch  # type checkers would accept any attribute

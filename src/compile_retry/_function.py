@@ -17,6 +17,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
 from ._compile.call import NOBODY, Tally, Turn
+from ._compile.creation import stock_compile
 from ._compile.sharing import Group, group_of
 from ._failures import CompileFailure, Location, device_error, is_from_compiler
 from ._record.history import CallPath
@@ -25,12 +26,14 @@ from ._record.record import Record
 from ._schedule.episode import NextRetry, Probe
 from ._schedule.policy import RetryPolicy
 from ._stats import CompileState, CompileStats
+from ._switches import active
 from ._torch.eager import (
     call_of,
     compiled_call_of,
     has_forward_gradients,
     is_from_torch,
     mark_as_compiled,
+    run_while_tracing,
     saved_tensors_hooks,
     set_compiled_call,
 )
@@ -79,6 +82,7 @@ class CompiledFunction(Generic[P, R]):
         "_record",
         "_retuning",
         "_skips_guards",
+        "_stock",
         "_with_guards",
         "eager",
     )
@@ -125,6 +129,7 @@ class CompiledFunction(Generic[P, R]):
         # compiled for other arguments.
         self._with_guards: Callable[..., R] = self._create_and_call
         self._skips_guards: Callable[[], bool] = bool
+        self._stock: Callable[..., R] | None = None
         functools.update_wrapper(self, fn, updated=())
         # Partials and callable objects lack these two. Decorators need a name, and the class has its own annotations.
         vars(self).setdefault("__name__", _name_of(fn).rpartition(".")[2])
@@ -138,7 +143,10 @@ class CompiledFunction(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:  # every line costs each call
         if is_dynamo_compiling():  # traced by an outer compile: act as the plain function
+            self._traced()
             return self.eager(*args, **kwargs)
+        if not active.on:
+            return self._call_stock(*args, **kwargs)
         number, breaker = next(self._numbers), self._breaker
         if (
             number < breaker.held_off_before_call
@@ -249,6 +257,8 @@ class CompiledFunction(Generic[P, R]):
             clean = raised is None and tally.eager == tally.given_up and bool(tally.compiled or tally.given_up)
         finally:
             next(self._record.books.calls[path])
+            if not (tally.compiled or tally.eager or raised):
+                self._outcomes.ran_no_graph(tally)
             if lost is not None:
                 self._outcomes.lost_device(lost, tally)
             if probing:
@@ -259,6 +269,23 @@ class CompiledFunction(Generic[P, R]):
             self._journal.tell()
         if lost is not None and lost is not raised and is_from_compiler(raised):
             raise lost from None
+
+    def _call_stock(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Make a call while the library is switched off."""
+        if self._stock is None:
+            self._stock = stock_compile(self.eager, self._options)
+        self._bypassed("the library is switched off, so this is stock torch.compile")
+        return self._stock(*args, **kwargs)
+
+    @run_while_tracing
+    def _traced(self) -> None:
+        """Note that an outer ``torch.compile`` traces the function. Dynamo runs this method instead of tracing it."""
+        self._bypassed("another torch.compile traces it, and compiles it as a part of its own function")
+
+    def _bypassed(self, reason: str) -> None:
+        if reason not in self._journal.bypassed:
+            self._journal.found_bypassed(self._numbers.value, reason)
+            self._journal.tell()
 
     def _is_within_probe(self, tally: Tally) -> bool:
         """Return True if this call runs within the probe."""
@@ -366,6 +393,7 @@ class CompiledFunction(Generic[P, R]):
         if instance is None:
             return self
         if is_dynamo_compiling():  # Dynamo cannot bind an object as a method
+            self._traced()
             plain: Callable[..., R] = self.eager
             return functools.partial(plain, instance)
         return MethodType(self, instance)

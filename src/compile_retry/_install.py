@@ -17,7 +17,9 @@ from ._decorator import check_function, decoration, plain
 from ._function import CompiledFunction, as_function
 from ._locks import Lock
 from ._schedule.policy import RetryPolicy
+from ._switches import is_set
 from ._torch.eager import is_from_torch, is_from_torch_compile, original_of_inline_wrapper, replace_context
+from .events import log
 
 if TYPE_CHECKING:
     from tenacity import Retrying
@@ -81,6 +83,14 @@ def install(policy: RetryPolicy | Retrying | None = None) -> Installation:
             torch.compile = _surviving(torch.compile)
         _installations.append(installation)
     return installation
+
+
+def install_at_start() -> None:
+    """Install if ``COMPILE_RETRY`` says so, unless it also switches the library off."""
+    if is_set("install") and is_set("off"):
+        log.warning("COMPILE_RETRY switches the library off, so torch.compile stays as it is")
+    elif is_set("install"):
+        install()
 
 
 def _surviving(stock: Callable[..., Any]) -> Callable[..., Any]:

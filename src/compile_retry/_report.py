@@ -11,6 +11,7 @@ from ._failures import CompileFailure, summary
 from ._function import CompiledFunction, live_functions
 from ._schedule.episode import NextRetry
 from ._stats import CompileState, CompileStats, total
+from ._switches import active
 from .events import title
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _EMPTY = "compile_retry: no decorated functions"
+_OFF = "compile_retry is switched off: decorated functions are stock torch.compile"
 _HEADINGS = (
     "function",
     "state",
@@ -63,6 +65,7 @@ class FunctionReport:
         stats: Its own counters.
         last_failure: The last failed attempt of the functions in the row.
         next_retry: The due moment of their next attempt.
+        bypassed: The reasons, in words, for which the library had no effect on a call of them.
     """
 
     name: str
@@ -72,6 +75,7 @@ class FunctionReport:
     stats: CompileStats
     last_failure: CompileFailure | None
     next_retry: NextRetry | None
+    bypassed: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as a dictionary of JSON-serializable values."""
@@ -84,6 +88,7 @@ class FunctionReport:
             "stats": self.stats.as_dict(),
             "last_failure": None if failure is None else {**asdict(failure), "frame": list(failure.frame)},
             "next_retry": None if next_retry is None else asdict(next_retry),
+            "bypassed": list(self.bypassed),
         }
 
 
@@ -118,6 +123,11 @@ class GroupReport:
         """Their last failed attempt."""
         return self.functions[0].last_failure
 
+    @property
+    def bypassed(self) -> tuple[str, ...]:
+        """The reasons, in words, for which the library had no effect on a call of them."""
+        return self.functions[0].bypassed
+
     def rows(self) -> Iterator[tuple[str, ...]]:
         """Yield the cells of the table row, one for each heading, and then those of each function if there are more."""
         next_retry = self.functions[0].next_retry
@@ -142,10 +152,12 @@ class Report:
         functions: One record per function, with `name`, `fqn`, `group`, `state`, `stats`, `last_failure` and
             `next_retry`.
         expanded: Whether the table has a row for each of the functions that share, below the row for all of them.
+        active: Whether the library is switched on: see :func:`set_active`.
     """
 
     functions: tuple[FunctionReport, ...]
     expanded: bool = False
+    active: bool = True
 
     @property
     def groups(self) -> tuple[GroupReport, ...]:
@@ -156,8 +168,8 @@ class Report:
         return tuple(GroupReport(tuple(functions)) for functions in groups.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything as ``{"functions": [...]}``, with JSON-serializable values only."""
-        return {"functions": [function.as_dict() for function in self.functions]}
+        """Return everything as ``{"active": ..., "functions": [...]}``, with JSON-serializable values only."""
+        return {"active": self.active, "functions": [function.as_dict() for function in self.functions]}
 
     def show(self) -> None:
         """Print the table, in colour if rich is installed, otherwise as plain text."""
@@ -184,13 +196,22 @@ class Report:
     def _lines(self) -> Iterator[str]:
         if not self.functions:
             yield _EMPTY
+            yield from self._notices()
             return
         rows = [_HEADINGS, *(row for _, row in self._rows())]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             yield "  ".join(map(_aligned, _HEADINGS, row, widths)).rstrip()
+        yield from self._notices()
         for name, failure in self._failures():
             yield f"{name}: {summary(failure)}"
+
+    def _notices(self) -> Iterator[str]:
+        if not self.active:
+            yield _OFF
+        for group in self.groups:
+            for reason in group.bypassed:
+                yield f"{group.name}: bypassed: {reason}"
 
     def _failures(self) -> Iterator[tuple[str, CompileFailure]]:
         for group in self.groups:
@@ -202,8 +223,10 @@ class Report:
 
         if not self.functions:
             yield Text(_EMPTY)
-            return
-        yield self._rich_table(frozenset() if options.max_width >= _WIDE else _WIDE_COLUMNS)
+        else:
+            yield self._rich_table(frozenset() if options.max_width >= _WIDE else _WIDE_COLUMNS)
+        for notice in self._notices():
+            yield Text(notice)
         for name, failure in self._failures():
             yield Text.assemble((name, "bold"), ": ", summary(failure))
 
@@ -224,11 +247,12 @@ class Report:
         return table
 
     def _repr_html_(self) -> str:
+        notices = "".join(f"<p>{_escape(notice)}</p>" for notice in self._notices())
         if not self.functions:
-            return f"<p>{_EMPTY}</p>"
+            return f"<p>{_EMPTY}</p>{notices}"
         rows = "".join(_html_group(group, expanded=self.expanded) for group in self.groups)
         failures = "".join(_html_failure(name, failure) for name, failure in self._failures())
-        return f"{_html_table(rows)}{failures}"
+        return f"{_html_table(rows)}{notices}{failures}"
 
 
 def report(*, expanded: bool = False) -> Report:
@@ -255,11 +279,20 @@ def report(*, expanded: bool = False) -> Report:
     numbers: dict[Group, int] = {}
     for fn in functions:
         numbers.setdefault(fn._group, len(numbers))
-    return Report(tuple(_report(fn, numbers[fn._group]) for fn in functions), expanded)
+    return Report(tuple(_report(fn, numbers[fn._group]) for fn in functions), expanded, active.on)
 
 
 def _report(fn: CompiledFunction[..., Any], group: int) -> FunctionReport:
-    return FunctionReport(fn.name, fn._record.fqn, group, fn.state, fn.stats, fn.last_failure, fn.next_retry)
+    return FunctionReport(
+        name=fn.name,
+        fqn=fn._record.fqn,
+        group=group,
+        state=fn.state,
+        stats=fn.stats,
+        last_failure=fn.last_failure,
+        next_retry=fn.next_retry,
+        bypassed=tuple(fn._group.journal.bypassed),
+    )
 
 
 def _aligned(heading: str, cell: str, width: int) -> str:

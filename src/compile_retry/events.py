@@ -1,8 +1,8 @@
 """Events, one record per transition of a decorated function, and the hooks that are called with them.
 
 The log has the same information in words. A hook is called in the thread in which the event occurred, after the library
-has released its locks. There are two exceptions: torch holds its compile lock during `AttemptStarted`, and
-`StillCompiling` comes from a thread of its own.
+has released its locks. There are three exceptions: torch holds its compile lock during `AttemptStarted`, and during
+`Bypassed` if another ``torch.compile`` is the reason. `StillCompiling` comes from a thread of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ __all__ = [
     "AttemptFailed",
     "AttemptPostponed",
     "AttemptStarted",
+    "Bypassed",
     "CacheMoved",
     "Compiled",
     "DeviceLost",
@@ -263,6 +264,18 @@ class StillEager(Event):
     slowdown: float | None
     seconds_lost: float | None
     next_retry: NextRetry | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bypassed(Event):
+    """The library has no effect on a call. Each reason is told once.
+
+    Attributes:
+        reason: The reason in words.
+    """
+
+    kind = "bypassed"
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)

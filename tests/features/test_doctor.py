@@ -281,6 +281,7 @@ def test_variables_that_change_compiling(find: Find, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("value", "effects"),
     [
+        ("off", "functions are compiled without a fallback"),
         ("strict", "failed compiles raise"),
         ("Strict, INSTALL", "failed compiles raise, whatever calls torch.compile gets a fallback"),
         ("install", "whatever calls torch.compile gets a fallback"),

@@ -79,6 +79,7 @@ def test_an_episode() -> None:
     # Since the end of the first failed attempt: four seconds between calls, and one failed and one successful attempt.
     assert (recovered.seconds, recovered.failures, recovered.attempt_seconds) == (14.0, 2, 10.0)
     assert (recovered.eager_calls, recovered.state) == (4, CompileState.COMPILED)
+    assert fn.stats.compile_seconds == 15.0
     with pytest.raises(AttributeError):
         recovered.seconds = 0.0  # type: ignore[misc]  # frozen
 

@@ -16,7 +16,7 @@ from tenacity import stop_after_attempt
 from compile_retry import RetryPolicy, compile_with_fallback
 from compile_retry.plotting import plot_timeline
 from compile_retry.testing import FakeClock, fail_compiles
-from support import Compiler, full_disk
+from support import Compiler, dynamo_fails_in, full_disk
 
 X = torch.ones(3)
 
@@ -100,6 +100,15 @@ def test_giving_up() -> None:
     fn(X)
     ax = plot_timeline(fn)
     assert (marks(ax, "gave up"), marks(ax, "failure")) == (1, 1)
+
+
+def test_an_attempt_that_fails_in_dynamo() -> None:
+    """A call whose attempt ended before there was a graph is marked as one with an attempt, too."""
+    fn = compile_with_fallback(lambda x: x.sin(), backend="eager", policy=RetryPolicy(wait=None, wait_calls=3))
+    with dynamo_fails_in("lambda", full_disk(), times=1):
+        for _ in range(3):
+            fn(X)
+    assert marks(plot_timeline(fn), "eager, with an attempt") == 1
 
 
 def test_mixed_calls() -> None:

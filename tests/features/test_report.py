@@ -111,7 +111,28 @@ def test_nothing_to_report() -> None:
     Console(file=out).print(report)
     assert str(report) == out.getvalue().strip() == "compile_retry: no decorated functions"
     assert str(report) in report._repr_html_()
-    assert report.as_dict() == {"functions": []}
+    assert report.as_dict() == {"active": True, "functions": []}
+    off = dataclasses.replace(report, active=False)
+    out.truncate(out.seek(0))
+    Console(file=out, width=120).print(off)
+    notice = "compile_retry is switched off: decorated functions are stock torch.compile"
+    assert str(off) == out.getvalue().strip() == f"compile_retry: no decorated functions\n{notice}"
+    assert notice in off._repr_html_()
+
+
+def test_functions_on_which_the_library_has_no_effect() -> None:
+    """The reason is below the table, in every format."""
+    fn, out = compile_with_fallback(times(2), backend=Compiler(), name="train_step"), io.StringIO()
+    with torch.compiler.set_stance("force_eager"):
+        fn(X)
+    report = compile_retry.report()
+    reason = "calls run eagerly under torch.compiler.set_stance('force_eager')"
+    assert report.functions[-1].bypassed == (reason,)
+    assert report.as_dict()["functions"][-1]["bypassed"] == [reason]
+    assert f"\ntrain_step: bypassed: {reason}" in str(report)
+    Console(file=out, width=160).print(report)
+    assert f"train_step: bypassed: {reason}" in out.getvalue()
+    assert "<p>train_step: bypassed: calls run eagerly" in report._repr_html_()
 
 
 def times(k: int) -> Any:

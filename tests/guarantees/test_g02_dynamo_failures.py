@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -66,6 +68,26 @@ def test_a_new_shape_fails_in_dynamo() -> None:
     for n in (4, 5, 4, 5, 4, 5):
         fn(torch.ones(n))
     assert fn.state is CompileState.COMPILED
+
+
+def test_dynamo_fails_after_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The failure has the right stage, and the code that was not used is compiled again."""
+    build, left = torch._dynamo.guards.CheckFunctionManager.__init__, [1]
+
+    def failing_build(*args: Any, **kwargs: Any) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise MemoryError
+        build(*args, **kwargs)
+
+    monkeypatch.setattr(torch._dynamo.guards.CheckFunctionManager, "__init__", failing_build)
+    compiler = Compiler()
+    fn = compile_with_fallback(lambda x: x.sin(), backend=compiler, policy=EVERY_CALL)
+    for _ in range(3):
+        torch.testing.assert_close(fn(X), X.sin())
+    assert fn.last_failure is not None
+    assert (fn.last_failure.stage, fn.last_failure.error_type) == ("trace", "builtins.MemoryError")
+    assert (compiler.asked, fn.stats.failures, fn.stats.compiled_calls, fn.stats.recoveries) == (2, 1, 2, 1)
 
 
 def test_a_frame_that_dynamo_can_never_compile() -> None:

@@ -102,6 +102,22 @@ def test_a_retry_that_the_program_interrupts(stage: str) -> None:
     assert (fn.stats.failures, fn.stats.recoveries, fn.state) == (1, 1, CompileState.COMPILED)
 
 
+def test_a_retry_that_succeeds_before_the_program_raises() -> None:
+    """Nothing waits any more, so it is the recovery, although the call raises."""
+    raises = False
+
+    def check() -> None:
+        if raises:
+            raise Trouble
+
+    fn = compile_with_fallback(step_with(check), backend=Compiler(first(1)), policy=EVERY_CALL)
+    fn(X)
+    raises = True
+    with pytest.raises(Trouble):
+        fn(X)
+    assert (fn.stats.failures, fn.stats.recoveries, fn.state) == (1, 1, CompileState.COMPILED)
+
+
 def test_no_other_attempt_is_made_in_the_meantime() -> None:
     """While in doubt, neither frames below, nor a nested call, nor another thread attempts."""
     compiler = Compiler(first(1))
@@ -184,7 +200,10 @@ def test_nothing_of_the_call_is_kept_while_in_doubt() -> None:
     def backend(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         buffer = Buffer()
         buffers.append(weakref.ref(buffer))
-        raise full_disk()
+        try:
+            raise KeyError
+        except KeyError:
+            raise full_disk() from None
 
     def look() -> None:
         gc.collect()

@@ -282,6 +282,15 @@ def test_a_new_episode_starts_afresh() -> None:
     assert (fn.stats.failures, fn.stats.recoveries) == (4, 2)
 
 
+def test_retry_now_forgets_no_failure() -> None:
+    """After it, another shape's code is not the recovery."""
+    fn = compile_with_fallback(sine, backend=Compiler(rows(4)), dynamic=False, policy=RetryPolicy(wait=10))
+    fn(torch.ones(4))
+    fn.retry_now()
+    fn(X)
+    assert (fn.stats.compiled_calls, fn.stats.recoveries, fn.state) == (1, 0, CompileState.FALLBACK)
+
+
 def test_retry_now_when_nothing_is_held_off() -> None:
     """retry_now() changes nothing if nothing is held off."""
     fn = compile_with_fallback(sine, backend=Compiler())

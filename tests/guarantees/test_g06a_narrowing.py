@@ -13,7 +13,7 @@ from torch import nn
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback, compiled_function
 from compile_retry.testing import FakeClock
-from support import Compiler
+from support import Compiler, first
 
 EVERY_CALL = RetryPolicy(wait=None, wait_calls=1)
 
@@ -123,6 +123,23 @@ def test_one_failure_in_a_call() -> None:
     assert (fn.stats.eager_calls, fn.stats.mixed_calls) == (1, 2)
 
 
+def test_a_callee_that_fails_for_a_while() -> None:
+    """It is retried, although the frame around it was given up."""
+    compiler = NoCosine(first(1))
+
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        return x.sin()
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return inner(x).cos()
+
+    fn = compile_with_fallback(step, backend=compiler, policy=EVERY_CALL)
+    for _ in range(3):
+        fn(torch.ones(3))
+    assert (fn.stats.failures, fn.stats.mixed_calls, compiler.ran) == (2, 1, 1)
+    assert (fn.stats.recoveries, fn.state, fn.next_retry) == (1, CompileState.GAVE_UP, None)
+
+
 def test_a_compiler_that_refuses_everything() -> None:
     """A few functions are attempted at once, and the rest within `max_overhead`."""
     clock = FakeClock()
@@ -136,17 +153,18 @@ def test_a_compiler_that_refuses_everything() -> None:
         clock.advance(10.0)
         return NotImplementedError("nothing can be compiled")
 
-    fn = compile_with_fallback(
-        namespace[f"f{depth - 1}"], backend=Compiler(refuse), policy=RetryPolicy(max_overhead=0.1, clock=clock)
-    )
+    options: dict[str, Any] = {"backend": Compiler(refuse), "policy": RetryPolicy(max_overhead=0.1, clock=clock)}
+    fn = compile_with_fallback(namespace[f"f{depth - 1}"], **options)
     x = torch.ones(3)
     start = clock()
     shares = []
-    for _ in range(1000):
+    for call in range(1000):
+        if call == 20:  # one that shares starts no new series
+            fn = compile_with_fallback(fn.eager, **options)
         torch.testing.assert_close(fn(x), x.sin() + sum(range(1, depth)))
         clock.advance(1.0)
-        shares.append(10.0 * fn.stats.failures / (clock() - start))
-    assert 9 <= fn.stats.failures <= 20
+        shares.append(10.0 * options["backend"].asked / (clock() - start))
+    assert 9 <= options["backend"].asked <= 20
     assert shares[-1] <= 0.1
     assert all(share <= 0.1 for share in shares[900:])
 
@@ -154,13 +172,18 @@ def test_a_compiler_that_refuses_everything() -> None:
 def test_a_success_ends_a_series_of_permanent_failures() -> None:
     """A success lets the next functions be attempted at once, in spite of earlier permanent failures."""
     clock, compiler = FakeClock(), NoCosine()
+
+    def backend(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        clock.advance(10.0)
+        return compiler(graph_module, inputs)
+
     namespace: dict[str, Any] = {"torch": torch}
     functions = 40
     for n in range(functions):
         exec(f"def f{n}(x): return x.{'cos' if n % 2 else 'sin'}() + {n}", namespace)
     body = "; ".join(f"x = f{n}(x)" for n in range(functions))
     exec(f"def step(x):\n    {body}\n    return x", namespace)
-    fn = compile_with_fallback(namespace["step"], backend=compiler, policy=RetryPolicy(clock=clock))
+    fn = compile_with_fallback(namespace["step"], backend=backend, policy=RetryPolicy(clock=clock))
     x = torch.ones(3)
     for _ in range(functions):
         torch.testing.assert_close(fn(x), namespace["step"](x))

@@ -413,15 +413,16 @@ def test_a_graph_compiler_in_another_process(monkeypatch: pytest.MonkeyPatch) ->
     assert process_pool.cache_info().currsize == 0
 
 
-def test_the_other_directory_is_removed_at_exit(tmp_path: Path) -> None:
-    """The directory is removed at exit, but not by a forked child that exits first."""
+def test_the_other_directory(tmp_path: Path) -> None:
+    """It is made once, and reported. It is removed at exit, but not by a forked child that exits first."""
     code = """
 import os, sys, tempfile, torch
 from compile_retry import RetryPolicy, compile_with_fallback
-from compile_retry.testing import fail_compiles
+from compile_retry.testing import fail_compiles, record_events
 fn = compile_with_fallback(torch.sin, backend="aot_eager", policy=RetryPolicy(wait=None, wait_calls=1))
-with fail_compiles(ImportError("file too short"), times=1):
-    fn(torch.ones(3)), fn(torch.ones(3))
+with fail_compiles(ImportError("file too short"), times=1), record_events(kinds={"cache moved"}) as moved:
+    fn(torch.ones(3)), fn(torch.ones(3)), fn(torch.ones(3, 3))
+assert len(moved) == 1
 ours = [f for f in os.listdir(tempfile.gettempdir()) if f.startswith("compile_retry_")]
 assert len(ours) == 1, ours
 if os.fork() == 0:

@@ -149,6 +149,26 @@ def test_a_call_in_another_thread(pause: Pause) -> None:
     assert (fn.stats.compiled_calls, fn.stats.mixed_calls, fn.stats.calls) == (307, 1, 308)
 
 
+def test_a_retry_that_outlasts_its_episode(pause: Pause) -> None:
+    """If the episode has ended, and another one has begun in another thread, the retry is held off too."""
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        x = x.sin()
+        pause.here()
+        return x.cos()
+
+    clock, compiler = FakeClock(), Compiler(first(1))
+    fn = compile_with_fallback(step, backend=compiler, dynamic=False, policy=RetryPolicy(wait=10, clock=clock))
+    fn(X)
+    clock.advance(10)
+    pause.start(lambda: fn(X))  # has compiled its first graph
+    fn.reset()
+    compiler.fails = rows(4)
+    fn(torch.ones(4))
+    pause.finish()
+    assert (compiler.asked, fn.stats.failures, fn.stats.mixed_calls) == (3, 2, 1)
+
+
 def hold_up(call: Callable[[], object], moment: Moment, meanwhile: Callable[[], object]) -> None:
     """Make a call in a thread that stops at this moment. Continue when `meanwhile` is over, or waits for the thread."""
     stopped_or_over, go_on = threading.Event(), threading.Event()

@@ -242,6 +242,21 @@ def test_torch_compile_itself_fails() -> None:
     assert fn.state is CompileState.COMPILED
 
 
+def test_torch_compile_itself_fails_for_a_function_without_tensors() -> None:
+    """Its success is the recovery, although no code follows."""
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise full_disk()
+
+    fn = compile_with_fallback(lambda a: a + 1, backend=Compiler(), policy=EVERY_CALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", broken)
+        fn(1)
+    assert fn.state is CompileState.FALLBACK
+    assert fn(1) == 2
+    assert (fn.stats.failures, fn.stats.recoveries, fn.state) == (1, 1, CompileState.PENDING)
+
+
 def test_torch_compile_cannot_work() -> None:
     """A permanent failure of torch.compile() is not retried, unless the user asks for it."""
     calls: list[int] = []

@@ -12,7 +12,7 @@ import tenacity
 import torch
 
 from compile_retry import CompileState, RetryPolicy, compile_with_fallback, set_strict
-from compile_retry._strict import is_strict
+from compile_retry._switches import is_strict
 from compile_retry.events import Event, register_hook
 from compile_retry.testing import fail_compiles, record_events
 from support import Compiler, first, full_disk
@@ -27,15 +27,27 @@ def sine(x: torch.Tensor) -> torch.Tensor:
 
 def test_strict_raises_at_once() -> None:
     """Every failed attempt raises and nothing is held off. After the block, failures fall back again."""
-    compiler = Compiler(first(3))
+    compiler, raised = Compiler(first(3)), list[object]()
     fn = compile_with_fallback(sine, backend=compiler, policy=RetryPolicy(wait=1e9))
     with set_strict(True):
         for _ in range(2):
-            with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="No space left on device"):
+            with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="No space left on device") as info:
                 fn(X)
+            raised.append(info)  # an exception that is kept blocks no other attempt
     assert (compiler.asked, fn.stats.failures, fn.next_retry) == (2, 2, None)
     torch.testing.assert_close(fn(X), X.sin())
     assert (fn.state, fn.stats.failures) == (CompileState.FALLBACK, 3)
+
+
+def test_strict_failures_do_not_wait() -> None:
+    """A later recovery does not wait for a shape that has failed in strict mode."""
+    compiler = Compiler(first(2))
+    fn = compile_with_fallback(sine, backend=compiler, dynamic=False, policy=EVERY_CALL)
+    with set_strict(True), pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
+        fn(X)
+    for _ in range(2):
+        fn(torch.ones(4))
+    assert (fn.stats.failures, fn.stats.recoveries, fn.state) == (2, 1, CompileState.COMPILED)
 
 
 def test_set_strict_as_a_function() -> None:
@@ -73,7 +85,7 @@ def test_strict_from_the_environment(value: str, strict: bool) -> None:
         text=True,
     )
     assert ended.stdout.strip() == str(strict)
-    warning = "COMPILE_RETRY=nonsense is ignored; it must be on, strict, install, or strict,install\n"
+    warning = "COMPILE_RETRY=nonsense is ignored; it must be on, off, strict, install, or strict,install\n"
     assert ended.stderr.count(warning) == (value == "nonsense")
 
 
@@ -109,8 +121,13 @@ def test_the_level_of_an_event_is_that_of_its_line(caplog: pytest.LogCaptureFixt
     ):
         for _ in range(3):
             fn(X)
+        fn(torch.ones(2, 2))
     events = [event for _, event, _ in told[::2]]
-    assert [e.kind for e in events if e.level is None] == ["attempt started", "retry scheduled", "attempt started"]
+    assert [e.kind for e in events if e.level is None] == [
+        *["attempt started", "retry scheduled"],
+        *["attempt started"],  # the first code has a line
+        *["attempt started", "compiled"],
+    ]
     assert [(e.level, f"f: {e.message}") for e in events if e.level is not None] == lines()
     assert [whose for whose, _, _ in told] == ["one", "all"] * len(events)
     assert [written for _, event, written in told if event.kind == "failed"] == [1, 1]

@@ -15,7 +15,6 @@ from compile_retry import (
     CompileFailure,
     CompileState,
     CompileStats,
-    Installation,
     NextRetry,
     RetryPolicy,
     compile_repeated_blocks,
@@ -25,6 +24,7 @@ from compile_retry import (
     instrumentation,
     is_transient,
     report,
+    set_active,
     set_strict,
 )
 from compile_retry.events import Event
@@ -148,8 +148,9 @@ def records(stats: CompileStats, failure: CompileFailure) -> None:
 
 def installation() -> None:
     with install(RetryPolicy(wait=30)) as handle:
-        assert_type(handle, Installation)
+        assert_type(handle.policy, RetryPolicy)
     assert_type(handle.remove(), None)
+    assert_type(set_active(False), AbstractContextManager[None])
 
 
 def testing() -> None:

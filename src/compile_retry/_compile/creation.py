@@ -116,19 +116,13 @@ class Region:
 
         from .healing import working_cache
 
-        options = dict(self._options)
-        if options.get("options") is not None:
-            options["options"] = dict(options["options"])  # torch.compile removes entries from it
+        options = _copied(self._options)
         if functions.isolates_recompiles() and _accepts(torch.compile, "isolate_recompiles"):
             options.setdefault("isolate_recompiles", True)
         with self._lock, working_cache(damaged=self._outcomes.suspects_cache) as usual:
             options["backend"] = self._backend = self._backend or self._new_backend()
             visible, self._code = functions.visible(fn, self._code)
-            _creating.now = True
-            try:
-                compiled: Callable[..., Any] = torch.compile(visible, **options)
-            finally:
-                _creating.now = False
+            compiled = _torch_compile(visible, options)
             functions.interpose(compiled, self._in_front)
             self._number = functions.join_region(compiled, self._number)
         return Created(compiled, functions.with_guards(compiled), functions.skips_guards), usual
@@ -162,6 +156,30 @@ class Region:
             self._converter = FrameConverter(inner, *self._shared, self._entry_frames)
             weakref.finalize(self, self._converter.abandon).atexit = False
         return self._converter
+
+
+def stock_compile(fn: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """Return what stock ``torch.compile`` makes of a function."""
+    from compile_retry._torch import functions
+
+    visible, _ = functions.visible(fn, None)
+    return _torch_compile(visible, _copied(options))
+
+
+def _copied(options: dict[str, Any]) -> dict[str, Any]:
+    """Copy the options, because ``torch.compile`` removes entries from one of them."""
+    if options.get("options") is None:
+        return dict(options)
+    return {**options, "options": dict(options["options"])}
+
+
+def _torch_compile(fn: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    _creating.now = True
+    try:
+        compiled: Callable[..., Any] = torch.compile(fn, **options)
+    finally:
+        _creating.now = False
+    return compiled
 
 
 class _Creating(threading.local):

@@ -17,7 +17,7 @@ import torch
 
 from compile_retry._failures import Location, device_error, is_fatal
 from compile_retry._record.record import Record
-from compile_retry._strict import is_strict
+from compile_retry._switches import is_strict
 from compile_retry._torch import cache_entries, functions
 from compile_retry._torch import frames as torch_frames
 from compile_retry._torch.eager import path_of_part

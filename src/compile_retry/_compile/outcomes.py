@@ -18,7 +18,7 @@ from compile_retry._failures import (
 from compile_retry._record.journal import Journal
 from compile_retry._schedule.breaker import Breaker
 from compile_retry._schedule.episode import WATCHED_CALLS
-from compile_retry._strict import is_strict
+from compile_retry._switches import is_strict
 from compile_retry.events import log
 
 from .admission import Admission
@@ -143,6 +143,14 @@ class Outcomes:
     def seconds_since(self, conversion: Conversion) -> float:
         """Return the seconds since an attempt began, by the policy's clock."""
         return self._policy.clock() - conversion.began
+
+    def ran_no_graph(self, tally: Tally) -> None:
+        """Record a call that ran no graph, compiled or not. Note it once if torch was told to compile nothing."""
+        from compile_retry._torch import functions  # has been imported by `torch.compile`
+
+        reason = functions.compiles_nothing_because()
+        if reason:
+            self._journal.found_bypassed(tally.call, reason)
 
     # Failures
 

@@ -16,6 +16,7 @@ import torch
 
 from compile_retry._failures import Location
 from compile_retry._locks import Lock
+from compile_retry._record import journal
 from compile_retry._record.journal import Journal
 from compile_retry._record.record import Record
 from compile_retry._schedule import budget
@@ -159,6 +160,7 @@ def start_anew() -> None:
     _groups.clear()
     _resting.clear()
     budget.start_anew()
+    journal.start_anew()
 
 
 def group_of(

@@ -14,11 +14,12 @@ from compile_retry._locks import Lock
 from compile_retry._schedule.breaker import Breaker
 from compile_retry._schedule.episode import Episode, NextRetry
 from compile_retry._stats import CompileState
-from compile_retry._strict import is_strict
+from compile_retry._switches import is_strict
 from compile_retry.events import (
     AttemptFailed,
     AttemptPostponed,
     AttemptStarted,
+    Bypassed,
     CacheMoved,
     Compiled,
     DeviceLost,
@@ -43,6 +44,14 @@ from .record import Record, Records
 FIRST_REMINDER = 60.0
 
 
+_reasons_told: set[str] = set()  # for which the library had no effect on a call of any function
+
+
+def start_anew() -> None:
+    """Forget what has been told once in this process. Tests need that."""
+    _reasons_told.clear()
+
+
 def _in_words(error: BaseException) -> str:
     """Return an error's class and the first line of its message."""
     return f"{qualified_name(error).removeprefix('builtins.')}: {error}".partition("\n")[0].removesuffix(": ")
@@ -60,11 +69,17 @@ class Journal:
 
     Events are noted where they occur, possibly under locks. `tell` publishes them after the thread has released its
     locks. An event has no log line if another event's line says the same.
+
+    Attributes:
+        name: The function's name.
+        records: The records of the functions that share.
+        bypassed: The reasons for which the library had no effect on a call, in words.
     """
 
     def __init__(self, name: str, breaker: Breaker, state: Callable[[], CompileState]) -> None:
         self.name = name
         self.records = Records()
+        self.bypassed: dict[str, None] = {}  # in the order in which they were found
         self._breaker, self._policy, self._state = breaker, breaker.policy, state
         self._unpublished = _Unpublished()
         self._not_compiled_before = 0  # the episode
@@ -308,6 +323,19 @@ class Journal:
             " make it writable once no process uses it"
         )
         self._note(CacheMoved, call, message, logging.WARNING, directory=directory)
+
+    def found_bypassed(self, call: int, reason: str) -> None:
+        """Note, once for each reason, that the library has no effect on a call.
+
+        Args:
+            call: The call's number.
+            reason: The reason, in words.
+        """
+        if reason not in self.bypassed:
+            self.bypassed[reason] = None
+            level = logging.INFO if reason in _reasons_told else logging.WARNING  # most apply to all functions
+            _reasons_told.add(reason)
+            self._note(Bypassed, call, f"bypassed: {reason}", level, reason=reason)
 
     def took(self, record: Record, call: int, path: CallPath, began: float, *, attempted: bool) -> None:
         """Record a timed call that is over.

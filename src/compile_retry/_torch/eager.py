@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import CodeType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -20,6 +20,8 @@ has_forward_gradients = torch._C._is_fwd_grad_enabled
 # Within it, reading a tensor's metadata runs neither a subclass's `__torch_function__` nor the user's modes. Since 1.0,
 # and for modes since 2.0. Essential: inspecting arguments must not run user code.
 without_torch_function = torch._C.DisableTorchFunction
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _FOLDER = os.path.dirname(torch.__file__) + os.sep  # noqa: PTH120  # as a string, to compare with code's file names
 
@@ -103,6 +105,16 @@ def mark_as_compiled(fn: Any, like: Any) -> None:
     """
     fn.__wrapped__ = like.__wrapped__
     fn._torchdynamo_wrapper_id = id(fn)
+
+
+def run_while_tracing(fn: F) -> F:
+    """Make Dynamo run a function when it meets a call of it, and treat the result as a constant.
+
+    The same as ``torch.compiler.assume_constant_result``, which would import Dynamo. Since 2.0. Essential: with another
+    mark, Dynamo would trace the function.
+    """
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions take any attribute
+    return fn
 
 
 def path_of_part(part: object, models: Iterable[weakref.ref[Any]]) -> str:

@@ -5,6 +5,7 @@ Importing this module imports ``torch._dynamo``.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -141,6 +142,21 @@ def join_region(compiled: object, number: int | None) -> int | None:
 def skips_guards() -> bool:
     """Return True under `set_stance(skip_guard_eval_unsafe=True)`, which disables guards. Since 2.6."""
     return bool(getattr(torch._dynamo.eval_frame._stance, "skip_guard_eval_unsafe", False))
+
+
+def compiles_nothing_because() -> str:
+    """Return, in words, which setting of torch makes it compile nothing; empty if there is none.
+
+    Reads the stance, since 2.6, and Dynamo's config, since 2.0.
+    """
+    stance = getattr(getattr(torch._dynamo.eval_frame, "_stance", None), "stance", "default")
+    if stance in ("force_eager", "eager_on_recompile"):
+        return f"calls run eagerly under torch.compiler.set_stance({stance!r})"
+    if torch._dynamo.config.disable:
+        return "TORCH_COMPILE_DISABLE=1 or torch._dynamo.config.disable is set, so calls run eagerly"
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return "TORCHDYNAMO_DISABLE=1 is set, so calls run eagerly"
+    return ""
 
 
 def recompiles_freely() -> bool:
