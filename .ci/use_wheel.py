@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from importlib.resources import files
+from pathlib import Path
 
 import torch
 
@@ -21,4 +22,5 @@ assert double.state is compile_retry.CompileState.COMPILED, double.state
 assert files("compile_retry").joinpath("py.typed").is_file()
 assert "site-packages" in compile_retry.__file__, compile_retry.__file__
 subprocess.run([sys.executable, "-m", "compile_retry", "--version"], check=True)
+subprocess.run([Path(sys.executable).with_name("compile-retry"), "--version"], check=True)
 print("compiled by", compile_retry.__file__)
