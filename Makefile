@@ -71,9 +71,10 @@ docs: $(INSTALLED) ## build docs/_build/html and run the doctests
 snippets: $(INSTALLED) ## run the code blocks of README.md and docs/
 	$(VENV_PYTHON) -m pytest README.md docs --ignore docs/_build
 
-wheel: $(INSTALLED) ## build dist/*.whl
+wheel: $(INSTALLED) ## build and check what a package index gets: dist/*.whl and dist/*.tar.gz
 	rm -rf dist
 	$(VENV_PYTHON) -m build
+	$(VENV_PYTHON) -m twine check --strict dist/*
 
 ci: ## run every check
 	.ci/run

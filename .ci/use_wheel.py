@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib import metadata
 from importlib.resources import files
+from pathlib import Path
 
 import torch
 
@@ -25,4 +26,5 @@ relative = re.findall(r"\]\((?!https://)\S+", metadata.metadata("compile-retry")
 assert not relative, relative  # they lead nowhere on a package index
 assert "site-packages" in compile_retry.__file__, compile_retry.__file__
 subprocess.run([sys.executable, "-m", "compile_retry", "--version"], check=True)
+subprocess.run([Path(sys.executable).with_name("compile-retry"), "--version"], check=True)
 print("compiled by", compile_retry.__file__)

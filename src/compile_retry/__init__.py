@@ -3,25 +3,24 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-import torch
+from ._command import is_command as _is_command
 
-if torch.__version__ < "2.10":  # compares as a version
-    raise ImportError(f"compile_retry requires torch 2.10 or later, this is {torch.__version__}")
-
-from . import events as events
-from . import instrumentation as instrumentation  # also writes the log
-from ._blocks import compile_repeated_blocks
-from ._compile.checkpointing import mark_step_end
-from ._decorator import compile_with_fallback, compiled_function
-from ._failures import CompileFailure, is_transient
-from ._function import CompiledFunction
-from ._install import install
-from ._install import install_at_start as _install_at_start
-from ._report import report
-from ._schedule.episode import NextRetry
-from ._schedule.policy import RetryPolicy
-from ._stats import CompileState, CompileStats
-from ._switches import set_active, set_strict
+if not _is_command():
+    from . import _torch as _torch  # raises an ImportError if PyTorch is too old
+    from . import events as events
+    from . import instrumentation as instrumentation  # also writes the log
+    from ._blocks import compile_repeated_blocks
+    from ._compile.checkpointing import mark_step_end
+    from ._decorator import compile_with_fallback, compiled_function
+    from ._failures import CompileFailure, is_transient
+    from ._function import CompiledFunction
+    from ._install import install
+    from ._install import install_at_start as _install_at_start
+    from ._report import report
+    from ._schedule.episode import NextRetry
+    from ._schedule.policy import RetryPolicy
+    from ._stats import CompileState, CompileStats
+    from ._switches import set_active, set_strict
 
 if TYPE_CHECKING:
     from . import plotting as plotting
@@ -47,9 +46,12 @@ __all__ = [
     "set_strict",
 ]
 
-for _name in __all__:  # the public path, in reprs, pickles and docs
-    globals()[_name].__module__ = __name__
-del _name
+if not _is_command():
+    for _name in __all__:  # the public path, in reprs, pickles and docs
+        globals()[_name].__module__ = __name__
+    del _name
+
+    _install_at_start()
 
 
 if not TYPE_CHECKING:  # pragma: no branch  # type checkers would accept any attribute
@@ -63,9 +65,6 @@ if not TYPE_CHECKING:  # pragma: no branch  # type checkers would accept any att
 
             return installed_version()
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-_install_at_start()
 
 
 def __dir__() -> list[str]:

@@ -15,6 +15,7 @@ from compile_retry.__main__ import main
 
 NAMES = [
     "environment",
+    "import torch",
     "versions",
     "cache directory",
     "temporary directory",
@@ -29,7 +30,7 @@ NAMES = [
 def forget_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unset variables that affect torch's compiler or the command's output."""
     for variable in os.environ:
-        if variable.startswith(("TORCH", "ATEN_", "COMPILE_RETRY_")):
+        if variable.startswith(("TORCH", "ATEN_", "COMPILE_RETRY")):
             monkeypatch.delenv(variable)
     for variable in ("CXX", "FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(variable, raising=False)

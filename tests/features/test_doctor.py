@@ -24,6 +24,7 @@ Find = Callable[..., None]
 
 COMPILED = {"compiled": True, "from cache": False, "seconds": 1.2}
 HEALTHY: Facts = {
+    "import torch": {"path": "/torch/__init__.py", "seconds": 2.0},
     "versions": {"python": "3.14", "torch": "2.13", "compile_retry": "0.1"},
     "cache directory": {"path": "/c", "free": 2**40},
     "temporary directory": {"path": "/t", "free": 2**40},
@@ -98,7 +99,8 @@ def test_output_for_people(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
     """The output is a table on a terminal if rich is installed, and searchable lines otherwise."""
     find(TIGHT)
     lines = doctor().stdout.splitlines()
-    assert [line for line in lines if " GPU " not in line][1:4] == [
+    assert [line for line in lines if " GPU " not in line][1:5] == [
+        "ok       import torch         /torch/__init__.py, in 2 s",
         "ok       versions             Python 3.14, torch 2.13, compile-retry 0.1",
         "warning  cache directory      /c, 0.5 GiB free",
         "                              -> free some space, or set TORCHINDUCTOR_CACHE_DIR to another directory",
@@ -115,6 +117,9 @@ def test_output_for_people(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "facts", "status", "detail"),
     [
+        ("import torch", {"error": "ImportError: x"}, "failed", "ImportError: x"),
+        ("import torch", {"path": None, "error": "ImportError: x"}, "failed", "ImportError: x"),
+        ("import torch", {"path": "/t.py", "error": "OSError: x"}, "failed", "/t.py: OSError: x"),
         ("versions", {"error": "ImportError: x"}, "failed", "ImportError: x"),
         ("cache directory", {"error": "ImportError: x"}, "failed", "ImportError: x"),
         ("cache directory", {"path": "/c", "error": "full"}, "failed", "/c is not writable: full"),
@@ -228,15 +233,22 @@ def test_results_as_they_come(find: Find, monkeypatch: pytest.MonkeyPatch) -> No
     assert sorted(printed) == sorted((name, True) for name in (*HEALTHY, "GPU"))
 
 
-@pytest.mark.parametrize(("until", "remedy"), [("C++ compiler", "run it by hand"), ("versions", "")])
-def test_out_of_time(find: Find, until: str, remedy: str) -> None:
+@pytest.mark.parametrize(
+    ("until", "remedy", "gpu"),
+    [
+        ("C++ compiler", "run it by hand", "not present"),
+        ("versions", "", "because of versions"),
+        ("import torch", "run python -X importtime", "because of import torch"),
+    ],
+)
+def test_out_of_time(find: Find, until: str, remedy: str, gpu: str) -> None:
     """At the time limit, the current step fails and the later ones are skipped."""
     find({}, until=until, stopped="it took too long", timed_out=True)
     checks = examine("--timeout", "50", status=1)
     assert (checks[until]["status"], checks[until]["detail"]) == ("failed", "it took too long (limit: 50 s)")
     assert checks[until]["remedy"].startswith(remedy)
     assert checks["cached compile"]["detail"] == f"because of {until}"
-    assert (checks["GPU"]["status"], checks["GPU"]["detail"]) == ("skipped", "not present")
+    assert (checks["GPU"]["status"], checks["GPU"]["detail"]) == ("skipped", gpu)
 
 
 def test_an_end_before_the_limit(find: Find) -> None:
@@ -258,16 +270,45 @@ def test_compiling_is_disabled(find: Find, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_variables_that_change_compiling(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:
     """Variables that change how torch compiles are listed with their effects."""
-    monkeypatch.setenv("COMPILE_RETRY", "strict")
+    monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "0")
+    monkeypatch.setenv("TORCH_COMPILE_DEBUG", "0")
     find({})
     check = examine(status=0)["environment"]
-    assert (check["status"], check["detail"]) == ("warning", "COMPILE_RETRY=strict: failed compiles raise")
+    effect = "TORCHINDUCTOR_VEC_ISA_OK=0: compiled code uses no vector instructions"
+    assert (check["status"], check["detail"]) == ("warning", effect)
 
 
-def test_a_torch_that_cannot_compile(find: Find) -> None:
-    """If torch cannot compile at all, the other checks are skipped."""
-    find({"versions": {"error": "ImportError: x"}}, until="cache directory")
-    assert examine(status=1)["C++ compiler"]["detail"] == "because of versions"
+@pytest.mark.parametrize(
+    ("value", "effects"),
+    [
+        ("off", "functions are compiled without a fallback"),
+        ("strict", "failed compiles raise"),
+        ("Strict, INSTALL", "failed compiles raise, whatever calls torch.compile gets a fallback"),
+        ("install", "whatever calls torch.compile gets a fallback"),
+        ("strikt", "not understood, so it is ignored"),
+        ("yes", None),
+        ("", None),
+    ],
+)
+def test_operators_switches(find: Find, monkeypatch: pytest.MonkeyPatch, value: str, effects: str | None) -> None:
+    """Each value of ``COMPILE_RETRY`` that has an effect is listed with it, and one that is misspelt."""
+    monkeypatch.setenv("COMPILE_RETRY", value)
+    find({})
+    check = examine(status=0)["environment"]
+    if effects is None:
+        assert (check["status"], check["detail"]) == ("ok", "no variables that affect compilation")
+    else:
+        assert (check["status"], check["detail"]) == ("warning", f"COMPILE_RETRY={value}: {effects}")
+
+
+@pytest.mark.parametrize("name", ["import torch", "versions"])
+def test_a_torch_that_cannot_compile(find: Find, name: str) -> None:
+    """If torch cannot be imported, or cannot compile at all, the other checks are skipped."""
+    names = list(HEALTHY)
+    find({name: {"error": "ImportError: x"}}, until=names[names.index(name) + 1])
+    checks = examine(status=1)
+    for later in (*names[names.index(name) + 1 :], "GPU"):
+        assert (checks[later]["status"], checks[later]["detail"]) == ("skipped", f"because of {name}")
 
 
 def test_a_compiler_that_the_environment_names(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:

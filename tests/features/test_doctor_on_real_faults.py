@@ -6,13 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from doctor_command import checks_of, doctor, forget_variables
+from doctor_command import checks_of, forget_variables
 from doctor_command import examine as examine_within
 
 # Each test compiles with a real C++ compiler, in separate processes.
@@ -188,20 +187,17 @@ def test_a_torch_that_cannot_compile(place: Path, monkeypatch: pytest.MonkeyPatc
     assert checks["C++ compiler"]["detail"] == "because of versions"
 
 
+@pytest.mark.usefixtures("measured")
 def test_interrupted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C ends all processes that the doctor has started."""
     install_compiler(place, HANGS, monkeypatch)
     pid = place / "pid"
-
-    def interrupt() -> None:
-        wait_until(lambda: pid.exists() and pid.read_text().strip() != "")
-        os.kill(os.getpid(), signal.SIGINT)
-
-    interrupter = threading.Thread(target=interrupt)
-    interrupter.start()
-    result = doctor()
-    interrupter.join()
-    assert (result.exit_code, result.stderr) == (1, "Aborted!\n")
+    command = [sys.executable, "-m", "compile_retry", "doctor", "--timeout", "240"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: pid.exists() and pid.read_text().strip() != "")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == (None, "Aborted!\n")
+    assert process.returncode == 1
     assert not is_alive(int(pid.read_text()))
     assert_nothing_is_left(place)
 

@@ -6,11 +6,14 @@ Nothing here uses torch itself: `child` does, and `process` runs and ends the ch
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
+
+from compile_retry._switches import is_set
 
 from .process import Findings, Tell, ask
 
@@ -28,7 +31,6 @@ _SECONDS_TO_BEGIN = 3.0
 _DISABLING = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
 # For each variable, the value that has an effect (None for any value), and the effect.
 _CHANGING: dict[str, tuple[str | None, str]] = {
-    "COMPILE_RETRY": ("strict", "failed compiles raise"),
     "TORCHDYNAMO_SUPPRESS_ERRORS": (None, "frames that fail to compile run eagerly for good, without an error"),
     "TORCH_COMPILE_OVERRIDE_BACKENDS": (None, "some graphs use another backend"),
     "TORCHINDUCTOR_FORCE_DISABLE_CACHES": ("1", "compile caches are disabled"),
@@ -36,6 +38,14 @@ _CHANGING: dict[str, tuple[str | None, str]] = {
     "TORCHINDUCTOR_VEC_ISA_OK": ("0", "compiled code uses no vector instructions"),
     "ATEN_CPU_CAPABILITY": (None, "code may not use the best vector instructions"),
     "TORCH_COMPILE_DEBUG": ("1", "each compile writes debug files"),
+}
+
+
+# The words that ``COMPILE_RETRY`` may contain, and their effects.
+_SWITCHES = {
+    "off": "functions are compiled without a fallback",
+    "strict": "failed compiles raise",
+    "install": "whatever calls torch.compile gets a fallback",
 }
 
 
@@ -58,7 +68,7 @@ class Check:
 
 
 def examine(timeout: float, report: Callable[[Check], None] = lambda check: None) -> list[Check]:
-    """Run all checks. Those of the GPU run at the same time as the others, which a slow C++ compiler may hold up.
+    """Run all checks. Once torch is imported, those of the GPU run at the same time as the others.
 
     Args:
         timeout: Seconds after which the children are ended, whatever they are doing.
@@ -75,19 +85,18 @@ def examine(timeout: float, report: Callable[[Check], None] = lambda check: None
         if name not in _COMPILING or check.status == "ok":  # otherwise the cause is not known yet
             reported.add(name)
             report(check)
+        if name == "versions" and check.status == "ok" and not _disabled_by():
+            gpu.start()
 
+    gpu = _AskingInBackground(due, tell)
     environment = _environment()
     report(environment)
-    gpu = _AskingInBackground(timeout, tell)
-    if not _disabled_by():
-        gpu.start()
     findings = ask("look" if _disabled_by() else "compile", timeout, tell)
     elsewhere = _try_elsewhere(findings, due - time.monotonic())
-    if not _disabled_by():
-        gpu.join()
+    of_gpu = gpu.result() or findings
     checks = [_with_cause(check, findings.facts, elsewhere) for check in _judged(_CHECKS, findings, timeout)]
-    is_present = gpu.findings.facts.get("GPU", {}).get("device") == "cuda"
-    checks += _judged(_GPU_CHECKS if is_present else {"GPU": _gpu}, gpu.findings, timeout)
+    is_present = of_gpu.facts.get("GPU", {}).get("device") == "cuda"
+    checks += _judged(_GPU_CHECKS if is_present else {"GPU": _gpu}, of_gpu, timeout)
     for check in checks:
         if check.name not in reported:
             report(check)
@@ -97,13 +106,20 @@ def examine(timeout: float, report: Callable[[Check], None] = lambda check: None
 class _AskingInBackground(threading.Thread):
     """Asks about the GPU. A daemon, so that Ctrl-C does not wait for it; its child ends with this process."""
 
-    def __init__(self, timeout: float, tell: Tell) -> None:
+    def __init__(self, due: float, tell: Tell) -> None:
         super().__init__(daemon=True)
-        self._timeout, self._tell = timeout, tell
-        self.findings = Findings({}, "GPU", "the check could not be run")
+        self._due, self._tell = due, tell
+        self._findings = Findings({}, "GPU", "the check could not be run")
 
     def run(self) -> None:
-        self.findings = ask("gpu", self._timeout, self._tell)
+        self._findings = ask("gpu", self._due - time.monotonic(), self._tell)
+
+    def result(self) -> Findings | None:
+        """Wait for the findings, and return them; None if nothing was asked."""
+        if self.ident is None:
+            return None
+        self.join()
+        return self._findings
 
 
 def _judged(judges: Mapping[str, Judge], findings: Findings, timeout: float) -> list[Check]:
@@ -123,7 +139,8 @@ def _without_facts(name: str, findings: Findings, timeout: float) -> Check | Non
     if findings.stopped:
         limit = f" (limit: {timeout:g} s)" if findings.during and findings.timed_out else ""
         return Check(name, "failed", findings.stopped + limit, _REMEDIES_WHEN_STOPPED.get(name, ""))
-    return Check(name, "skipped", "because of versions")
+    cause = "import torch" if _failed("import torch", findings) else "versions"
+    return Check(name, "skipped", f"because of {cause}")
 
 
 def _disabled_by() -> str:
@@ -134,7 +151,8 @@ def _environment() -> Check:
     name = "environment"
     if disabled := _disabled_by():
         return Check(name, "failed", f"{disabled}: torch.compile does nothing", "unset it")
-    changes = [
+    changes = _switches()
+    changes += [
         f"{variable}={os.environ[variable]}: {effect}"
         for variable, (value, effect) in _CHANGING.items()
         if os.environ.get(variable) and value in (None, os.environ[variable])
@@ -142,6 +160,21 @@ def _environment() -> Check:
     if changes:
         return Check(name, "warning", "; ".join(changes), "unset any that is not intended")
     return Check(name, "ok", "no variables that affect compilation")
+
+
+def _switches() -> list[str]:
+    """Return the value of ``COMPILE_RETRY`` and its effects, unless it has none."""
+    effects = [effect for word, effect in _SWITCHES.items() if is_set(word)]
+    if not effects and not is_set("on"):
+        effects = ["not understood, so it is ignored"]
+    return [f"COMPILE_RETRY={os.environ['COMPILE_RETRY']}: {', '.join(effects)}"] if effects else []
+
+
+def _import_torch(name: str, facts: Facts) -> Check:
+    if "error" in facts:
+        place, again = (f"{facts['path']}: ", "re") if facts.get("path") else ("", "")
+        return Check(name, "failed", place + facts["error"], f"{again}install PyTorch for {sys.executable}")
+    return Check(name, "ok", "{path}, in {seconds:.2g} s".format(**facts))
 
 
 def _versions(name: str, facts: Facts) -> Check:
@@ -244,6 +277,7 @@ _NO_OPENSSL = "No such file or directory: 'openssl'"
 _DELETE = "files in the cache directory are damaged: delete it once no process uses it"
 _COMPILING = ("compile", "cached compile")
 _CHECKS: dict[str, Judge] = {
+    "import torch": _import_torch,
     "versions": _versions,
     "cache directory": _directory("TORCHINDUCTOR_CACHE_DIR"),
     "temporary directory": _directory("TMPDIR"),
@@ -260,6 +294,7 @@ _GPU_CHECKS: dict[str, Judge] = {
     "GPU compile": _compile,
 }
 _REMEDIES_WHEN_STOPPED = {
+    "import torch": "run python -X importtime -c 'import torch' to see where it stops",
     "C++ compiler": "run it by hand; increase --timeout if it is only slow",
     "cached compile": "the cache directory may contain a damaged file or a held lock; try an empty directory",
 }

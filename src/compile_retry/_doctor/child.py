@@ -1,5 +1,6 @@
 """The child process of `compile_retry doctor`, which runs everything that uses torch and so may hang or crash.
 
+Each function imports torch itself, because the import may be what hangs or crashes.
 It writes one line of JSON to standard output when a step begins, and one with the facts found. It ends when standard
 input is closed, so that no compiler outlives a doctor that was killed, and removes its temporary directories.
 """
@@ -22,13 +23,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from compile_retry._failures import qualified_name, root_cause
 from compile_retry._version import installed_version
+
+if TYPE_CHECKING:
+    import torch
 
 Facts = dict[str, Any]
 
@@ -44,7 +47,21 @@ extern "C" int compile_retry_doctor(int n) { std::vector<double> v(n, 42.0); ret
 _MEGABYTE = 2**20
 
 
+def _import_torch() -> Facts:
+    found = find_spec("torch")
+    facts: Facts = {"path": found.origin} if found else {}
+    begin = time.monotonic()
+    try:
+        getattr(import_module("torch"), "__version__")  # noqa: B009  # which a folder that is called torch lacks
+    except Exception as exc:
+        return {**facts, "error": _describe(exc)}
+    return {**facts, "seconds": time.monotonic() - begin}
+
+
 def _versions() -> Facts:
+    import tenacity  # noqa: F401  # the package needs it
+    import torch
+
     from compile_retry._torch import (
         first_import,  # noqa: F401  # works even if the cache directory cannot be created
         inductor,
@@ -141,6 +158,8 @@ def _compile_afresh(device: str) -> Facts:
 
 
 def _compile_and_compare(scale: float, device: str) -> Facts:
+    import torch
+
     from compile_retry._torch.inductor import count_compiles, forget_failures
 
     def step(x: torch.Tensor) -> torch.Tensor:
@@ -159,6 +178,8 @@ def _compile_and_compare(scale: float, device: str) -> Facts:
 
 
 def _loss_and_gradient(step: Callable[[torch.Tensor], torch.Tensor], device: str) -> tuple[torch.Tensor, Any]:
+    import torch
+
     x = torch.linspace(-1, 1, 1000, device=device, requires_grad=True)
     loss = step(x)
     loss.backward()
@@ -167,6 +188,8 @@ def _loss_and_gradient(step: Callable[[torch.Tensor], torch.Tensor], device: str
 
 def _gpu() -> Facts:
     """Look for a GPU. Without one, the other steps of this mode are left out."""
+    import torch
+
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return {"device": None, "built for": torch.version.cuda or torch.version.hip}
@@ -174,6 +197,8 @@ def _gpu() -> Facts:
 
 
 def _of_gpu(accelerator: torch.device) -> Facts:  # pragma: no cover  # needs a GPU
+    import torch
+
     module = torch.get_device_module(accelerator)
     facts: Facts = {"device": accelerator.type, "name": module.get_device_name(), "driver": ""}
     if program := shutil.which("nvidia-smi"):
@@ -182,6 +207,8 @@ def _of_gpu(accelerator: torch.device) -> Facts:  # pragma: no cover  # needs a 
 
 
 def _gpu_memory() -> Facts:  # pragma: no cover  # needs a GPU
+    import torch
+
     free, total = torch.cuda.mem_get_info()
     return {"free": free, "total": total}
 
@@ -209,6 +236,8 @@ def add(x, number: tl.constexpr, n: tl.constexpr):
 
 def _triton() -> Facts:  # pragma: no cover  # needs a GPU
     """Compile a tiny kernel with Triton alone, without Inductor, and run it."""
+    import torch
+
     version = import_module("triton").__version__
     with _workspace(tempfile.gettempdir()) as directory:
         os.environ["TRITON_CACHE_DIR"] = str(Path(directory, "triton"))
@@ -246,6 +275,7 @@ def _elsewhere() -> Facts:
 
 # By the name of the check.
 _LOOK = {
+    "import torch": _import_torch,
     "versions": _versions,
     "cache directory": _cache_directory,
     "temporary directory": _temporary_directory,
@@ -320,7 +350,7 @@ def main(mode: str) -> None:
         except Exception as exc:
             facts = {"error": _describe(exc)}
         report(step=name, facts=facts)
-        if name == "versions" and "error" in facts:  # torch was not imported, or only in part
+        if name in ("import torch", "versions") and "error" in facts:  # torch was not imported, or only in part
             return
         if name == "GPU" and facts.get("device") != "cuda":
             return
