@@ -27,6 +27,9 @@ KEEPS_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": "8000000000",
 }
 
+# Return large blocks at once, so that the size of the process is what it uses.
+RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "0"}
+
 # While broken it still prints its version, so torch takes it for a compiler without vector instructions. A machine
 # without memory behaves like this.
 SCRIPT = """\
@@ -64,15 +67,17 @@ class Child:
 
 
 @contextmanager
-def child(make: Callable[..., object], folder: Path, *args: Any) -> Iterator[Child]:
+def child(
+    make: Callable[..., object], folder: Path, *args: Any, memory: dict[str, str] = KEEPS_MEMORY
+) -> Iterator[Child]:
     """Start a process that holds ``make(folder, *args)``, with one thread and all of torch's caches in `folder`.
 
-    Its compiler is broken while the folder contains a file `broken`.
+    Its compiler is broken while the folder contains a file `broken`. The variables `memory` tell glibc how to allocate.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, make, folder, *args))
-    with _environment(folder):
+    with _environment(folder, memory):
         process.start()
     theirs.close()  # so that we notice if the process ends
     try:
@@ -101,7 +106,7 @@ def _serve(connection: Connection, make: Callable[..., object], *args: Any) -> N
 
 
 @contextmanager
-def _environment(folder: Path) -> Iterator[None]:
+def _environment(folder: Path, memory: dict[str, str]) -> Iterator[None]:
     """Set the environment for processes started in this block. Torch reads it at its first compile."""
     before = dict(os.environ)
     tmp = folder / "tmp"
@@ -111,7 +116,7 @@ def _environment(folder: Path) -> Iterator[None]:
         TMPDIR=str(tmp),
         TORCHINDUCTOR_CACHE_DIR=str(folder / "cache"),
         TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS="0",  # 150 MB for each process
-        **KEEPS_MEMORY,
+        **memory,
     )
     for name in ("COMPILE_RETRY", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"):  # the second is Inductor's
         os.environ.pop(name, None)

@@ -54,6 +54,7 @@ TABLES = {
     "attempt": Table("An attempt, in a fresh process with an empty cache", BARE, ("ratio",)),
     "equal blocks": Table("The first step of equal blocks wrapped one by one, in a fresh process", BARE, ("ratio",)),
     "peak memory": Table("The largest size of a process in memory", unit="MB"),
+    "step memory": Table("Memory of a healthy train step: its peak over the time between steps", unit="MB"),
     "recovered": Table("A train step after a recovery, against one that never failed", "never failed", ("ratio",)),
     "bad day, 10 min": Table("A bad day of 10 minutes, simulated: time to finish against an ideal"),
     "bad day, 1 h": Table("A bad day of 1 hour, simulated: time to finish against an ideal"),
