@@ -360,19 +360,6 @@ def test_checkpoint_sequential() -> None:
     assert compiler.asked == 3  # two failures; then one compile for all layers
 
 
-@pytest.mark.long
-def test_a_retained_graph() -> None:
-    """`backward(retain_graph=True)` works on compiled code although its backward was compiled ahead of time."""
-    fn = compile_with_fallback(lambda x: torch.tanh(x.sin() * x).exp())
-    x = torch.randn(4, 4, requires_grad=True)
-    loss = fn(x).sum()
-    loss.backward(retain_graph=True)
-    grad, x.grad = x.grad, None
-    loss.backward()
-    torch.testing.assert_close(grad, x.grad)
-    assert fn.state is CompileState.COMPILED
-
-
 def test_double_backward_while_held_off() -> None:
     """Double backward works while held off, as in eager. On code compiled ahead of time, torch raises an error."""
     fn = compile_with_fallback(lambda x: x.sin() * x, backend=AheadOfTime(first(1)), policy=EVERY_CALL)

@@ -5,7 +5,10 @@ Importing this module imports ``torch._dynamo``.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
@@ -21,8 +24,8 @@ import torch._inductor
 # A backend raises these to restart Dynamo's analysis or to skip the frame. They are not failures. Since 2.0. Essential.
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 
-# Makes forward and backward graphs from a captured graph; see `compiling_backward_too`.
-from torch._functorch._aot_autograd import graph_compile
+# Makes an autograd function of a forward and a backward graph; see `_spare_donated_buffers`.
+from torch._functorch._aot_autograd import runtime_wrappers
 from torch.fx import GraphModule
 
 _GRAPH_BREAKS: tuple[type[Exception], ...] = getattr(torch._dynamo.exc, "exceptions_allowed_to_be_fallback", ())
@@ -95,26 +98,74 @@ def compiling_backward_too() -> AbstractContextManager[object]:
     If no gradient is needed there is no backward graph, and nothing changes. Since 2.10. Essential: otherwise a failing
     backward compile would raise in ``backward()``.
     """
-    _disable_donated_buffers()
+    _spare_donated_buffers()
     patch: AbstractContextManager[object] = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
     return patch
 
 
 @functools.cache
-def _disable_donated_buffers() -> None:
-    """Disable donated buffers for backwards compiled ahead of time.
+def _spare_donated_buffers() -> None:
+    """Let backwards compiled ahead of time run with ``retain_graph=True``.
 
-    Donated buffers exist since 2.5: a backward graph overwrites its saved tensors, and raises in
-    ``backward(retain_graph=True)``. Stock torch compiles the backward when it runs, so it can disable them in that
-    case. Setting `config.donated_buffer` to False does not help: the graph then has no list of donated buffers, which
-    torch 2.13 treats like a list that is not empty. So this wraps the function that selects them. Other compiles are
-    not affected. Without it, ``backward(retain_graph=True)`` raises.
+    A backward graph may reuse the memory of saved tensors that are no graph output, the *donated buffers*; since 2.5.
+    Stock torch compiles the backward when it first runs. If that retains the graph, none are donated; otherwise, a
+    later ``backward(retain_graph=True)`` raises. Here it is not known yet how the backward will run. So the donated
+    buffers are copied in each backward that retains the graph.
+
+    Compiling without donated buffers would not do: a train step would take more memory than with stock, and the graph
+    may come from Inductor's cache, whose keys do not say whether a graph has donated buffers.
+
+    This wraps the function that makes an autograd function of both graphs. Other compiles are not affected. Without it,
+    ``backward(retain_graph=True)`` raises, as in stock after a first backward that did not retain the graph.
     """
-    choose = getattr(graph_compile, "collect_bw_donated_buffer_idxs", None)
-    if choose is not None:  # pragma: no branch  # exists in the torch version that the tests use
+    make = getattr(runtime_wrappers.AOTDispatchAutograd, "post_compile", None)
+    if make is None:  # pragma: no cover  # exists in the torch version that the tests use
+        return
+    signature = inspect.signature(make)
 
-        @functools.wraps(choose)
-        def choose_unless_ours(*args: Any, **kwargs: Any) -> Any:
-            return [] if torch._functorch.config.force_non_lazy_backward_lowering else choose(*args, **kwargs)
+    @functools.wraps(make)
+    def make_with_copies(*args: Any, **kwargs: Any) -> Any:
+        if not torch._functorch.config.force_non_lazy_backward_lowering:
+            return make(*args, **kwargs)
+        call = signature.bind(*args, **kwargs)
+        spec = call.arguments.get("spec")  # before 2.13, its fields are arguments
+        found = call.arguments if spec is None else vars(spec)
+        backward, metadata = found.get("compiled_bw_func"), found.get("fw_metadata")
+        donated = getattr(metadata, "bw_donated_idxs", None)
+        if backward is not None and donated:
+            changes: dict[str, Any] = {"compiled_bw_func": _with_copies(backward, donated)}
+            changes["fw_metadata"] = copy.copy(metadata)
+            changes["fw_metadata"].bw_donated_idxs = []  # otherwise the autograd function raises by itself
+            if spec is None:  # pragma: no cover  # the torch version that the tests use has it
+                call.arguments.update(changes)
+            else:
+                call.arguments["spec"] = dataclasses.replace(spec, **changes)
+        return make(*call.args, **call.kwargs)
 
-        graph_compile.collect_bw_donated_buffer_idxs = choose_unless_ours
+    where: Any = runtime_wrappers.AOTDispatchAutograd
+    where.post_compile = staticmethod(make_with_copies)
+
+
+def _with_copies(backward: Callable[..., Any], donated: list[int]) -> Callable[..., Any]:
+    """Return a backward graph that copies these arguments if the saved tensors will be used again."""
+    backward = innermost(backward)
+    is_boxed = getattr(backward, "_boxed_call", False)
+
+    def call(*args: Any) -> Any:
+        arguments = args[0] if is_boxed else list(args)  # a boxed call empties the list
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            for index in donated:
+                arguments[index] = _copied(arguments[index])
+        return backward(arguments) if is_boxed else backward(*arguments)
+
+    disabled: Any = torch._dynamo.disable(call, reason="a compiled backward")
+    disabled._boxed_call = is_boxed
+    return disabled  # type: ignore[no-any-return]
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor with its strides, which a compiled graph relies on."""
+    if tensor.numel() == 0:
+        return tensor
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((span,), (1,)).clone().as_strided(tensor.shape, tensor.stride())
