@@ -24,7 +24,7 @@ _MAX_MARKS = 512
 # Initial interval between samples, in seconds.
 _INTERVAL = 0.1
 # The first calls are all timed: they are a short run as a whole, and the beginning of every other.
-_FIRST_CALLS = 32
+_FIRST_CALLS = 10
 # At least one call in this many is timed, however fast the calls are, to notice at once if they become slow. Not every
 # timed call is kept.
 _MAX_STRIDE = 4096
