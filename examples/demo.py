@@ -1,15 +1,16 @@
-"""Train with a broken C++ compiler, and repair it during the run.
+"""Train with a broken C++ compiler, repair it during the run, and compare with eager training.
 
-    python examples/demo.py            about a minute on two idle cores
+    python examples/demo.py            one to two minutes
     python examples/demo.py --smoke    a shorter version
 
-A small convolutional network learns the handwritten digits that come with scikit-learn. Its train step is decorated
-with `@compile_with_fallback`. When training starts, the C++ compiler is really broken: CXX names a script that fails
-while a certain file exists. Some steps later that file is removed, without notifying the train step. The step runs
-eagerly, retries when its policy says so, and runs compiled code after the first attempt that succeeds.
+A small classifier learns the handwritten digits that come with scikit-learn. Its train step is decorated with
+`@compile_with_fallback`. When training starts, the C++ compiler is really broken: CXX names a script that fails while
+a certain file exists. Some steps later that file is removed, without notifying the train step. The step runs eagerly,
+retries when its policy says so, and runs compiled code after the first attempt that succeeds.
 
-A second process then does the same training with a working compiler, and the two runs are compared. At the end, a plot
-of the first run is saved; `--plot PATH` sets the path.
+A twin does the same training eagerly from start to end, as the reference for the results. Then both train on in turns,
+to compare their speeds on whatever else this machine is doing. At the end, a plot of the train step's calls is saved;
+`--plot PATH` sets the path.
 
 The exit status is 0 if all checks pass and 1 otherwise; speed does not affect it. On a machine without a C++ compiler
 everything runs eagerly, and the demo says so. It needs a POSIX shell.
@@ -21,20 +22,16 @@ import argparse
 import contextlib
 import logging
 import math
-import multiprocessing
 import os
 import shlex
 import shutil
-import signal
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from sklearn.datasets import load_digits
@@ -43,14 +40,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from compile_retry import CompileState, CompileStats, RetryPolicy, compile_with_fallback, set_strict
+from compile_retry import CompileState, RetryPolicy, compile_with_fallback, set_strict
 from compile_retry.plotting import plot_timeline
 
-BATCH = 128
-CHANNELS = 16
-TEST_IMAGES = 360
 PICTURE = Path(__file__).parent.parent / "build" / "timeline.png"
-WARM_UP = 3  # steps ignored when measuring a speed
 
 
 # --- User code: a decorated train step and a policy. ------------------------------------------------------------------
@@ -67,32 +60,35 @@ def train_step(
     return criterion(outputs, targets), outputs
 
 
-# --- The network and its data. ----------------------------------------------------------------------------------------
+# --- The model and its data. ------------------------------------------------------------------------------------------
+
+BATCH = 128
+PIXELS = 64
+PROTOTYPES = 8
+TEST_IMAGES = 360
 
 
-class Snake(nn.Module):
-    """The activation x + sin(ax)^2 / a (Ziyin, Hartwig and Ueda, 2020), with one a per channel.
+class Prototypes(nn.Module):
+    """A mixture of eight prototypes for each digit. Outputs the log-likelihood of each digit.
 
-    PyTorch has no kernel for it: eager runs it one operation at a time; a compiler fuses it into one loop.
+    A pixel differs from the prototype's by Student's t distribution with two degrees of freedom. Its tails are heavy,
+    so that a few odd pixels do not rule a prototype out (Peel and McLachlan, 2000).
+
+    There is no matrix product in it, only pointwise operations and sums over a tensor with one element for each image,
+    prototype and pixel. Eager writes that tensor to memory once per operation; a compiler fuses them into one loop.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.a = nn.Parameter(torch.ones(channels, 1, 1))
+        self.norm = nn.BatchNorm1d(PIXELS)
+        self.means = nn.Parameter(torch.randn(10, PROTOTYPES, PIXELS))
+        self.log_scales = nn.Parameter(torch.zeros(10, PROTOTYPES, PIXELS))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + torch.sin(self.a * x).square() / (self.a + 1e-6)
-
-
-def network() -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Conv2d(1, CHANNELS, kernel_size=3, padding=1)]
-    for _ in range(2):
-        layers += [
-            nn.Conv2d(CHANNELS, CHANNELS, kernel_size=3, padding=1, bias=False),
-            nn.BatchNorm2d(CHANNELS),
-            Snake(CHANNELS),
-        ]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, 10))
+        x = self.norm(x)[:, None, None, :]
+        z = (x - self.means) * torch.exp(-self.log_scales)
+        log_density = -self.log_scales - 1.5 * torch.log1p(z.square() / 2)
+        return log_density.sum(dim=-1).logsumexp(dim=-1)
 
 
 class Digits:
@@ -100,8 +96,7 @@ class Digits:
 
     def __init__(self) -> None:
         digits = load_digits()
-        images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-        targets = torch.tensor(digits.target)
+        images, targets = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
         test, train = _shuffled(len(images), seed=0).tensor_split([TEST_IMAGES])
         self.train = images[train], targets[train]
         self.test = images[test], targets[test]
@@ -120,56 +115,47 @@ def _shuffled(n: int, seed: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
-# --- A timed training run. --------------------------------------------------------------------------------------------
+# --- Training. --------------------------------------------------------------------------------------------------------
 
-StepKind = Literal["eager", "compiled", "attempt"]
+TrainStep: TypeAlias = Callable[
+    [nn.Module, Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]],
+    tuple[Tensor, Tensor],
+]
 
 
 class Training:
-    """A network, its optimizer, and the duration of each step."""
+    """A model and its optimizer. All trainings begin alike and see the same batches."""
 
-    def __init__(self, steps: int) -> None:
-        torch.set_num_threads(1)  # on images this small more threads wait for each other, and timings vary
+    def __init__(self, train_step: TrainStep) -> None:
         torch.manual_seed(0)
+        self.train_step = train_step
         self.digits = Digits()
         self.batches = self.digits.batches()
-        self.model = network()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3)
-        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, total_iters=steps)
+        self.model = Prototypes()
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-2)
         self.criterion = nn.CrossEntropyLoss()
-        self.steps = steps
-        self.took = 0.0  # total seconds
-        self.seconds: dict[StepKind, list[float]] = {"eager": [], "compiled": [], "attempt": []}
+        self.losses: list[float] = []
 
-    def run(self, name: str, before_step: Callable[[int], None] = lambda step: None) -> None:
-        """Train with a progress bar. Log lines appear above it."""
-        began = time.perf_counter()
-        seldom = 0.1 if sys.stderr.isatty() else 10.0  # do not fill a file with progress bars
-        with logging_redirect_tqdm(), tqdm(range(1, self.steps + 1), name, unit="step", mininterval=seldom) as bar:
-            for step in bar:
-                before_step(step)
-                before = train_step.stats
-                seconds, loss = self.step()
-                kind = _kind_of_step(before, train_step.stats)
-                self.seconds[kind].append(seconds)
-                speed = "" if math.isnan(rate := _rate(self.seconds[kind])) else f" {rate:.0f} steps/s"
-                bar.set_postfix_str(f"loss {loss:.3f}, {kind}{speed}", refresh=False)
-        self.took = time.perf_counter() - began
-
-    def step(self) -> tuple[float, float]:
-        """Run forward, backward and the optimizer step. Returns the duration in seconds and the loss."""
+    def step(self) -> float:
+        """Run forward, backward and the optimizer step. Return the duration in seconds."""
         inputs, targets = next(self.batches)
-        started = time.perf_counter()
-        loss, _ = train_step(self.model, inputs, targets, self.criterion)
+        began = time.perf_counter()
+        loss, _ = self.train_step(self.model, inputs, targets, self.criterion)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.schedule.step()
-        return time.perf_counter() - started, loss.item()
+        seconds = time.perf_counter() - began
+        self.losses.append(loss.item())
+        return seconds
 
-    def heat(self) -> float:
-        """Time a few more steps. Returns steps per second."""
-        return _rate([self.step()[0] for _ in range(WARM_UP + 15)])
+    def run(self, name: str, steps: int, before_step: Callable[[int], None] = lambda step: None) -> None:
+        """Train with a progress bar. Log lines appear above it."""
+        seldom = 0.1 if sys.stderr.isatty() else 10.0  # do not fill a file with progress bars
+        with logging_redirect_tqdm(), tqdm(range(1, steps + 1), name, unit="step", mininterval=seldom) as bar:
+            for step in bar:
+                before_step(step)
+                self.step()
+                bar.set_postfix_str(f"loss {self.losses[-1]:.3f}", refresh=False)
 
     @torch.no_grad()
     def accuracy(self) -> float:
@@ -182,20 +168,7 @@ class Training:
 
     def batches_seen(self) -> int:
         """Return BatchNorm's batch count, which exceeds the number of steps if part of a step ran twice."""
-        return max(
-            int(value) for name, value in self.model.state_dict().items() if name.endswith("num_batches_tracked")
-        )
-
-
-def _kind_of_step(before: CompileStats, after: CompileStats) -> StepKind:
-    if after.attempts > before.attempts:
-        return "attempt"
-    return "compiled" if after.compiled_calls > before.compiled_calls else "eager"
-
-
-def _rate(seconds: list[float]) -> float:
-    """Steps per second."""
-    return 1 / statistics.median(seconds[WARM_UP:]) if len(seconds) > WARM_UP else math.nan
+        return int(self.model.state_dict()["norm.num_batches_tracked"])
 
 
 # --- A compiler that is broken and can be repaired. -------------------------------------------------------------------
@@ -235,7 +208,7 @@ def real_compiler() -> str | None:
 
 
 @contextlib.contextmanager
-def environment(cache: Path, cxx: str | Path | None) -> Iterator[None]:
+def environment(cache: Path, cxx: Path | None) -> Iterator[None]:
     """Set torch's compiler and an empty cache directory. torch reads both at its first compile."""
     cache.mkdir()
     before = dict(os.environ)
@@ -252,44 +225,44 @@ def environment(cache: Path, cxx: str | Path | None) -> Iterator[None]:
         tempfile.tempdir = None
 
 
-# --- The same training without failures, in a separate process with its own cache. ------------------------------------
+# --- Speed, compared in turns. ----------------------------------------------------------------------------------------
+
+STEPS_PER_TURN = 10
 
 
-@dataclass(frozen=True)
-class Report:
-    accuracy: float
-    stats: CompileStats
+class Turn(NamedTuple):
+    """Steps per second of both trainings, measured in direct succession."""
+
+    eager: float
+    compiled: float
 
 
-@contextlib.contextmanager
-def another_process(steps: int, cache: Path, cxx: str) -> Iterator[Connection]:
-    """Start a process that trains and sends its report, then answers each message with `Training.heat()`."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=never_fail, args=(steps, theirs))
-    with environment(cache, cxx):
-        process.start()
-    theirs.close()  # so that we notice if the process ends
-    try:
-        yield ours
-    finally:
-        ours.close()  # ends the process, unless it is still training
-        process.join(timeout=5)
-        if process.pid is not None and process.is_alive():
-            os.kill(process.pid, signal.SIGINT)  # so that it stops the compilers it has started
-            process.join(timeout=30)
-        process.kill()
+def take_turns(turns: int, twin: Training, ours: Training) -> list[Turn]:
+    """Train on in turns: many and short ones, so that other load on the machine affects both alike."""
+
+    def speed(training: Training) -> float:
+        return 1 / statistics.median(training.step() for _ in range(STEPS_PER_TURN))
+
+    return [Turn(eager=speed(twin), compiled=speed(ours)) for _ in range(turns)]
 
 
-def never_fail(steps: int, connection: Connection) -> None:
-    """Train in that process."""
-    with contextlib.suppress(EOFError, KeyboardInterrupt), set_strict(True):
-        training = Training(steps)
-        training.run("never failed")
-        connection.send(Report(training.accuracy(), train_step.stats))
-        while True:
-            connection.recv()
-            connection.send(training.heat())
+class Median(NamedTuple):
+    """A median and its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def median(values: list[float]) -> Median:
+    """Return the median and its 95 % confidence interval, which assumes nothing about the distribution of the values.
+
+    The bounds are the values whose ranks are 0.98 sqrt(n) below and above the middle (Conover, "Practical Nonparametric
+    Statistics", section 3.2).
+    """
+    ranked = sorted(values)
+    rank = max(0, math.floor(len(ranked) / 2 - 0.98 * math.sqrt(len(ranked))))
+    return Median(statistics.median(ranked), low=ranked[rank], high=ranked[-1 - rank])
 
 
 # --- The demo. --------------------------------------------------------------------------------------------------------
@@ -298,76 +271,68 @@ def never_fail(steps: int, connection: Connection) -> None:
 class Plan(NamedTuple):
     steps: int
     repair_at: int
-    heats: int
+    turns: int
 
 
-WHOLE = Plan(steps=600, repair_at=100, heats=40)
-SMOKE = Plan(steps=150, repair_at=5, heats=5)
-
-
-class Heat(NamedTuple):
-    """Steps per second of both processes, measured in direct succession."""
-
-    never_failed: float
-    recovered: float
+WHOLE = Plan(steps=300, repair_at=100, turns=30)
+SMOKE = Plan(steps=60, repair_at=5, turns=12)
 
 
 def tell(plan: Plan, folder: Path, picture: Path) -> bool:
-    """Run the demo. Returns True if all checks pass."""
+    """Run the demo. Return True if all checks pass."""
+    torch.set_num_threads(1)  # with more threads than free cores they wait for each other, and timings vary
     real = real_compiler()
     compiler = None if real is None else Compiler(real, folder)
     with environment(folder / "cache", compiler.path if compiler else None):
-        training = train(plan, compiler)
-        accuracy, stats = training.accuracy(), train_step.stats
-        tell_books(training, stats, accuracy)
-        claims = {
-            "each step happened exactly once": training.batches_seen() == stats.calls == plan.steps,
-            "attempts failed, and training continued eagerly": stats.failures > 0 and stats.eager_calls > 0,
-        }
-        if real is None:
-            tell_nothing_compiled(stats)
-            claims["nothing was compiled"] = stats.eager_calls == plan.steps
-        else:
-            report, heats = compare(plan, training, folder / "healthy-cache", real)
-            tell_comparison(heats, accuracy, report.accuracy)
-            recovered = train_step.state is CompileState.COMPILED and stats.recoveries == 1
-            claims["it recovered without help, and has run compiled code since"] = recovered
-            claims["the other run never failed"] = report.stats.compiled_calls == plan.steps
-            claims["both reach the same test accuracy, within noise"] = within_noise(accuracy, report.accuracy)
-    draw(picture, training.took)
-    return verdict(claims)
+        twin, ours = train(plan, compiler)
+        if compiler is not None:
+            tell_speed(take_turns(plan.turns, twin, ours))
+    tell_results(twin, ours)
+    tell_books()
+    draw(picture)
+    return verdict(claims(twin, ours, has_compiler=compiler is not None))
 
 
-def train(plan: Plan, compiler: Compiler | None) -> Training:
-    """Run the training that starts with a broken compiler."""
-    training = Training(plan.steps)
+def train(plan: Plan, compiler: Compiler | None) -> tuple[Training, Training]:
+    """Train the twin eagerly, then do the same training with a compiler that is broken at first."""
+    say(f">>> {plan.steps} steps, eagerly: what the results should be\n")
+    twin = Training(train_step.eager)
+    twin.run("eager twin", plan.steps)
 
     def before_step(step: int) -> None:
         if compiler is not None and step == plan.repair_at:
             compiler.repair()
             say(f">>> step {step}: compiler repaired; train_step is not notified, next attempt {train_step.next_retry}")
 
-    say(f">>> {plan.steps} steps, {'the C++ compiler is broken' if compiler else 'there is no C++ compiler'}")
-    training.run("training", before_step)
-    return training
+    broken = "the C++ compiler is broken" if compiler else "there is no C++ compiler"
+    say(f"\n>>> the same {plan.steps} steps, decorated with @compile_with_fallback; {broken}\n")
+    ours = Training(train_step)
+    ours.run("training", plan.steps, before_step)
+    return twin, ours
 
 
-def compare(plan: Plan, ours: Training, cache: Path, cxx: str) -> tuple[Report, list[Heat]]:
-    """Repeat the training without failures. Then time more steps of both processes, in turns."""
-    say("\n>>> the same training in another process, with a compiler that was never broken")
-    with another_process(plan.steps, cache, cxx) as other:
-        report: Report = other.recv()
-        heats = []
-        for _ in range(plan.heats):  # many and short, so that other load on the machine affects both alike
-            other.send("go")
-            heats.append(Heat(never_failed=other.recv(), recovered=ours.heat()))
-    return report, heats
+def claims(twin: Training, ours: Training, *, has_compiler: bool) -> dict[str, bool]:
+    """Return the checks, and for each of them if it is true."""
+    stats, steps = train_step.stats, len(ours.losses)
+    # The first compiled step ends the eager ones, because all its calls have the same shapes.
+    pairs = list(zip(twin.losses, ours.losses, strict=True))
+    found = {
+        "each step happened exactly once": ours.batches_seen() == stats.calls == steps,
+        "attempts failed, and training continued eagerly": stats.failures > 0 and stats.eager_calls > 0,
+        "up to the recovery, each loss is the eager twin's": all(a == b for a, b in pairs[: stats.eager_calls]),
+    }
+    if not has_compiler:
+        found["nothing was compiled"] = stats.eager_calls == steps
+        return found
+    recovered = train_step.state is CompileState.COMPILED and stats.recoveries == 1
+    found["it recovered without help, and has run compiled code since"] = recovered
+    found["after it, each loss is the twin's within 0.1 %"] = all(math.isclose(a, b, rel_tol=1e-3) for a, b in pairs)
+    return found
 
 
-def draw(path: Path, seconds: float) -> None:
-    """Save a plot of the training, without the heats after it, and one for dark pages."""
-    # Imported after the heats, because importing it slows the same steps down by a fifth. Not pyplot, because there may
-    # be no display.
+def draw(path: Path) -> None:
+    """Save a plot of the train step's calls, and one for dark pages."""
+    # Imported only when the speeds are measured, so that it cannot affect them. Not pyplot: there may be no display.
     from matplotlib.figure import Figure
     from matplotlib.style import context
 
@@ -375,15 +340,9 @@ def draw(path: Path, seconds: float) -> None:
     for style, place in (("default", path), ("dark_background", path.with_stem(f"{path.stem}-dark"))):
         with context(style):
             figure = Figure(figsize=(9, 3.8), layout="constrained")
-            plot_timeline(train_step, figure.subplots()).set_xlim(right=1.03 * seconds)
+            plot_timeline(train_step, figure.subplots())
             figure.savefig(place, dpi=110)
-    say(f"\n>>> plot of the training: {path}, and beside it one for dark pages")
-
-
-def within_noise(a: float, b: float) -> bool:
-    """Return True if two shares of the test images differ by at most three standard errors."""
-    p = (a + b) / 2
-    return abs(a - b) <= 3 * math.sqrt(2 * p * (1 - p) / TEST_IMAGES)
+    say(f"\n>>> plot of the calls: {path}, and beside it one for dark pages")
 
 
 # --- Output. ----------------------------------------------------------------------------------------------------------
@@ -393,31 +352,29 @@ def say(text: str = "") -> None:
     tqdm.write(text, file=sys.stdout)
 
 
-def tell_books(training: Training, stats: CompileStats, accuracy: float) -> None:
+def tell_books() -> None:
     say("\n>>> statistics: train_step.stats\n")
-    for name, value in stats.as_dict().items():
+    for name, value in train_step.stats.as_dict().items():
         say(f"    {name:<18} {value:>8}" if isinstance(value, int) else f"    {name:<18} {value:>8.2f}")
-    say("\n>>> timings\n")
-    for kind in ("eager", "compiled"):
-        if seconds := training.seconds[kind]:
-            say(f"    {len(seconds):>4} steps {kind}, {_rate(seconds):.1f} steps/s")
-    attempts = training.seconds["attempt"]
-    say(f"    {len(attempts):>4} steps that ran the compiler, {sum(attempts):.1f} s in total")
-    say(f"\n    test accuracy {accuracy:.1%}")
 
 
-def tell_nothing_compiled(stats: CompileStats) -> None:
-    say("\n>>> This machine has no C++ compiler, so nothing was compiled and nothing could recover.")
-    say(f">>> The whole training ran eagerly; {stats.failures} attempts failed. There is nothing to compare.")
+def tell_speed(turns: list[Turn]) -> None:
+    ratio = median([turn.compiled / turn.eager for turn in turns])
+    say(f"\n>>> speed: {len(turns)} turns of {STEPS_PER_TURN} eager and {STEPS_PER_TURN} compiled steps\n")
+    say(f"    eager     {statistics.median(turn.eager for turn in turns):>8.1f} steps/s")
+    say(f"    compiled  {statistics.median(turn.compiled for turn in turns):>8.1f} steps/s")
+    say(f"    ratio     {ratio.value:>8.2f} (95 % confidence: {ratio.low:.2f} to {ratio.high:.2f})\n")
+    if ratio.low <= 1 <= ratio.high:
+        say("    This machine was too busy to tell which of them is faster.")
+    else:
+        say(f"    On this machine, a compiled step is {'faster' if ratio.low > 1 else 'slower'} than an eager one.")
 
 
-def tell_comparison(heats: list[Heat], recovered: float, never_failed: float) -> None:
-    say(f"\n>>> side by side: {len(heats)} heats of compiled steps\n")
-    say(f"    {'':<16} {'recovered':>12} {'never failed':>12} {'ratio':>8}")
-    for name, choose in (("median", statistics.median), ("fastest", max)):
-        ours, theirs = choose(heat.recovered for heat in heats), choose(heat.never_failed for heat in heats)
-        say(f"    {name + ' steps/s':<16} {ours:>12.1f} {theirs:>12.1f} {ours / theirs:>8.2f}")
-    say(f"    {'test accuracy':<16} {recovered:>12.1%} {never_failed:>12.1%}")
+def tell_results(twin: Training, ours: Training) -> None:
+    say(f"\n>>> results after {len(ours.losses)} steps\n")
+    say(f"    {'':<16} {'eager twin':>12} {'train_step':>12}")
+    say(f"    {'last loss':<16} {twin.losses[-1]:>12.6f} {ours.losses[-1]:>12.6f}")
+    say(f"    {'test accuracy':<16} {twin.accuracy():>12.1%} {ours.accuracy():>12.1%}")
 
 
 def verdict(claims: dict[str, bool]) -> bool:
@@ -441,9 +398,6 @@ def main() -> int:
             tempfile.TemporaryDirectory(prefix="compile-retry-demo-", ignore_cleanup_errors=True) as folder,
         ):
             return 0 if tell(plan, Path(folder), arguments.plot.absolute()) else 1
-    except EOFError:
-        say("\n>>> the other process ended early: see above")
-        return 1
     except KeyboardInterrupt:
         say("\n>>> interrupted")
         return 130

@@ -199,6 +199,7 @@ class CompiledFunction(Generic[P, R]):
         ):
             return self._watched(number, tally, args, kwargs)
         tally.compiled = tally.eager = 0
+        tally.first_attempt = None
         try:
             tally.call, tally.record = number, self._record
             try:  # passing an empty dictionary would take 0.05 us
@@ -206,7 +207,7 @@ class CompiledFunction(Generic[P, R]):
             except BaseException as exc:
                 self._finish(tally, probing=False, raised=exc)
                 raise
-            if tally.compiled and not (tally.eager or tally.at_end):
+            if tally.compiled and not (tally.eager or tally.at_end) and tally.first_attempt is None:
                 next(self._compiled_calls)
             else:
                 self._finish(tally, probing=False)
@@ -218,12 +219,13 @@ class CompiledFunction(Generic[P, R]):
         """Make a call that may attempt, that is timed, or that runs within another call of the function."""
         probe: Probe | None = None
         turn: Turn | None = None
-        began: tuple[float, int] | None = None
+        began: float | None = None
         outer = tally.call, tally.compiled, tally.eager, tally.given_up
-        outer_record, left_open = tally.record, (tally.doubt, tally.at_end)
+        outer_record, left_open, outer_attempt = tally.record, (tally.doubt, tally.at_end), tally.first_attempt
         try:
             tally.call, tally.compiled, tally.eager, tally.given_up = number, 0, 0, 0
             tally.doubt, tally.at_end, tally.models, tally.record = None, [], [], self._record
+            tally.first_attempt = None
             episode = self._breaker.episode
             is_timed = number >= self._history.next_call
             straight = self._admission.eager_together
@@ -236,7 +238,7 @@ class CompiledFunction(Generic[P, R]):
             else:
                 turn = self._retuning.begin(tally, number)
             if is_timed:
-                began = self._clock(), tally.attempts
+                began = self._clock()
             try:
                 result = self._choose(tally, straight=straight)(*args, **kwargs)
             except BaseException as exc:
@@ -252,6 +254,8 @@ class CompiledFunction(Generic[P, R]):
             if tally.call:  # the outer call has run these graphs too
                 tally.compiled, tally.eager = tally.compiled + compiled, tally.eager + eager
                 tally.given_up += given_up
+                if outer_attempt is not None:
+                    tally.first_attempt = outer_attempt
         if episode is not None:
             self._admission.hold_off(episode, number, self._history.next_call)
         return result
@@ -269,7 +273,7 @@ class CompiledFunction(Generic[P, R]):
         *,
         probing: bool,
         raised: BaseException | None = None,
-        began: tuple[float, int] | None = None,
+        began: float | None = None,
     ) -> None:
         """Count a call that is over, and settle its failure.
 
@@ -277,7 +281,7 @@ class CompiledFunction(Generic[P, R]):
             tally: This thread's tally.
             probing: Whether the call was the episode's probe.
             raised: The exception that the call raised, if any.
-            began: For a timed call, the clock when it began and the number of attempts that its thread had made before.
+            began: For a timed call, the policy's clock when it began. Others are timed from their first attempt.
 
         Raises:
             BaseException: The device's own error, if the accelerator's context is gone and the call raised a wrapper.
@@ -296,9 +300,10 @@ class CompiledFunction(Generic[P, R]):
                 self._outcomes.lost_device(lost, tally)
             if probing:
                 self._outcomes.probe_ended(tally, clean=clean)
+            attempted = tally.first_attempt is not None
+            began = tally.first_attempt if began is None else began
             if began is not None:
-                then, attempts = began
-                self._journal.took(self._record, tally.call, path, then, attempted=tally.attempts != attempts)
+                self._journal.took(self._record, tally.call, path, began, attempted=attempted)
             self._journal.tell()
         if lost is not None and lost is not raised and is_from_compiler(raised):
             raise lost from None

@@ -23,6 +23,8 @@ _OFF = "compile_retry is switched off: decorated functions are stock torch.compi
 _HEADINGS = (
     "function",
     "state",
+    # Beside the state, because "in 9 calls" next to a number, or to seconds, would look like a part of it.
+    "next attempt",
     "calls",
     "compiled",
     "mixed",
@@ -31,7 +33,6 @@ _HEADINGS = (
     "failed",
     "recovered",
     "compiling",
-    "next attempt",
 )
 _TEXT_COLUMNS = frozenset({"function", "state", "next attempt"})  # the others are numbers
 # Dropped in a narrow terminal, because rich would squeeze all columns.
@@ -131,12 +132,11 @@ class GroupReport:
     def rows(self) -> Iterator[tuple[str, ...]]:
         """Yield the cells of the table row, one for each heading, and then those of each function if there are more."""
         next_retry = self.functions[0].next_retry
-        # "due", because "in 9 calls" right after the seconds spent compiling would look like a part of them.
-        yield self.name, self.state.value, *_counters(self.stats), f"due {next_retry}" if next_retry else ""
+        yield self.name, self.state.value, f"due {next_retry}" if next_retry else "", *_counters(self.stats)
         if len(self.functions) > 1:
             for number, function in enumerate(self.functions, 1):
                 # The state and the next attempt are those of all, and not repeated.
-                yield f"  {function.fqn or f'#{number}'}", "", *_counters(function.stats), ""
+                yield f"  {function.fqn or f'#{number}'}", "", "", *_counters(function.stats)
 
 
 def _counters(s: CompileStats) -> tuple[str, ...]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from operator import attrgetter
+from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ._decorator import compiled_function
-from ._function import CompiledFunction, title_of
+from ._function import CompiledFunction
 from ._record.history import CallPath, Sample
-from .events import AttemptFailed, Compiled, Event, GaveUp, Recovered
+from .events import AttemptFailed, Event, GaveUp, Recovered, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,18 +36,22 @@ _MARKS: dict[type[Event], _Style] = {
     Recovered: _Style("*", "#009E73"),
     GaveUp: _Style("X", "#CC79A7"),
 }
-_ATTEMPT_COLOUR = "#BBBBBB"
-# The scale is logarithmic if the slowest call takes at least this many times as long as the fastest.
+# A scale is logarithmic if the slowest call takes at least this many times as long as the fastest, or if half of the
+# calls with an attempt would share less than the first of this many parts of the horizontal axis.
 _SPAN = 20
 
 
 def plot_timeline(fn: CompiledFunction[..., Any] | torch.nn.Module, ax: Axes | None = None) -> Axes:
-    """Plot the durations of a function's calls over time, with attempts, failures and recoveries.
+    """Plot the durations of a function's calls, in order, with attempts, failures and recoveries.
 
-    Each point is a call, plotted at its end, in seconds since the first recorded call, by the policy's clock. Its
-    colour and shape show if the call ran compiled code, eagerly, or both. A call with an attempt is hollow. Grey bands
-    are attempts. Marks on the upper edge are failures, recoveries and giving up. Of a long run, about 500 calls are
-    shown, spread over all of it.
+    Each point is a call, plotted at its number, which is that in log lines. Its colour and shape show if the call ran
+    compiled code, eagerly, or both. A call with an attempt is hollow. Marks on the upper edge are failures, recoveries
+    and giving up. The scale of the calls is logarithmic if most attempts came early; ``ax.set_xscale("linear")``
+    changes that.
+
+    Of a long run, about 500 calls are shown, spread over all of it. Among them is every call with an attempt, if there
+    are at most 256. Functions that share their compiled code are shown together, as in :func:`~compile_retry.report`,
+    because they fail and recover together.
 
     Args:
         fn: A :class:`~compile_retry.CompiledFunction`, or a module that was compiled in place.
@@ -60,19 +66,22 @@ def plot_timeline(fn: CompiledFunction[..., Any] | torch.nn.Module, ax: Axes | N
         ValueError: Nothing has been recorded yet.
     """
     function = compiled_function(fn)
-    history = function._record.history
-    samples, events = history.samples, tuple(history.events)
+    records = function._group.journal.records.alive()
+    fqns = tuple(dict.fromkeys(record.fqn for record in records if record.fqn))
+    name = title(function.name, len(records), fqns)
+    samples = sorted((sample for record in records for sample in record.history.samples), key=attrgetter("call"))
+    # A set, because each record has the marks of all functions since its own was decorated.
+    marks = {mark for record in records for mark in tuple(record.history.marks)}
     if not samples:
-        raise ValueError(f"nothing to plot yet: {title_of(function)} has not been called, or no call has returned")
-    start = min([sample.time - sample.seconds for sample in samples])
+        raise ValueError(f"nothing to plot yet: {name} has not been called, or no call has returned")
     if ax is None:
         ax = _new_axes()
-    _draw_attempts(ax, [(event.time - start, event) for event in events])
     for path in _PATHS:
-        _draw_calls(ax, path, [sample for sample in samples if sample.path == path], start)
+        _draw_calls(ax, path, [sample for sample in samples if sample.path == path])
     for kind in _MARKS:
-        _draw_marks(ax, kind, [event.time - start for event in events if isinstance(event, kind)])
-    _label(ax, title_of(function), [sample.seconds for sample in samples])
+        _draw_marks(ax, kind, sorted(mark.call for mark in marks if mark.kind is kind))
+    _scale(ax, samples)
+    _label(ax, name)
     return ax
 
 
@@ -84,13 +93,13 @@ def _new_axes() -> Axes:
     return plt.subplots(figsize=(8, 4), layout="constrained")[1]
 
 
-def _draw_calls(ax: Axes, path: CallPath, samples: Sequence[Sample], start: float) -> None:
+def _draw_calls(ax: Axes, path: CallPath, samples: Sequence[Sample]) -> None:
     marker, colour = _PATHS[path]
     for attempted in (False, True):
         chosen = [sample for sample in samples if sample.attempted == attempted]
         if chosen:
             ax.scatter(
-                [sample.time - start for sample in chosen],
+                [sample.call for sample in chosen],
                 [sample.seconds for sample in chosen],
                 s=30 if attempted else 12,
                 marker=marker,
@@ -98,51 +107,44 @@ def _draw_calls(ax: Axes, path: CallPath, samples: Sequence[Sample], start: floa
                 edgecolors=colour,
                 linewidths=1.2 if attempted else 0,
                 label=f"{path}, with an attempt" if attempted else path,
-                zorder=3,
+                zorder=4 if attempted else 3,  # never hidden behind calls without
             )
 
 
-def _draw_attempts(ax: Axes, events: Iterable[tuple[float, Event]]) -> None:
-    """Draw a grey band from the beginning to the end of each attempt."""
-    ended = [(time, event.seconds) for time, event in events if isinstance(event, AttemptFailed | Compiled)]
-    if ended:
-        ax.broken_barh(
-            [(time - seconds, seconds) for time, seconds in ended],
-            (0, 1),
-            transform=ax.get_xaxis_transform(),
-            facecolors=_ATTEMPT_COLOUR,
-            edgecolors=_ATTEMPT_COLOUR,  # so that a short attempt is still visible
-            linewidth=0.8,
-            alpha=0.4,
-            label="attempt",
-            zorder=1,
-        )
-
-
-def _draw_marks(ax: Axes, kind: type[Event], times: Sequence[float]) -> None:
+def _draw_marks(ax: Axes, kind: type[Event], calls: Sequence[int]) -> None:
     """Draw marks at the upper edge, above all calls."""
-    if times:
+    if calls:
         marker, colour = _MARKS[kind]
         ax.scatter(
-            times,
-            [1.0] * len(times),
+            calls,
+            [1.0] * len(calls),
             s=110 if marker == "*" else 45,
             marker=marker,
             color=colour or ax.title.get_color(),
             transform=ax.get_xaxis_transform(),
             clip_on=False,
             label="failure" if kind is AttemptFailed else kind.kind.replace("recovered", "recovery"),
-            zorder=4,
+            zorder=5,
         )
 
 
-def _label(ax: Axes, name: str, seconds: Sequence[float]) -> None:
+def _scale(ax: Axes, samples: Sequence[Sample]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    seconds, attempted = [sample.seconds for sample in samples], [sample.call for sample in samples if sample.attempted]
     if 0 < min(seconds) * _SPAN <= max(seconds):
         ax.set_yscale("log")
     else:
         ax.set_ylim(bottom=0)
+    if len(attempted) > 1 and median(attempted) * _SPAN <= samples[-1].call:
+        ax.set_xscale("log")
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _label(ax: Axes, name: str) -> None:
     ax.set_title(name, loc="left", pad=12)
-    ax.set_xlabel("seconds since the first call")
+    ax.set_xlabel("call")
     ax.set_ylabel("seconds per call")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)

@@ -35,7 +35,7 @@ def test_a_short_run_is_kept_whole() -> None:
         fn(X)
         clock.advance(1)
     drawn: Any = plot_timeline(fn, Figure().subplots()).collections
-    assert sum(len(points.get_offsets()) for points in drawn if points.get_label() != "attempt") == 100
+    assert sum(len(points.get_offsets()) for points in drawn) == 100
 
 
 def test_a_long_run_is_kept_from_end_to_end() -> None:
@@ -61,20 +61,50 @@ def test_a_rare_kind_outlives_a_frequent_one() -> None:
     assert any(sample.path == "eager" for sample in history.samples)
 
 
+def test_attempts_outlive_a_long_run() -> None:
+    """All calls with an attempt are kept if there are at most 256; of more, those that are spread over the run."""
+    for attempts in (256, 1000):
+        clock = FakeClock()
+        history = History(clock)
+        for _ in range(attempts):
+            clock.advance(1)
+            call = history.samples[-1].call + 1 if history.samples else 1
+            history.add(Sample(clock(), call, "eager", 1.0, attempted=True))
+            run(clock, history, hours=0.01, seconds=0.01)
+        times = [sample.time for sample in history.samples if sample.attempted]
+        assert len(history.samples) <= 512
+        assert len(times) == 256 if attempts == 256 else 100 < len(times) < 300
+        assert times[0] < 0.05 * clock()
+        assert times[-1] > 0.95 * clock()
+        assert abs(bisect.bisect(times, 0.5 * clock()) / len(times) - 0.5) < 0.2
+
+
+def test_attempts_in_quick_succession_late_in_a_long_run() -> None:
+    """They are all kept, although other calls are kept at long intervals by then."""
+    clock = FakeClock()
+    history = History(clock)
+    run(clock, history, hours=10, seconds=1.0)
+    for _ in range(50):
+        clock.advance(1)
+        history.add(Sample(clock(), history.samples[-1].call + 1, "eager", 1.0, attempted=True))
+    assert sum(sample.attempted for sample in history.samples) == 50
+
+
 def test_what_is_kept_is_bounded() -> None:
-    """Samples and events are bounded, however many there are, even if the clock stands still."""
+    """Samples and marks are bounded, however many there are, even if the clock stands still."""
     clock = FakeClock()
     fn: Any = compile_with_fallback(
         lambda x: x.sin(), backend="eager", policy=RetryPolicy(wait=None, wait_calls=1, clock=clock), name="f"
     )
-    with fail_compiles(full_disk(), times=70):
-        for _ in range(600):
+    with fail_compiles(full_disk(), times=600):
+        for _ in range(1200):
             fn(X)
             clock.advance(5)
     collections: Any = plot_timeline(fn, Figure().subplots()).collections
     drawn = {points.get_label(): len(points.get_offsets()) for points in collections}
-    failures = drawn.pop("failure")
-    assert 0 < failures <= 64 < fn.stats.failures
+    failures, recoveries = drawn.pop("failure"), drawn.pop("recovery")
+    assert (failures, recoveries) == (511, 1)
+    assert fn.stats.failures == 600
     assert 100 < sum(drawn.values()) <= 512 < fn.stats.calls
     still = History(clock)
     for call in range(1, 3000):

@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
 from tenacity import stop_after_attempt
 
-from compile_retry import RetryPolicy, compile_with_fallback
+from compile_retry import RetryPolicy, compile_repeated_blocks, compile_with_fallback
 from compile_retry.plotting import plot_timeline
 from compile_retry.testing import FakeClock, fail_compiles
 from support import Compiler, dynamo_fails_in, full_disk
@@ -59,23 +59,28 @@ def marks(ax: Any, label: str) -> int:
     return len(series(ax)[label].get_offsets())
 
 
+def calls(ax: Any, label: str) -> list[int]:
+    """Return the calls at which there are points with this label."""
+    return [int(call) for call, _ in series(ax)[label].get_offsets()]
+
+
 def test_an_episode() -> None:
     """The plot shows calls by path, attempts, failures and the recovery, each with a legend entry."""
     ax = plot_timeline(recovered())
-    assert (ax.get_title(loc="left"), ax.get_xlabel()) == ("train_step", "seconds since the first call")
+    assert (ax.get_title(loc="left"), ax.get_xlabel()) == ("train_step", "call")
     assert ax.get_ylabel() == "seconds per call"
     legend = ax.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == list(series(ax))
     assert list(series(ax)) == [
-        *["attempt", "compiled", "compiled, with an attempt"],
+        *["compiled", "compiled, with an attempt"],
         *["eager", "eager, with an attempt", "failure", "recovery"],
     ]
-    assert len(series(ax)["attempt"].get_paths()) == 3
     assert (marks(ax, "failure"), marks(ax, "recovery")) == (2, 1)
     assert (marks(ax, "eager, with an attempt"), marks(ax, "compiled, with an attempt")) == (2, 1)
-    first = series(ax)["eager, with an attempt"].get_offsets()[0]
-    assert first.tolist() == pytest.approx([0.1, 0.1])  # not 1000 s, the clock's start
+    assert calls(ax, "eager, with an attempt") == [1, 3]
+    assert series(ax)["eager, with an attempt"].get_offsets()[0].tolist() == pytest.approx([1, 0.1])  # call and seconds
+    assert calls(ax, "compiled, with an attempt") == calls(ax, "recovery") == [5]
 
 
 def test_paths_differ_without_colours() -> None:
@@ -91,6 +96,150 @@ def test_paths_differ_without_colours() -> None:
 def test_scale(slow: float, scale: str) -> None:
     """The scale is logarithmic only if the durations differ widely."""
     assert plot_timeline(recovered(slow)).get_yscale() == scale
+
+
+def shapes(*sizes: int, between: int) -> Any:
+    """Return a function that was called with each size, and after each of them so often with the first one."""
+    clock = FakeClock()
+    policy = RetryPolicy(wait=1, clock=clock)
+    fn: Any = compile_with_fallback(lambda x: x.sin(), backend="eager", dynamic=False, policy=policy)
+    for size in sizes:
+        fn(torch.ones(size))
+        for _ in range(between):
+            fn(torch.ones(sizes[0]))
+            clock.advance(1e-4)
+    return fn
+
+
+def test_a_run_of_ten_calls() -> None:
+    """Each call has a place of its own, although one of them takes nearly all of the time."""
+    clock = FakeClock()
+
+    def compiler(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        clock.advance(60)
+        return graph_module.forward
+
+    fn = compile_with_fallback(lambda x: x.sin(), backend=compiler, policy=RetryPolicy(wait=1, clock=clock))
+    for _ in range(10):
+        clock.advance(1e-3)
+        fn(X)
+    ax = plot_timeline(fn)
+    assert calls(ax, "compiled, with an attempt") == [1]
+    assert calls(ax, "compiled") == [*range(2, 11)]
+    assert ax.get_xscale() == "linear"
+
+
+def test_attempts_in_a_long_run() -> None:
+    """Each call that compiled for a new shape is shown, however few of the fast calls around it are timed."""
+    ax = plot_timeline(shapes(*range(2, 8), between=1000))
+    assert calls(ax, "compiled, with an attempt") == [1 + 1001 * k for k in range(6)]
+    assert marks(ax, "compiled") < 1000
+    assert ax.get_xscale() == "linear"
+
+
+def test_attempts_at_the_beginning_of_a_long_run() -> None:
+    """If most attempts came early, the calls have a logarithmic scale, so that these attempts do not coincide."""
+    fn = shapes(2, 3, 4, between=1)
+    for _ in range(1000):
+        fn(torch.ones(2))
+    ax = plot_timeline(fn)
+    assert calls(ax, "compiled, with an attempt") == [1, 3, 5]
+    assert ax.get_xscale() == "log"
+
+
+def test_attempts_in_calls_that_raise() -> None:
+    """A call that compiled and then raised is shown too."""
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        y = x.sin()
+        torch._dynamo.graph_break()
+        if len(x) == 5:
+            raise ValueError("of the program")
+        return y
+
+    fn = compile_with_fallback(step, backend="eager", dynamic=False)
+    for _ in range(1000):
+        fn(X)
+    with pytest.raises(ValueError, match="of the program"):
+        fn(torch.ones(5))
+    assert calls(plot_timeline(fn), "compiled, with an attempt") == [1, 1001]
+
+
+def test_attempts_that_fail_before_the_compiler_runs() -> None:
+    """A failure inside Dynamo is an attempt, too."""
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return x.sin()
+
+    fn = compile_with_fallback(step, backend="eager", policy=RetryPolicy(wait=None, wait_calls=3))
+    with dynamo_fails_in("step", MemoryError(), times=2):
+        for _ in range(10):
+            fn(X)
+    ax = plot_timeline(fn)
+    assert calls(ax, "eager, with an attempt") == calls(ax, "failure") == [1, 4]
+    assert calls(ax, "compiled, with an attempt") == [7]
+
+
+def test_attempts_in_nested_calls() -> None:
+    """A call held an attempt if it compiled, or a call within it, and only then."""
+    within: list[torch.Tensor] = []
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no annotations here
+    def nested() -> None:
+        if within:
+            fn(within.pop())
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        y = x.sin().sum()
+        nested()
+        return y + 1
+
+    fn: Any = compile_with_fallback(step, backend="eager", dynamic=False)
+    for size, size_within in ((3, None), (3, None), (3, 4), (3, 4), (5, 4), (5, 4)):
+        within[:] = [torch.ones(size_within)] if size_within else []
+        fn(torch.ones(size))
+    # In turn: calls 1, 2, 3 with 4 in it, 5 with 6, 7 with 8, 9 with 10.
+    ax = plot_timeline(fn)
+    assert calls(ax, "compiled, with an attempt") == [1, 3, 4, 7]
+    assert calls(ax, "compiled") == [2, 5, 6, 8, 9, 10]
+
+
+def test_many_failures() -> None:
+    """Each of a hundred failures is shown, as a mark and as a call with an attempt."""
+    fn = compile_with_fallback(torch.sin, backend="eager", policy=RetryPolicy(wait=None, wait_calls=2), name="f")
+    with fail_compiles(full_disk(), times=100):
+        for _ in range(400):
+            fn(X)
+    ax = plot_timeline(fn)
+    assert calls(ax, "failure") == [*range(1, 200, 2)]
+    assert sorted(calls(ax, "eager, with an attempt")) == calls(ax, "failure")
+    assert calls(ax, "compiled, with an attempt") == calls(ax, "recovery") == [201]
+
+
+def test_functions_that_share() -> None:
+    """Twenty equal blocks have one plot, whichever of them is asked for, because one attempt is for all of them."""
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(torch.nn.TransformerEncoderLayer(4, 2, 4) for _ in range(20))
+    policy = RetryPolicy(wait=None, wait_calls=25)
+    compile_repeated_blocks(model, backend="eager", policy=policy, name="PlottedBlock")
+    with fail_compiles(full_disk(), times=1):
+        for _ in range(3):
+            x = torch.ones(2, 4)
+            for layer in model.layers:
+                x = layer(x)
+    for ax in (plot_timeline(model.layers[0]), plot_timeline(model.layers[7])):
+        assert ax.get_title(loc="left") == "PlottedBlock x20 (layers.0 ... layers.19)"
+        assert calls(ax, "failure") == calls(ax, "eager, with an attempt") == [1]
+        # The first block's input has no gradient, so it is compiled on its own, and in its own turn.
+        assert calls(ax, "compiled, with an attempt") == [26, *calls(ax, "recovery")] == [26, 41]
+        assert {*range(2, 11)} <= {*calls(ax, "eager")}
+
+
+def test_failures_show_on_a_dark_background() -> None:
+    """Their marks have the colour of the text."""
+    with plt.style.context("dark_background"):
+        ax = plot_timeline(recovered())
+    assert to_hex(series(ax)["failure"].get_facecolor()[0]) == "#ffffff"
 
 
 def test_giving_up() -> None:

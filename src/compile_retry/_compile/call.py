@@ -163,12 +163,12 @@ class Tally:
         "_probe",
         "_turn",
         "at_end",
-        "attempts",
         "call",
         "compiled",
         "conversion",
         "doubt",
         "eager",
+        "first_attempt",
         "given_up",
         "models",
         "record",
@@ -180,7 +180,7 @@ class Tally:
         self.compiled = 0  # graphs that ran compiled
         self.eager = 0  # graphs and frames that ran eagerly
         self.given_up = 0  # given-up frames among them; only counted in `CompiledFunction._watched`
-        self.attempts = 0  # of all this thread's calls
+        self.first_attempt: float | None = None  # the policy's clock when the call's first attempt began
         self._probe: weakref.ref[Probe] | None = None
         self.conversion: Conversion | None = None
         self._turn: weakref.ref[Turn] | None = None
@@ -207,6 +207,11 @@ class Tally:
     @turn.setter
     def turn(self, turn: Turn | None) -> None:
         self._turn = weakref.ref(turn) if turn is not None else None
+
+    def attempted(self, conversion: Conversion) -> None:
+        """Record that the call makes an attempt."""
+        if self.first_attempt is None:
+            self.first_attempt = conversion.began
 
     @property
     def graphs_before(self) -> int:

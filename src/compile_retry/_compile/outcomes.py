@@ -74,7 +74,7 @@ class Outcomes:
 
     def compiler_runs(self, tally: Tally, conversion: Conversion) -> AbstractContextManager[None]:
         """Record that the compiler is about to run. Run it inside the returned context."""
-        tally.attempts += 1
+        tally.attempted(conversion)
         conversion.graph, conversion.stage = tally.graphs_before + 1, "backend"
         return self._journal.attempt_started(tally.call, conversion.graph)
 
@@ -163,8 +163,7 @@ class Outcomes:
             tally: This thread's tally.
             can_be_retried: Whether another attempt is possible at all.
         """
-        if conversion.stage == "trace":  # the compiler did not run
-            tally.attempts += 1
+        tally.attempted(conversion)  # unless it has: the compiler may not have run
         tally.doubt = self._doubt(exc, conversion, can_be_retried=can_be_retried)
         self._breaker.doubt(tally.doubt)
 

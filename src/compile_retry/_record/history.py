@@ -1,6 +1,6 @@
 """The bounded history of a function: its events, and the durations of some of its calls. It is always on.
 
-Only some calls are timed: enough to plot the whole run, and the next call after each event.
+Only some calls are timed: enough to plot the whole run, the next call after each event, and each call that attempts.
 """
 
 from __future__ import annotations
@@ -11,15 +11,20 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
 from compile_retry._locks import Lock
-from compile_retry.events import Event
+from compile_retry.events import AttemptFailed, Event, GaveUp, Recovered
 
 CallPath: TypeAlias = Literal["compiled", "mixed", "eager"]
 
 # At this number of samples, every second one is dropped, and the interval between kept samples doubles.
 _MAX_SAMPLES = 512
+# Calls with an attempt are not dropped while they are at most so many of these samples.
+_MAX_ATTEMPTED = _MAX_SAMPLES // 2
 _MAX_EVENTS = 64
+_MAX_MARKS = 512
 # Initial interval between samples, in seconds.
 _INTERVAL = 0.1
+# The first calls are all timed: they are a short run as a whole, and the beginning of every other.
+_FIRST_CALLS = 10
 # At least one call in this many is timed, however fast the calls are, to notice at once if they become slow. Not every
 # timed call is kept.
 _MAX_STRIDE = 4096
@@ -32,7 +37,7 @@ class Sample(NamedTuple):
         time: The policy's clock when the call ended.
         call: The call's number.
         path: The code that ran: compiled, eager or both.
-        seconds: The call's duration.
+        seconds: The call's duration; from its first attempt if nobody knew before that there would be one.
         attempted: Whether the call made an attempt.
     """
 
@@ -43,6 +48,19 @@ class Sample(NamedTuple):
     attempted: bool
 
 
+class Mark(NamedTuple):
+    """A failure, a recovery or giving up: what is left of the event when others have displaced it.
+
+    Attributes:
+        call: The number of the call.
+        kind: The event's class.
+    """
+
+    call: int
+    kind: type[Event]
+
+
+_MARKED = AttemptFailed, Recovered, GaveUp
 _PATHS: tuple[CallPath, ...] = ("compiled", "mixed", "eager")
 
 
@@ -67,13 +85,13 @@ class _Samples:
         self._put(self.length, sample)
         self.length += 1
 
-    def thin_out(self) -> None:
-        """Drop every second sample of each kind."""
+    def thin_out(self, *, attempted: bool) -> None:
+        """Drop every second sample of each kind; of those with an attempt only if `attempted`."""
         seen: Counter[int] = Counter()
         length, self.length = self.length, 0
         for row in range(length):
             sample = self[row]
-            if seen[_kind(sample)] % 2 == 0:
+            if seen[_kind(sample)] % 2 == 0 or (sample.attempted and not attempted):
                 self.append(sample)
             seen[_kind(sample)] += 1
 
@@ -90,10 +108,12 @@ class History:
         # The number of the next call to time.
         self.next_call = 1
         self.events: deque[Event] = deque(maxlen=_MAX_EVENTS)
+        self.marks: deque[Mark] = deque(maxlen=_MAX_MARKS)
         self._samples: _Samples | None = None
         self._last: tuple[float, int] | None = None  # time and number of the last timed call
         self._kept: dict[int, float] = {}  # the time of the last kept sample of each kind
         self._interval = _INTERVAL
+        self._attempted = 0  # the number of kept samples with an attempt, until there are too many to keep all
         self._lock = Lock()
 
     @property
@@ -109,22 +129,30 @@ class History:
             if self._samples is None:
                 self._samples = _Samples()
             last, self._last = self._last, (sample.time, sample.call)
-            self.next_call = sample.call + (1 if last is None else self._stride(last, sample))
+            self.next_call = sample.call + self._stride(last, sample)
             if self._is_worth_keeping(sample):
                 self._samples.append(sample)
                 self._kept[_kind(sample)] = sample.time
+                self._attempted += sample.attempted
             if self._samples.length == _MAX_SAMPLES:
-                self._samples.thin_out()
+                self._samples.thin_out(attempted=self._attempted > _MAX_ATTEMPTED)
                 self._interval *= 2
 
     def _is_worth_keeping(self, sample: Sample) -> bool:
-        """Return True for every sample until the table is full, then only if the last of its kind is old enough."""
+        """Return True for every sample until the table is full, then only if the last of its kind is old enough.
+
+        Return True for those with an attempt as long as there are few of them.
+        """
+        if sample.attempted and self._attempted <= _MAX_ATTEMPTED:
+            return True
         kept = self._kept.get(_kind(sample))
         return kept is None or self._interval == _INTERVAL or sample.time - kept >= self._interval
 
     def add_event(self, event: Event) -> None:
         """Add an event. The next call is timed, because it may run differently."""
         self.events.append(event)
+        if isinstance(event, _MARKED):
+            self.marks.append(Mark(event.call, type(event)))
         self.next_call = 0
 
     def seconds_per_call(self, path: CallPath) -> float | None:
@@ -134,7 +162,10 @@ class History:
         seen = [sample.seconds for sample in self.samples if sample.path == path and not sample.attempted]
         return median(seen) if seen else None
 
-    def _stride(self, last: tuple[float, int], sample: Sample) -> int:
+    def _stride(self, last: tuple[float, int] | None, sample: Sample) -> int:
+        """Return the number of calls until the next one to time."""
+        if last is None or sample.call < _FIRST_CALLS:
+            return 1
         calls, seconds = max(1, sample.call - last[1]), sample.time - last[0]
         if seconds * _MAX_STRIDE <= calls * self._interval:
             return min(2 * calls, _MAX_STRIDE)

@@ -338,13 +338,13 @@ class Journal:
             self._note(Bypassed, call, f"bypassed: {reason}", level, reason=reason)
 
     def took(self, record: Record, call: int, path: CallPath, began: float, *, attempted: bool) -> None:
-        """Record a timed call that is over.
+        """Record a call that was timed, or that made an attempt, and is over.
 
         Args:
             record: The function's record.
             call: The call's number.
             path: The code that ran: compiled, eager or both.
-            began: The policy's clock when the call began.
+            began: The policy's clock when the call began, or the first attempt of a call that was not timed.
             attempted: Whether the call made an attempt.
         """
         now = self._policy.clock()
