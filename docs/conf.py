@@ -66,7 +66,7 @@ notfound_urls_prefix = urlsplit(html_baseurl).path
 
 ogp_site_url = html_baseurl
 ogp_image = "_static/timeline.png"
-ogp_image_alt = "Step time over time: eager steps between failed attempts, then compiled ones"
+ogp_image_alt = "Seconds per step: eager steps between failed attempts, then compiled ones"
 
 nitpicky = True
 nitpick_ignore_regex = [

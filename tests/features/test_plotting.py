@@ -313,10 +313,3 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"needs matplotlib: pip install 'compile-retry\[plot\]'"):
         plot_timeline(fn)
-
-
-def test_failures_show_on_a_dark_background() -> None:
-    """Their marks have the colour of the text."""
-    with plt.style.context("dark_background"):
-        ax = plot_timeline(recovered())
-    assert to_hex(series(ax)["failure"].get_facecolor()[0]) == "#ffffff"
