@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from typing import Any, TypeAlias, TypeVar
 
 from tenacity import Retrying
 from torch import nn
 
-from ._decorator import check_module, check_options, compile_in_place, decoration
+from ._decorator import Ranks, check_module, check_options, compile_in_place, decoration
 from ._schedule.policy import RetryPolicy
+from ._torch.distributed import check_group
 
 M = TypeVar("M", bound=nn.Module)
 # A class of blocks, or its name.
@@ -27,6 +29,8 @@ def compile_repeated_blocks(
     *,
     policy: RetryPolicy | Retrying | None = None,
     name: str | None = None,
+    group: Ranks | None = None,
+    agree_timeout: float | timedelta | None = None,
     **compile_options: Any,
 ) -> M:
     """Compile each repeated block of a model in place, as :func:`compile_with_fallback` compiles a module.
@@ -43,6 +47,8 @@ def compile_repeated_blocks(
             not count.
         policy: The retry policy: see :func:`compile_with_fallback`.
         name: The name in log lines; by default the class's name. Equal blocks with different names do not share.
+        group: The ranks that agree: see :func:`compile_with_fallback`.
+        agree_timeout: How long they wait for each other: see :func:`compile_with_fallback`.
         **compile_options: Arguments for ``torch.compile``: see :func:`compile_with_fallback`.
 
     Returns:
@@ -65,6 +71,7 @@ def compile_repeated_blocks(
         raise TypeError(f"model must be an nn.Module, not {model!r}")
     check_module(model)
     check_options(policy, name, compile_options)
+    declared = check_group(group, agree_timeout)
     classes = _classes(block) if block is not None else _default_classes(model)
     blocks = dict(_outermost(model, classes, seen=set()))
     if not blocks:
@@ -73,7 +80,15 @@ def compile_repeated_blocks(
         check_module(part)
     decorated_at = decoration(sys._getframe(1))
     for fqn, part in blocks.items():
-        compile_in_place(part, policy=policy, name=name, options=compile_options, decorated_at=decorated_at, fqn=fqn)
+        compile_in_place(
+            part,
+            policy=policy,
+            name=name,
+            group=declared,
+            options=compile_options,
+            decorated_at=decorated_at,
+            fqn=fqn,
+        )
     return model
 
 

@@ -218,16 +218,17 @@ class Agreement:
     def _wait(self, key: str, otherwise: Callable[[], str], what: str = "") -> bytes:
         """Wait for a key. If no rank gives a sign of life for too long, write the other value, and return the first."""
         began = heard = looked = self._clock()
-        beats, told = 0, False
+        beats: int | None = None  # some may be this rank's own, so only a later change is a sign of life
+        told = False
         while not self._store.check([key]):
             now = self._clock()
             if what and now - looked >= self._period:
-                looked = now
-                if (new := self._store.add(f"{self._life}/{self._votes}/pulse", 0)) != beats:
-                    heard, beats = now, new
+                new = self._store.add(f"{self._life}/{self._votes}/pulse", 0)
+                heard = now if beats not in (None, new) else heard
+                looked, beats = now, new
             if now - heard >= self.timeout or now - began >= LONGEST_COMPILE:
                 return self._store.compare_set(key, "", otherwise())
-            if not told and now - began >= self.timeout:
+            if not told and now - began >= self.timeout:  # so there has been a sign of life
                 told = True
                 self._tell_of_waiting(what, now - began)
             self._sleep(_pause(now - began))

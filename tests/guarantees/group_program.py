@@ -1,0 +1,418 @@
+"""One rank of a training run with `group=`, for test_g01_group_*.py: `python group_program.py PORT RANK SIZE TIMEOUT
+SCENARIO...`.
+
+Each scenario trains weights in a decorated function and in its eager twin, while compiles fail on some ranks. The last
+line of the output has the outcomes, as JSON.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from ranks_program import (
+    D,
+    Faults,
+    Twins,
+    all_reduce,
+    backend,
+    backward_faults,
+    body,
+    broken,
+    fail_in_dynamo,
+    main,
+    on_last_rank,
+    tensor_parallel,
+    two_graphs,
+)
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from compile_retry import RetryPolicy, compile_with_fallback, compiled_function, report, set_strict
+from compile_retry.events import AttemptFailed
+from compile_retry.testing import record_events
+
+EVERY_3_CALLS = RetryPolicy.every(calls=3)
+NEVER_AGAIN = RetryPolicy.every(calls=1000)
+
+
+class Recorded(Twins):
+    """Twins that also record the calls with attempts, the failures, and the lines of the log."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.attempts: list[int] = []
+        self.lines: list[list[str]] = []
+        self.extra: dict[str, Any] = {}
+        self._handler = logging.Handler()
+        self._handler.emit = self._emit  # type: ignore[method-assign]
+        logging.getLogger("compile_retry").addHandler(self._handler)
+
+    def _emit(self, record: logging.LogRecord) -> None:
+        self.lines.append([record.levelname, record.getMessage()])
+
+    def step(self, rows: int, faults: Faults | None = None, *, scale: int = 1) -> None:
+        before = self.function.stats.attempts
+        super().step(rows, faults, scale=scale)
+        if self.function.stats.attempts > before:
+            self.attempts.append(len(self.calls))
+
+    def result(self) -> dict[str, Any]:
+        last = self.function.last_failure
+        logging.getLogger("compile_retry").removeHandler(self._handler)
+        return {
+            **super().result(),
+            "attempts": self.attempts,
+            "failures": self.function.stats.failures,
+            "failed_on": last.rank if last is not None else None,
+            "error": str(last),
+            "lines": self.lines,
+            **self.extra,
+        }
+
+
+def functions(
+    name: str,
+    body: Callable[..., torch.Tensor] = body,
+    *,
+    policy: RetryPolicy = EVERY_3_CALLS,
+    group: Any = "world",
+    agree_timeout: float | None = None,
+) -> Recorded:
+    torch.manual_seed(0)
+    w = nn.Parameter(0.1 * torch.randn(3, D, D))
+    twin = nn.Parameter(w.detach().clone())
+    fn = compile_with_fallback(
+        body, name=name, backend=backend, dynamic=False, policy=policy, group=group, agree_timeout=agree_timeout
+    )
+    return Recorded(lambda x, scale: fn(x, w, scale), lambda x, scale: body(x, twin, scale), [w], [twin], fn)
+
+
+def modules(name: str, wrap: Callable[[nn.Module], nn.Module]) -> Recorded:
+    pair = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        pair.append(nn.Sequential(nn.Linear(D, 4 * D), nn.Tanh(), nn.Linear(4 * D, D)))
+    model, twin = pair
+    decorated, eager = wrap(model), wrap(twin)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    compile_with_fallback(model, name=name, backend=backend, policy=EVERY_3_CALLS, group=mesh)
+    return Recorded(
+        lambda x, scale: decorated(x),
+        lambda x, scale: eager(x),
+        [*model.parameters()],
+        [*twin.parameters()],
+        compiled_function(model),
+    )
+
+
+def on_rank(rank: int, faults: Faults) -> Faults:
+    return faults if dist.get_rank() == rank else nullcontext()
+
+
+def broken_for_good(name: str) -> Faults:
+    from compile_retry.testing import fail_compiles
+
+    return fail_compiles(NotImplementedError, function=name)
+
+
+@contextmanager
+def fail_to_create() -> Iterator[None]:
+    """Make the call to ``torch.compile`` fail."""
+    with mock.patch.object(torch, "compile", side_effect=OSError(30, "Read-only file system")):
+        yield
+
+
+def steps(twins: Recorded, *rows: int, faults: dict[int, Faults] | None = None) -> Recorded:
+    """Train one step for each of these numbers of rows, some of them with faults."""
+    for step, n in enumerate(rows, 1):
+        twins.step(n, (faults or {}).get(step))
+    return twins
+
+
+def plain(x: torch.Tensor, w: torch.Tensor, scale: int) -> torch.Tensor:
+    return torch.tanh(x @ w[0]) @ w[1] * scale
+
+
+# Scenarios
+
+
+def healthy(name: str) -> Recorded:
+    """Steady calls do not use the store."""
+    twins = steps(functions(name), 8, 9)
+    counting = Counting()
+    with counting.all_operations():
+        steps(twins, *(8, 9) * 10)
+    twins.extra["operations"] = counting.operations
+    return twins
+
+
+class Counting:
+    """Counts the operations on all stores of this process."""
+
+    operations = 0
+
+    @contextmanager
+    def all_operations(self) -> Iterator[None]:
+        from torch._C._distributed_c10d import PrefixStore
+
+        real = {name: getattr(PrefixStore, name) for name in ("set", "get", "check", "add", "compare_set", "multi_get")}
+
+        def counting(name: str) -> Callable[..., Any]:
+            def operation(*args: Any) -> Any:
+                self.operations += 1
+                return real[name](*args)
+
+            return operation
+
+        with mock.patch.multiple(PrefixStore, **{name: counting(name) for name in real}):
+            yield
+
+
+def retry_on(name: str, asking: str) -> Recorded:
+    """All ranks are held off for long. Some ask for a retry."""
+    twins = functions(name, policy=NEVER_AGAIN)
+    twins.step(8, on_last_rank(broken(name)))
+    if asking == "all" or dist.get_rank() == 0:
+        twins.function.retry_now()
+    return steps(twins, 8, 8)
+
+
+def reset_after_giving_up(name: str) -> Recorded:
+    twins = functions(name)
+    steps(twins, 8, 8, faults={1: on_last_rank(broken_for_good(name))})
+    twins.function.reset()
+    return steps(twins, 8, 8)
+
+
+def strict(name: str) -> Recorded:
+    """In strict mode, a failure on one rank raises on all ranks."""
+    twins = functions(name)
+    with set_strict(True):
+        try:
+            twins.step(8, on_last_rank(broken(name)))
+        except Exception as exc:
+            twins.extra["strict"] = [type(exc).__name__, str(exc)]
+        twins.step(8)
+    return twins
+
+
+def two_functions(name: str) -> Recorded:
+    """Another function, of another group, fails on another rank in the same steps."""
+    other = functions(f"{name} 2", group=dist.new_group(), policy=RetryPolicy.every(calls=2))
+    twins = functions(name)
+    for step in range(1, 7):
+        other.step(8, on_rank(0, broken(f"{name} 2")) if step <= 2 else None)
+        twins.step(8, on_last_rank(broken(name)) if step == 1 else None)
+    twins.extra["other"] = [other.calls, other.difference]
+    return twins
+
+
+def seen(name: str) -> Recorded:
+    twins = functions(name)
+    with record_events(name) as events:
+        steps(twins, 8, 8, 8, 8, faults={1: on_last_rank(broken(name))})
+    twins.extra["events"] = [[event.kind, event.rank] for event in events]
+    twins.extra["failed_on"] = [event.failure.rank for event in events if isinstance(event, AttemptFailed)]
+    (function,) = (each for each in report().as_dict()["functions"] if each["name"] == name)
+    twins.extra["report"] = function["ranks"]
+    twins.extra["table"] = str(report())
+    return twins
+
+
+def in_seconds(name: str) -> Recorded:
+    """Waits in seconds, by clocks of different speeds, on ranks that are at different points of the wait."""
+    began, speed = time.monotonic(), (1.0, 0.5, 3.0, 0.7)[dist.get_rank() % 4]
+    policy = RetryPolicy(wait=0.3, clock=lambda: (time.monotonic() - began) * speed, max_overhead=float("inf"))
+    twins = functions(name, policy=policy)
+    twins.step(8, on_last_rank(broken(name)))
+    while twins.function.stats.recoveries == 0 and len(twins.calls) < 2000:
+        twins.step(8)
+    return steps(twins, 8, 9)
+
+
+def slow_compile(name: str) -> Recorded:
+    """One rank compiles for longer than the process group's timeout."""
+
+    def slowly() -> Faults:
+        from compile_retry._compile.backend import faults
+
+        @contextmanager
+        def sleeping() -> Iterator[None]:
+            def sleep(attempt: object) -> None:
+                time.sleep(float(os.environ.get("SLOW", "12")))
+
+            faults.append(sleep)
+            yield
+            faults.remove(sleep)
+
+        return sleeping()
+
+    return steps(functions(name), 8, 8, faults={1: on_last_rank(slowly())})
+
+
+def killed(name: str) -> Recorded:
+    """The last rank is killed in its second attempt."""
+    twins = functions(name, agree_timeout=2)
+    twins.step(8)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        from compile_retry._compile.backend import faults
+
+        faults.append(lambda attempt: os.kill(os.getpid(), signal.SIGKILL))
+    began = time.monotonic()
+    try:
+        twins.step(9)
+    except RuntimeError as exc:
+        twins.extra["error"] = [type(exc).__name__, str(exc)]
+    twins.extra.update(seconds=time.monotonic() - began, is_over=True)
+    return twins
+
+
+def different_frames(name: str) -> Recorded:
+    """The ranks attempt different frames, after a frame that all have compiled."""
+
+    rank = dist.get_rank()
+
+    def branch(x: torch.Tensor, w: torch.Tensor, scale: int) -> torch.Tensor:
+        if scale > 1:
+            return one(x, w) if rank == 0 else other(x, w)
+        return body(x, w, scale)
+
+    twins = functions(name, branch)
+    twins.step(8)
+    began = time.monotonic()
+    try:
+        twins.step(8, scale=2)
+    except RuntimeError as exc:
+        twins.extra["error"] = [type(exc).__name__, str(exc)]
+    twins.extra.update(seconds=time.monotonic() - began, is_over=True)
+    return twins
+
+
+def one(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    y = torch.tanh(all_reduce(x @ w[0]))
+    torch._dynamo.graph_break()
+    return y * 2
+
+
+def other(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    y = torch.sin(all_reduce(x @ w[0]))
+    torch._dynamo.graph_break()
+    return y * 2
+
+
+def different_shapes(name: str) -> Recorded:
+    """The first rank gets a new shape, and the others one that they have compiled before."""
+    twins = functions(name, agree_timeout=1)
+    twins.step(8)
+    try:
+        twins.step(9 if dist.get_rank() == 0 else 8)
+    except RuntimeError as exc:
+        twins.extra["error"] = [type(exc).__name__, str(exc)]
+    twins.extra["is_over"] = True
+    time.sleep(2)  # the other ranks need this one's connection until they have waited long enough, too
+    return twins
+
+
+def unequal_calls(name: str) -> Recorded:
+    """Without collectives. The first rank makes twelve calls, and the others three."""
+    twins = functions(name, plain, agree_timeout=1)
+    twins.step(8, on_last_rank(broken(name)))
+    steps(twins, *(8,) * (11 if dist.get_rank() == 0 else 2))
+    return twins
+
+
+def store_gone(name: str) -> Recorded:
+    """The store goes away after the first compile."""
+    twins = functions(name)
+    twins.step(8)
+
+    def gone(*args: Any) -> Any:
+        raise RuntimeError("Connection reset by peer")
+
+    from torch._C._distributed_c10d import PrefixStore
+
+    with mock.patch.multiple(PrefixStore, compare_set=gone, check=gone, add=gone):
+        steps(twins, 9, 8, 9)
+    return steps(twins, 9)
+
+
+def random_faults(name: str) -> Recorded:
+    """Faults on random ranks and at random stages, clocks of different speeds, and waits in calls or in seconds."""
+    seed, rank = int(name.rpartition("_")[2]), dist.get_rank()
+    shared, own = random.Random(seed), random.Random(1000 * seed + rank)
+    speed, began = own.uniform(0.5, 3.0), time.monotonic()
+    if shared.random() < 0.5:
+        policy = RetryPolicy(wait=None, wait_calls=shared.choice((1, 2, 5)))
+    else:
+        clock = lambda: (time.monotonic() - began) * speed  # noqa: E731
+        policy = RetryPolicy(wait=shared.choice((0.05, 0.2)), clock=clock, max_overhead=float("inf"))
+    rate = shared.choice((0.1, 0.3)) / dist.get_world_size()
+    twins = functions(name, two_graphs if shared.random() < 0.5 else body, policy=policy)
+    torch._dynamo.config.recompile_limit = 64
+    for step in range(60):
+        rows = 8 if step % 5 else 9 + (step // 5) % 6
+        faults: Faults = nullcontext()
+        if own.random() < 2 * rate:
+            stages: tuple[Callable[[], Faults], ...] = (
+                lambda: broken(name, 1),
+                lambda: broken(name),
+                lambda: broken(name, graph=2),
+                lambda: fail_in_dynamo(1),
+                lambda: backward_faults.fail(1),
+            )
+            faults = own.choice(stages)()
+        elif step == 0 and own.random() < rate:
+            faults = fail_to_create()
+        twins.step(rows, faults)
+    return twins
+
+
+SCENARIOS: dict[str, Callable[[str], Twins]] = {
+    "healthy": healthy,
+    "first_attempt": lambda name: steps(functions(name), *(8,) * 6, faults={1: on_last_rank(broken(name))}),
+    "retry_fails": lambda name: steps(
+        functions(name), *(8,) * 8, faults={1: on_last_rank(broken(name)), 4: on_rank(0, broken(name))}
+    ),
+    "recompile": lambda name: steps(functions(name), 8, 9, 8, 9, 9, 8, faults={2: on_last_rank(broken(name))}),
+    "inside_dynamo": lambda name: steps(functions(name), *(8,) * 5, faults={1: on_last_rank(fail_in_dynamo(1))}),
+    "backward": lambda name: steps(functions(name), *(8,) * 5, faults={1: on_last_rank(backward_faults.fail(1))}),
+    "creation": lambda name: steps(functions(name), *(8,) * 5, faults={1: on_last_rank(fail_to_create())}),
+    "two_frames": lambda name: steps(
+        functions(name, two_graphs), *(8,) * 5, faults={1: on_last_rank(broken(name, graph=2))}
+    ),
+    "first_of_two_frames": lambda name: steps(
+        functions(name, two_graphs), *(8,) * 5, faults={1: on_last_rank(broken(name, graph=1))}
+    ),
+    "permanent": lambda name: steps(functions(name), 8, 9, 8, 9, faults={2: on_last_rank(broken_for_good(name))}),
+    "dtensor": lambda name: steps(modules(name, tensor_parallel), *(8,) * 5, faults={1: on_last_rank(broken(name))}),
+    "retry_on_all": lambda name: retry_on(name, "all"),
+    "retry_on_one": lambda name: retry_on(name, "one"),
+    "reset_after_giving_up": reset_after_giving_up,
+    "strict": strict,
+    "two_functions": two_functions,
+    "in_seconds": in_seconds,
+    "seen": seen,
+    "slow_compile": slow_compile,
+    "killed": killed,
+    "different_frames": different_frames,
+    "different_shapes": different_shapes,
+    "unequal_calls": unequal_calls,
+    "store_gone": store_gone,
+    "without_group": lambda name: steps(functions(name, group=None), 8, 8),
+    **{f"random_{seed}": random_faults for seed in range(40)},
+}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:], scenarios=SCENARIOS)
