@@ -14,12 +14,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from prometheus_client import generate_latest
 from ranks_program import (
     D,
     Faults,
@@ -148,35 +149,45 @@ def plain(x: torch.Tensor, w: torch.Tensor, scale: int) -> torch.Tensor:
 
 
 def healthy(name: str) -> Recorded:
-    """Steady calls do not use the store."""
-    twins = steps(functions(name), 8, 9)
-    counting = Counting()
-    with counting.all_operations():
+    """Steady calls do not use the store, whether compiled or held off."""
+    twins = functions(name)
+    held_off = compile_with_fallback(plain, name="held off", backend=backend, group="world", policy=NEVER_AGAIN)
+    compiled = compile_with_fallback(plain, name="compiled", backend=backend, group="world")
+    w, x = torch.ones(3, D, D), torch.ones(2, D)
+    with counting_operations() as operations:
+        steps(twins, 8, 9)
+        compiled(x, w, 1)
+        with on_last_rank(broken("held off")):
+            held_off(x, w, 1)
+        twins.extra["operations_when_compiling"] = len(operations)
         steps(twins, *(8, 9) * 10)
-    twins.extra["operations"] = counting.operations
+        for _ in range(5000):
+            compiled(x, w, 1)
+        for _ in range(900):
+            held_off(x, w, 1)
+    twins.extra["operations"] = len(operations) - twins.extra["operations_when_compiling"]
+    twins.extra["steady"] = [compiled.stats.compiled_calls, held_off.stats.eager_calls]
     return twins
 
 
-class Counting:
-    """Counts the operations on all stores of this process."""
+@contextmanager
+def counting_operations() -> Iterator[list[str]]:
+    """Record the operations on the stores of this process."""
+    from torch._C._distributed_c10d import PrefixStore
 
-    operations = 0
+    names = ("set", "get", "check", "add", "compare_set", "multi_get", "delete_key")
+    done: list[str] = []
 
-    @contextmanager
-    def all_operations(self) -> Iterator[None]:
-        from torch._C._distributed_c10d import PrefixStore
+    def counting(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def operation(*args: Any) -> Any:
+            done.append(name)
+            return real(*args)
 
-        real = {name: getattr(PrefixStore, name) for name in ("set", "get", "check", "add", "compare_set", "multi_get")}
+        return operation
 
-        def counting(name: str) -> Callable[..., Any]:
-            def operation(*args: Any) -> Any:
-                self.operations += 1
-                return real[name](*args)
-
-            return operation
-
-        with mock.patch.multiple(PrefixStore, **{name: counting(name) for name in real}):
-            yield
+    operations: Any = {name: counting(name, getattr(PrefixStore, name)) for name in names}
+    with mock.patch.multiple(PrefixStore, **operations):
+        yield done
 
 
 def retry_on(name: str, asking: str) -> Recorded:
@@ -223,10 +234,11 @@ def seen(name: str) -> Recorded:
     with record_events(name) as events:
         steps(twins, 8, 8, 8, 8, faults={1: on_last_rank(broken(name))})
     twins.extra["events"] = [[event.kind, event.rank] for event in events]
-    twins.extra["failed_on"] = [event.failure.rank for event in events if isinstance(event, AttemptFailed)]
+    twins.extra["event_failed_on"] = [event.failure.rank for event in events if isinstance(event, AttemptFailed)]
     (function,) = (each for each in report().as_dict()["functions"] if each["name"] == name)
     twins.extra["report"] = function["ranks"]
     twins.extra["table"] = str(report())
+    twins.extra["metrics"] = generate_latest().decode()
     return twins
 
 
@@ -236,6 +248,7 @@ def in_seconds(name: str) -> Recorded:
     policy = RetryPolicy(wait=0.3, clock=lambda: (time.monotonic() - began) * speed, max_overhead=float("inf"))
     twins = functions(name, policy=policy)
     twins.step(8, on_last_rank(broken(name)))
+    twins.extra["next_retry"] = str(twins.function.next_retry)
     while twins.function.stats.recoveries == 0 and len(twins.calls) < 2000:
         twins.step(8)
     return steps(twins, 8, 9)
@@ -274,7 +287,7 @@ def killed(name: str) -> Recorded:
         twins.step(9)
     except RuntimeError as exc:
         twins.extra["error"] = [type(exc).__name__, str(exc)]
-    twins.extra.update(seconds=time.monotonic() - began, is_over=True)
+    twins.extra.update(took=time.monotonic() - began, is_over=True)
     return twins
 
 
@@ -295,7 +308,7 @@ def different_frames(name: str) -> Recorded:
         twins.step(8, scale=2)
     except RuntimeError as exc:
         twins.extra["error"] = [type(exc).__name__, str(exc)]
-    twins.extra.update(seconds=time.monotonic() - began, is_over=True)
+    twins.extra.update(took=time.monotonic() - began, is_over=True)
     return twins
 
 
@@ -344,7 +357,108 @@ def store_gone(name: str) -> Recorded:
 
     with mock.patch.multiple(PrefixStore, compare_set=gone, check=gone, add=gone):
         steps(twins, 9, 8, 9)
-    return steps(twins, 9)
+        return steps(twins, 9)
+
+
+def store_gone_while_held_off(name: str) -> Recorded:
+    """The store goes away before the ranks ask each other whether an attempt is due."""
+    twins = functions(name, policy=RetryPolicy(wait=0.01, max_overhead=float("inf")))
+
+    def gone(*args: Any) -> Any:
+        raise RuntimeError("Connection reset by peer")
+
+    from torch._C._distributed_c10d import PrefixStore
+
+    twins.step(8, on_last_rank(broken(name)))
+    with mock.patch.multiple(PrefixStore, compare_set=gone, check=gone, add=gone):
+        return steps(twins, 8, 8, 8)
+
+
+def uneven_checks(name: str) -> Recorded:
+    """Without collectives. The first rank makes no more calls, and the others expect it to look at its clock."""
+    policy = RetryPolicy(wait=0.01, max_overhead=float("inf"))
+    twins = functions(name, plain, agree_timeout=1, policy=policy)
+    twins.step(8, on_last_rank(broken(name)))
+    return twins if dist.get_rank() == 0 else steps(twins, 8, 8)
+
+
+def retry_of_nothing(name: str) -> Recorded:
+    """Where nothing has failed, there is nothing to agree on."""
+    twins = functions(name)
+    twins.step(8)
+    if dist.get_rank() == 0:
+        twins.function.retry_now()
+    twins.step(8)
+    return twins
+
+
+def life(name: str) -> Recorded:
+    """A life of the job that ends when the last rank is killed, in a vote of its own."""
+    twins = functions(name, agree_timeout=1)
+    steps(twins, *(8,) * 5, faults={1: on_last_rank(broken(name))})
+    if dist.get_rank() == dist.get_world_size() - 1:
+        from compile_retry._compile.backend import faults
+
+        faults.append(lambda attempt: os.kill(os.getpid(), signal.SIGKILL))
+    with suppress(RuntimeError):
+        twins.step(9)
+    twins.extra["is_over"] = True
+    return twins
+
+
+def policy_raises(name: str) -> Recorded:
+    """The first rank's wait strategy raises."""
+
+    def wait(state: object) -> float:
+        raise ZeroDivisionError
+
+    return steps(
+        functions(name, policy=RetryPolicy(wait=None, wait_calls=wait)),
+        *(8,) * 4,
+        faults={1: on_last_rank(broken(name))},
+    )
+
+
+def predicate_raises(name: str) -> Recorded:
+    def retry(state: object) -> bool:
+        raise ZeroDivisionError
+
+    policy = RetryPolicy(wait=None, wait_calls=2, retry=retry)
+    return steps(functions(name, policy=policy), *(8,) * 4, faults={1: on_last_rank(broken(name))})
+
+
+def frameless(name: str) -> Recorded:
+    """Under this stance, Dynamo calls the backend without a frame."""
+    with torch.compiler.set_stance("eager_then_compile"):
+        twins = functions(name)
+        twins.step(8)
+        return steps(twins, *(8,) * 5, faults={1: on_last_rank(broken(name))})
+
+
+def over_limit(name: str) -> Recorded:
+    """All ranks reach the recompile limit in the same call."""
+    with torch._dynamo.config.patch(recompile_limit=8):
+        return steps(functions(name), *range(8, 18))
+
+
+def passed_over(name: str) -> Recorded:
+    """Frames without operators, which differ between ranks, need no vote."""
+
+    def helper(rank: int) -> int:
+        torch._dynamo.graph_break()
+        return rank
+
+    @torch.compiler.disable(recursive=False)
+    def dispatch() -> None:
+        if dist.get_rank() == 0:
+            helper(3)
+
+    def with_helper(x: torch.Tensor, w: torch.Tensor, scale: int) -> torch.Tensor:
+        y = body(x, w, scale)
+        dispatch()
+        return y * 1
+
+    return steps(functions(name, with_helper), 8, 8)
 
 
 def random_faults(name: str) -> Recorded:
@@ -356,17 +470,18 @@ def random_faults(name: str) -> Recorded:
         policy = RetryPolicy(wait=None, wait_calls=shared.choice((1, 2, 5)))
     else:
         clock = lambda: (time.monotonic() - began) * speed  # noqa: E731
-        policy = RetryPolicy(wait=shared.choice((0.05, 0.2)), clock=clock, max_overhead=float("inf"))
-    rate = shared.choice((0.1, 0.3)) / dist.get_world_size()
+        policy = RetryPolicy(wait=shared.choice((0.1, 0.5)), clock=clock, max_overhead=float("inf"))
+    rate = shared.choice((0.2, 0.6)) / dist.get_world_size()  # of calls with a fault, on each rank
     twins = functions(name, two_graphs if shared.random() < 0.5 else body, policy=policy)
     torch._dynamo.config.recompile_limit = 64
     for step in range(60):
         rows = 8 if step % 5 else 9 + (step // 5) % 6
         faults: Faults = nullcontext()
-        if own.random() < 2 * rate:
+        if own.random() < 2 * rate:  # most calls compile nothing, so a fault does not show
             stages: tuple[Callable[[], Faults], ...] = (
                 lambda: broken(name, 1),
                 lambda: broken(name),
+                lambda: broken_for_good(name),
                 lambda: broken(name, graph=2),
                 lambda: fail_in_dynamo(1),
                 lambda: backward_faults.fail(1),
@@ -409,6 +524,15 @@ SCENARIOS: dict[str, Callable[[str], Twins]] = {
     "different_shapes": different_shapes,
     "unequal_calls": unequal_calls,
     "store_gone": store_gone,
+    "store_gone_while_held_off": store_gone_while_held_off,
+    "uneven_checks": uneven_checks,
+    "retry_of_nothing": retry_of_nothing,
+    "policy_raises": policy_raises,
+    "predicate_raises": predicate_raises,
+    "frameless": frameless,
+    "over_limit": over_limit,
+    "passed_over": passed_over,
+    **{f"life_{number}": life for number in range(3)},
     "without_group": lambda name: steps(functions(name, group=None), 8, 8),
     **{f"random_{seed}": random_faults for seed in range(40)},
 }

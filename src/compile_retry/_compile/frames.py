@@ -205,7 +205,7 @@ class FrameConverter:
                 conversion,
                 tally,
                 raises=lambda exc: conversion.gave_way or is_fatal(exc) or torch_frames.is_recompile_limit(exc),
-                counts=lambda result: result.guarded_code is not None,
+                counts=lambda result: conversion.runner is not None,  # otherwise there is no graph in the frame
             )
         except Exception as exc:
             if conversion.gave_way:
