@@ -89,13 +89,13 @@ def functions(
     policy: RetryPolicy = EVERY_3_CALLS,
     group: Any = "world",
     agree_timeout: float | None = None,
+    **options: Any,
 ) -> Recorded:
     torch.manual_seed(0)
     w = nn.Parameter(0.1 * torch.randn(3, D, D))
     twin = nn.Parameter(w.detach().clone())
-    fn = compile_with_fallback(
-        body, name=name, backend=backend, dynamic=False, policy=policy, group=group, agree_timeout=agree_timeout
-    )
+    options = {"dynamic": False, "group": group, "agree_timeout": agree_timeout, **options}
+    fn = compile_with_fallback(body, name=name, backend=backend, policy=policy, **options)
     return Recorded(lambda x, scale: fn(x, w, scale), lambda x, scale: body(x, twin, scale), [w], [twin], fn)
 
 
@@ -382,6 +382,41 @@ def uneven_checks(name: str) -> Recorded:
     return twins if dist.get_rank() == 0 else steps(twins, 8, 8)
 
 
+def lost_announcement(name: str) -> Recorded:
+    """The store goes away between a vote and the first rank's announcement."""
+    from torch._C._distributed_c10d import PrefixStore
+
+    twins = functions(name, agree_timeout=1)
+    real = PrefixStore.compare_set
+
+    def compare_set(store: PrefixStore, key: str, *args: str) -> bytes:
+        if "/due/" in key:
+            raise RuntimeError("Connection reset by peer")
+        return real(store, key, *args)
+
+    with mock.patch.object(PrefixStore, "compare_set", compare_set):
+        return steps(twins, 8, 8, 8, faults={1: on_last_rank(broken(name))})
+
+
+def arguments(name: str) -> Recorded:
+    """Groups of one rank need no agreement, and a timeout that is too long is refused."""
+    twins = functions(name, plain, group=dist.new_subgroups(1)[0])
+    steps(twins, 8, 8, 8, 8, faults={1: broken(name)})
+    twins.extra["ranks"] = str(next(each for each in report().functions if each.name == name).ranks)
+    try:
+        compile_with_fallback(plain, group="world", agree_timeout=30)
+    except ValueError as exc:
+        twins.extra["error"] = str(exc)
+    return twins
+
+
+def limit_with_fullgraph(name: str) -> Recorded:
+    """With fullgraph=True, Dynamo raises at the recompile limit."""
+    twins = functions(name, fullgraph=True)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        return steps(twins, 8, 9, 10, 8, 10)
+
+
 def retry_of_nothing(name: str) -> Recorded:
     """Where nothing has failed, there is nothing to agree on."""
     twins = functions(name)
@@ -448,7 +483,7 @@ def passed_over(name: str) -> Recorded:
         torch._dynamo.graph_break()
         return rank
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]  # it is
     def dispatch() -> None:
         if dist.get_rank() == 0:
             helper(3)
@@ -527,6 +562,9 @@ SCENARIOS: dict[str, Callable[[str], Twins]] = {
     "store_gone_while_held_off": store_gone_while_held_off,
     "uneven_checks": uneven_checks,
     "retry_of_nothing": retry_of_nothing,
+    "lost_announcement": lost_announcement,
+    "arguments": arguments,
+    "limit_with_fullgraph": limit_with_fullgraph,
     "policy_raises": policy_raises,
     "predicate_raises": predicate_raises,
     "frameless": frameless,

@@ -68,7 +68,8 @@ def test_different_shapes() -> None:
 @pytest.mark.long
 def test_without_collectives(subtests: pytest.Subtests) -> None:
     """Where nothing is communicated, ranks that cannot agree go on eagerly, and say why in an error of the log."""
-    results = train(2, 30, "unequal_calls", "uneven_checks", "store_gone", "store_gone_while_held_off")
+    gone = {"store_gone": "ceeee", "store_gone_while_held_off": "eeee", "lost_announcement": "eee"}
+    results = train(2, 30, "unequal_calls", "uneven_checks", *gone)
     with subtests.test("unequal_calls"):
         often, rarely = of(results, "unequal_calls")
         assert often["calls"] == "e" * 12
@@ -79,7 +80,7 @@ def test_without_collectives(subtests: pytest.Subtests) -> None:
         _, late = of(results, "uneven_checks")
         assert late["state"] == "gave up"
         assert "rank 0 did not say when" in errors(late)[0]
-    for scenario, calls in (("store_gone", "ceeee"), ("store_gone_while_held_off", "eeee")):
+    for scenario, calls in gone.items():
         with subtests.test(scenario):
             for result in assert_together(results, scenario, calls):
                 assert result["state"] == "gave up"

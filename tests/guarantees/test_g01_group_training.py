@@ -21,6 +21,7 @@ TOGETHER = {
     "policy_raises": ("eeee", 1, 1),
     "predicate_raises": ("eeee", 2, 1),
     "frameless": ("ceeecc", 1, 1),
+    "limit_with_fullgraph": ("ccece", 0, None),
     "over_limit": ("ccccccccee", 0, None),
     "passed_over": ("cc", 0, None),
 }
@@ -49,6 +50,17 @@ def test_one_rank_fails(subtests: pytest.Subtests) -> None:
             assert result["steady"] == [5001, 901]
     with subtests.test("first_attempt"):
         assert_together(results, "first_attempt", "eeeccc")
+
+
+@pytest.mark.usefixtures("measured")
+@pytest.mark.long
+def test_arguments() -> None:
+    """In a group of its own, a rank falls back alone. A timeout must be below that of the process group."""
+    for result in of(train(2, 30, "arguments"), "arguments"):
+        assert result["calls"] == "eeec"
+        assert result["failed_on"] is None
+        assert result["ranks"] == "None"
+        assert result["error"] == "agree_timeout must be below the process group's own timeout, 30 s, not 30.0"
 
 
 @pytest.mark.long
