@@ -58,6 +58,7 @@ class Recorded(Twins):
         self._handler = logging.Handler()
         self._handler.emit = self._emit  # type: ignore[method-assign]
         logging.getLogger("compile_retry").addHandler(self._handler)
+        logging.getLogger("compile_retry").setLevel(logging.DEBUG)
 
     def _emit(self, record: logging.LogRecord) -> None:
         self.lines.append([record.levelname, record.getMessage()])
@@ -276,7 +277,7 @@ def slow_compile(name: str) -> Recorded:
 
 def killed(name: str) -> Recorded:
     """The last rank is killed in its second attempt."""
-    twins = functions(name, agree_timeout=2)
+    twins = functions(name, agree_timeout=8)
     twins.step(8)
     if dist.get_rank() == dist.get_world_size() - 1:
         from compile_retry._compile.backend import faults
@@ -326,7 +327,7 @@ def other(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 def different_shapes(name: str) -> Recorded:
     """The first rank gets a new shape, and the others one that they have compiled before."""
-    twins = functions(name, agree_timeout=1)
+    twins = functions(name, agree_timeout=5)
     twins.step(8)
     try:
         twins.step(9 if dist.get_rank() == 0 else 8)
@@ -339,7 +340,7 @@ def different_shapes(name: str) -> Recorded:
 
 def unequal_calls(name: str) -> Recorded:
     """Without collectives. The first rank makes twelve calls, and the others three."""
-    twins = functions(name, plain, agree_timeout=1)
+    twins = functions(name, plain, agree_timeout=5)
     twins.step(8, on_last_rank(broken(name)))
     steps(twins, *(8,) * (11 if dist.get_rank() == 0 else 2))
     return twins
@@ -377,7 +378,7 @@ def store_gone_while_held_off(name: str) -> Recorded:
 def uneven_checks(name: str) -> Recorded:
     """Without collectives. The first rank makes no more calls, and the others expect it to look at its clock."""
     policy = RetryPolicy(wait=0.01, max_overhead=float("inf"))
-    twins = functions(name, plain, agree_timeout=1, policy=policy)
+    twins = functions(name, plain, agree_timeout=5, policy=policy)
     twins.step(8, on_last_rank(broken(name)))
     return twins if dist.get_rank() == 0 else steps(twins, 8, 8)
 
@@ -386,7 +387,7 @@ def lost_announcement(name: str) -> Recorded:
     """The store goes away between a vote and the first rank's announcement."""
     from torch._C._distributed_c10d import PrefixStore
 
-    twins = functions(name, agree_timeout=1)
+    twins = functions(name, agree_timeout=5)
     real = PrefixStore.compare_set
 
     def compare_set(store: PrefixStore, key: str, *args: str) -> bytes:
@@ -429,7 +430,7 @@ def retry_of_nothing(name: str) -> Recorded:
 
 def life(name: str) -> Recorded:
     """A life of the job that ends when the last rank is killed, in a vote of its own."""
-    twins = functions(name, agree_timeout=1)
+    twins = functions(name, agree_timeout=8)
     steps(twins, *(8,) * 5, faults={1: on_last_rank(broken(name))})
     if dist.get_rank() == dist.get_world_size() - 1:
         from compile_retry._compile.backend import faults

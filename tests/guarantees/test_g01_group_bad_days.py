@@ -11,10 +11,9 @@ from torch._C._distributed_c10d import TCPStore
 def test_slow_compile() -> None:
     """A rank may compile for twice as long as the process group's timeout. The log says who is waited for."""
     waiting, slow = assert_together(train(2, 6, "slow_compile"), "slow_compile", "cc")
-    lines = [line for level, line in waiting["lines"] if level == "WARNING"]
-    assert len(lines) == 1
-    assert "has waited 3 s for rank 1, still compiling" in lines[0]
-    assert slow["lines"] == []
+    (line,) = [line for level, line in waiting["lines"] if level == "WARNING"]
+    assert "for rank 1, still compiling" in line
+    assert all(level == "DEBUG" for level, _ in slow["lines"])
 
 
 @pytest.mark.usefixtures("measured")
@@ -26,7 +25,7 @@ def test_killed_rank() -> None:
     assert error == "RanksDisagreeError"
     for part in ("rank 1 did not vote", "all_reduce", "restart from a checkpoint"):
         assert part in message
-    assert other["took"] < 2 + 5
+    assert other["took"] < 8 + 5
     assert other["state"] == "gave up"
 
 
@@ -74,7 +73,7 @@ def test_without_collectives(subtests: pytest.Subtests) -> None:
         often, rarely = of(results, "unequal_calls")
         assert often["calls"] == "e" * 12
         assert often["state"] == "gave up"
-        assert "rank 1 did not vote on it within 1 s" in errors(often)[0]
+        assert "rank 1 did not vote on it within 5 s" in errors(often)[0]
         assert rarely["state"] == "fallback"
     with subtests.test("uneven_checks"):
         _, late = of(results, "uneven_checks")
@@ -129,6 +128,6 @@ def test_what_is_seen() -> None:
         assert f"seen [rank {rank} of world: 0 ... 2]" in result["table"]
         assert f'rank="{rank}"' in result["metrics"]
         levels = [level for level, _ in result["lines"]]
-        assert levels == [["WARNING", "WARNING"], ["DEBUG", "DEBUG"], ["WARNING", "DEBUG"]][rank]
+        assert levels == [["WARNING", "INFO", "WARNING"], ["DEBUG"] * 3, ["WARNING", "DEBUG", "DEBUG"]][rank]
         assert "attempt 1 failed on rank 2 in call 1: MemoryError" in result["lines"][0][1]
         assert "all 3 ranks run eagerly, next attempt in 3 calls" in result["lines"][0][1]

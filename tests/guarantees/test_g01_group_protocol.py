@@ -45,11 +45,13 @@ class Rank:
             sleep=self.simulation.sleep,
         )
 
-    def vote(self, what: str, failure: Failure | None = None, *, seconds: float = 0.0) -> Verdict:
+    def vote(
+        self, what: str, failure: Failure | None = None, *, seconds: float = 0.0, makes_code: bool = True
+    ) -> Verdict:
         verdict = self.agreement.join()
         if verdict is None:
             self.simulation.sleep(seconds)
-            verdict = self.agreement.vote(what, failure)
+            verdict = self.agreement.vote(what, failure, makes_code=makes_code)
         self.verdicts.append(verdict)
         self.ended = self.simulation.now
         return verdict
@@ -174,8 +176,7 @@ def test_a_dead_rank(dead: int, *, compiled: bool) -> None:
     """
 
     def work(rank: Rank) -> None:
-        if compiled:
-            rank.vote("first")
+        rank.vote("first", makes_code=compiled)
         if rank.number == dead:
             rank.agreement.join()
             rank.compile_for(5)
@@ -478,3 +479,149 @@ def test_both_waits_and_a_share() -> None:
     calls = schedule.attempts[0]
     assert schedule.attempts[1] == calls
     assert all(b - a < 12 for a, b in pairwise(calls))
+
+
+def test_a_share_of_the_time() -> None:
+    """The first rank's `max_overhead` delays an attempt beyond its call, alike on all ranks."""
+    policy = partial(RetryPolicy, wait=None, wait_calls=2, max_overhead=0.1)
+    due: list[list[int]] = []
+
+    def work(rank: Rank) -> None:
+        clock = rank.simulation.clock
+        breaker = GroupBreaker(policy(clock=clock), lambda: rank.agreement)
+        mine: list[int] = []
+        for call in range(1, 200):
+            if breaker.episode is None or breaker.let_through(call) is not None:
+                mine.append(call)
+                began = clock()
+                rank.vote(f"frame in call {call}", FULL if len(mine) < 3 else None, seconds=1)
+                if len(mine) == 3:
+                    break
+                breaker.failed(OSError(28, "full"), call, began, clock() - began, retry=True)
+                assert str(breaker.next_retry(call)).startswith("in ")
+                breaker.probe_ended()
+            rank.simulation.sleep(0.5)
+        due.append(mine)
+
+    simulate(3, work)
+    assert due[1:] == [due[0]] * 2
+    first, second, _ = due[0]
+    assert (second - first) * 0.5 > 8
+
+
+class Disagreement:
+    """Two ranks that are held off after a failure, with a policy that counts seconds."""
+
+    def __init__(self, policy: RetryPolicy | None = None) -> None:
+        self.told: list[int] = []
+        self._policy = policy or RetryPolicy(wait=0.1, max_overhead=float("inf"))
+
+    def held_off(self, rank: Rank) -> GroupBreaker:
+        breaker = GroupBreaker(self._policy, lambda: rank.agreement)
+        breaker.on_disagreement = self.told.append
+        rank.vote("frame", FULL)
+        breaker.failed(OSError(28, "full"), 1, self._policy.clock(), 0.0, retry=True)
+        return breaker
+
+
+def test_a_first_rank_that_is_silent_stops_the_schedule() -> None:
+    """A rank that hears nothing when an attempt may be due gives up, and says so."""
+    scene = Disagreement()
+
+    def work(rank: Rank) -> None:
+        breaker = scene.held_off(rank)
+        if not rank.agreement.leads:
+            assert breaker.let_through(2) is None
+            assert breaker.episode is not None
+            assert breaker.episode.stopped
+            assert breaker.let_through(3) is None
+            assert breaker.next_retry(3) is None
+
+    simulate(2, work)
+    assert scene.told == [2]
+
+
+def test_a_retry_on_request() -> None:
+    """After a request that all ranks make, the next call is an attempt, whatever the policy says."""
+
+    def work(rank: Rank) -> None:
+        breaker = Disagreement(RetryPolicy(wait=1000, max_overhead=float("inf"))).held_off(rank)
+        assert breaker.let_through(2) is None
+        assert rank.agreement.start_anew("retry_now 3", 10) == ""
+        breaker.retry_now()
+        assert breaker.let_through(3) is not None
+        breaker.end()
+        breaker.retry_now()  # has no effect: nothing is held off
+
+    simulate(2, work)
+
+
+def test_a_policy_that_raises_on_the_first_rank() -> None:
+    """The other ranks give up together with the first one."""
+
+    def wait(state: object) -> float:
+        raise ZeroDivisionError
+
+    def work(rank: Rank) -> None:
+        breaker = GroupBreaker(RetryPolicy(wait=wait), lambda: rank.agreement)
+        rank.vote("frame", FULL)
+        if rank.agreement.leads:
+            with pytest.raises(ZeroDivisionError):
+                breaker.failed(OSError(28, "full"), 1, 0.0, 0.0, retry=True)
+        else:
+            breaker.failed(OSError(28, "full"), 1, 0.0, 0.0, retry=True)
+        assert breaker.episode is not None
+        assert breaker.episode.stopped
+        assert rank.agreement.over is None
+
+    simulate(2, work)
+
+
+def test_permanent_failures() -> None:
+    """After a few permanent failures in a row, all ranks stop attempting, whatever time these took."""
+
+    def work(rank: Rank) -> None:
+        breaker = GroupBreaker(RetryPolicy(), lambda: rank.agreement)
+        allowed = 0
+        while breaker.affords_another_refusal():
+            assert breaker.failed(NotImplementedError(), 1, 0.0, rank.number, retry=False) == (1, False)
+            breaker.refused(0.0, rank.number)
+            allowed += 1
+        assert allowed == 8
+
+    simulate(2, work)
+
+
+def test_without_other_ranks() -> None:
+    """In a group of one rank, the policy decides, as without a group."""
+    now = [0.0]
+    breaker = GroupBreaker(RetryPolicy(wait=5, clock=lambda: now[0]), lambda: None)
+    assert breaker.affords_another_refusal()
+    breaker.failed(OSError(28, "full"), 1, 0.0, 0.0)
+    assert str(breaker.next_retry(1)) == "in 5 s"
+    assert breaker.let_through(2) is None
+    now[0] = 6
+    assert breaker.let_through(3) is not None
+    breaker.retry_now()
+
+
+@pytest.mark.parametrize("what", ["announce", "hear", "start_anew"])
+def test_the_store_is_gone_between_votes(what: str) -> None:
+    """A rank that loses the store between votes runs eagerly, as all ranks do at that moment."""
+
+    def work(rank: Rank) -> None:
+        rank.vote("frame", FULL)
+        rank.agreement._store = DyingStore(rank.store, 0)  # as if the connection were lost
+        if what == "announce":
+            assert rank.agreement.announce(Due(1, 5, sure=True)) is None
+        elif what == "hear":
+            assert rank.agreement.hear(1) is None
+        else:
+            assert "store has failed" in rank.agreement.start_anew("reset 1", 10)
+            return
+        assert rank.agreement.over is not None
+        assert rank.agreement.over.may_run_eagerly
+        with rank.agreement.beating():
+            rank.agreement.beat()
+
+    simulate(2, work)

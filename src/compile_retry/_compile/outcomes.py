@@ -361,7 +361,8 @@ class Outcomes:
             if result is not None and not counts(result):
                 return result
             described = self._describe(failure, conversion, can_be_retried=can_be_retried)
-            refused = agreement.vote(_what(conversion, tally), described)
+            makes_code = conversion.key is not CREATION
+            refused = agreement.vote(_what(conversion, tally), described, makes_code=makes_code)
         if refused.outcome == COMPILED:
             conversion.once_agreed()
             return result

@@ -175,12 +175,13 @@ class Agreement:
         with suppress(RuntimeError):  # the vote will notice
             self._store.add(f"{self._life}/{self._votes + 1}/pulse", 1)
 
-    def vote(self, what: str, failure: Failure | None = None) -> Verdict:
+    def vote(self, what: str, failure: Failure | None = None, *, makes_code: bool = True) -> Verdict:
         """Vote on an attempt, and wait for the verdict. Follows `join`.
 
         Args:
             what: The frame and the call. It must be the same on all ranks.
             failure: How the attempt failed on this rank; None if it succeeded.
+            makes_code: Whether there is code to run if it succeeds on all ranks.
         """
         self._votes += 1
         here, counted = f"{self._life}/{self._votes}", False
@@ -202,7 +203,7 @@ class Agreement:
                 return self._no_agreement(verdict.text)
         except RuntimeError as exc:
             return self._no_agreement(_lost(exc), may_run_eagerly=not counted)
-        self._has_code |= verdict.outcome == COMPILED
+        self._has_code |= makes_code and verdict.outcome == COMPILED
         self._tidy(here)
         return verdict
 
