@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -428,16 +428,19 @@ def retry_of_nothing(name: str) -> Recorded:
     return twins
 
 
-def life(name: str) -> Recorded:
-    """A life of the job that ends when the last rank is killed, in a vote of its own."""
-    twins = functions(name, agree_timeout=8)
+def restarted(name: str) -> Recorded:
+    """In each of its first three lives, the last rank is killed in an attempt, in a vote of its own."""
+    life = int(os.environ["LIFE"])
+    twins = functions(name, agree_timeout=5)
     steps(twins, *(8,) * 5, faults={1: on_last_rank(broken(name))})
-    if dist.get_rank() == dist.get_world_size() - 1:
+    if life < 3 and dist.get_rank() == dist.get_world_size() - 1:
         from compile_retry._compile.backend import faults
 
         faults.append(lambda attempt: os.kill(os.getpid(), signal.SIGKILL))
-    with suppress(RuntimeError):
+    try:
         twins.step(9)
+    except RuntimeError as exc:
+        twins.extra["error"] = [type(exc).__name__, str(exc)]
     twins.extra["is_over"] = True
     return twins
 
@@ -571,7 +574,7 @@ SCENARIOS: dict[str, Callable[[str], Twins]] = {
     "frameless": frameless,
     "over_limit": over_limit,
     "passed_over": passed_over,
-    **{f"life_{number}": life for number in range(3)},
+    "restarted": restarted,
     "without_group": lambda name: steps(functions(name, group=None), 8, 8),
     **{f"random_{seed}": random_faults for seed in range(40)},
 }

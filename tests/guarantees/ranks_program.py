@@ -23,11 +23,11 @@ import torch.distributed._functional_collectives as functional
 from coverage import Coverage
 from functorch.compile import make_boxed_func
 from torch import nn
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import _get_default_group, _get_default_store, _world
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.fx import GraphModule
@@ -267,7 +267,10 @@ def main(
     logging.getLogger("torch").setLevel(logging.CRITICAL)
     limit = timedelta(seconds=float(timeout))
     store = TCPStore("127.0.0.1", int(port), is_master=False)
-    dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(size), timeout=limit)
+    # After a restart, Gloo would find addresses of the earlier life and connect to those. Nothing else may be misled.
+    of_gloo = PrefixStore(os.environ.get("LIFE", "0"), store)
+    dist.init_process_group("gloo", store=of_gloo, rank=int(rank), world_size=int(size), timeout=limit)
+    _world.pg_map[_get_default_group()] = ("gloo", PrefixStore("default_pg", store))
     results: dict[str, Any] = {}
     for name in names:
         began = time.monotonic()
@@ -280,7 +283,7 @@ def main(
         results[name]["seconds"] = time.monotonic() - began
         if "raised" in results[name]:
             break
-    sys.stdout.write(json.dumps(results))
+    sys.stdout.write(f"{json.dumps(results)}\n")
     sys.stdout.flush()
     if (measured := Coverage.current()) is not None:
         measured.stop()

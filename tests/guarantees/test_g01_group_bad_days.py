@@ -30,15 +30,15 @@ def test_killed_rank() -> None:
 
 
 @pytest.mark.long
-def test_restarts_on_the_same_store() -> None:
-    """After a rank was killed, restarted ranks on the same store are not misled by old keys, three times."""
+def test_restarts_on_the_same_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a rank was killed in a vote, restarted ranks are not misled by keys of earlier lives, three times."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for life in range(3):
-        results = train(2, 30, f"life_{life}", store=store, killed=1)
-        for result in of(results, f"life_{life}"):
-            assert result["calls"].startswith("eeecc")
-            assert result["difference"] == 0
-    assert_together(train(2, 30, "first_attempt", store=store), "first_attempt", "eeeccc")
+    for life in range(4):
+        monkeypatch.setenv("LIFE", str(life))
+        keys = store.num_keys()
+        results = train(2, 30, "restarted", store=store, killed=1 if life < 3 else None)
+        assert_together(results, "restarted", "eeecc" if life < 3 else "eeeccc")
+        assert store.num_keys() > keys > 0 or life == 0
 
 
 @pytest.mark.usefixtures("measured")
