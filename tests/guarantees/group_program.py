@@ -162,7 +162,7 @@ def healthy(name: str) -> Recorded:
             held_off(x, w, 1)
         twins.extra["operations_when_compiling"] = len(operations)
         steps(twins, *(8, 9) * 10)
-        for _ in range(5000):
+        for _ in range(10_000):
             compiled(x, w, 1)
         for _ in range(900):
             held_off(x, w, 1)

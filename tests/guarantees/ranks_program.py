@@ -28,6 +28,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _get_default_group, _get_default_store, _world
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.fx import GraphModule
@@ -194,6 +195,36 @@ def tensor_parallel(model: nn.Module) -> nn.Module:
     return parallelize_module(model, mesh, plan)
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(D, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.inner(x)) + x
+
+
+def fsdp2(name: str) -> Twins:
+    """Compile each block, and shard each block."""
+    pair = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        pair.append(nn.Sequential(Block(), Block()))
+    model, twin = pair
+    for block in model:
+        compile_with_fallback(block, name=name, backend=backend, policy=NEVER_AGAIN)
+    for each in pair:
+        for part in (*each, each):
+            fully_shard(part)
+    return Twins(
+        lambda x, scale: model(x),
+        lambda x, scale: twin(x),
+        [*model.parameters()],
+        [*twin.parameters()],
+        compiled_function(model[0]),
+    )
+
+
 def on_last_rank(faults: Faults) -> Faults:
     return faults if dist.get_rank() == dist.get_world_size() - 1 else nullcontext()
 
@@ -250,6 +281,7 @@ SCENARIOS: dict[str, Callable[[str], Twins]] = {
     "backward_shared": lambda name: train(functions(name), (8, 8), backward_faults.fail(1000)),
     "plain_module": lambda name: train(modules(name, lambda model: model), (8, 8), on_last_rank(broken(name, 1))),
     "ddp": lambda name: train(modules(name, DistributedDataParallel), (8, 8), on_last_rank(broken(name, 1))),
+    "fsdp2": lambda name: train(fsdp2(name), (8, 8), on_last_rank(broken(name, 1))),
     "first_attempt_stays": lambda name: train(functions(name), (8,), on_last_rank(broken(name))),
     "recompile_stays": lambda name: train(functions(name), (8, 9), on_last_rank(broken(name)), in_step=2),
 }

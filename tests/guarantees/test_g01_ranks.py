@@ -32,6 +32,7 @@ AS_EAGER = {
     # The last rank fails, in a graph without collectives.
     "plain_module": ("ee", "cc"),
     "ddp": ("ee", "cc"),
+    "fsdp2": ("ee", "cc"),
 }
 
 
