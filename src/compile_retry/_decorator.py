@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-Ranks: TypeAlias = "Literal['world'] | ProcessGroup | DeviceMesh"
+    Ranks: TypeAlias = Literal["world"] | ProcessGroup | DeviceMesh
+else:
+    Ranks = object  # not imported before it is needed, but type hints can be evaluated
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -346,7 +346,7 @@ class Outcomes:
             The result; None if the frame must run eagerly, as on all other ranks.
 
         Raises:
-            RanksDisagreeError: The ranks do not agree, and the function contains collectives.
+            RanksDisagreeError: The ranks do not agree, and another rank may run compiled code.
         """
         self._journal.speaks_for(agreement.name, agreement.size, leads=agreement.leads)
         refused, failure, result = agreement.join(), None, None
@@ -368,7 +368,7 @@ class Outcomes:
             return result
         if refused.outcome == NONE:
             self._disagree(tally.call, conversion, failure)
-            if self.collectives and not refused.may_run_eagerly:
+            if not refused.may_run_eagerly:
                 raise RanksDisagreeError(self._why_not_eagerly(refused.text, conversion))
         else:
             self._failed_together(refused, failure, conversion, tally)
@@ -422,11 +422,12 @@ class Outcomes:
         self._journal.cannot_agree(noted)
 
     def _why_not_eagerly(self, text: str, conversion: Conversion) -> str:
+        known = f" ({', '.join(self.collectives)})" if self.collectives else ""
         return (
-            f"the ranks of {self.name}'s group do not agree on {in_words(conversion.location)}: {text}. It contains "
-            f"collectives ({', '.join(self.collectives)}), and eager and compiled code may issue different ones, so it "
-            "must not run eagerly here while another rank may run it compiled. All ranks of a group must make the same "
-            "calls, with arguments of the same shapes. If a rank has died, restart from a checkpoint."
+            f"the ranks of {self.name}'s group do not agree on {in_words(conversion.location)}: {text}. So it must not "
+            "run eagerly here: another rank may run it compiled, and compiled code may issue different collectives"
+            f"{known}. All ranks of a group must make the same calls, with arguments of the same shapes. If a rank has "
+            "died, restart from a checkpoint."
         )
 
     def carry_out_request(self, call: int) -> None:

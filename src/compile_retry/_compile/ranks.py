@@ -49,7 +49,7 @@ _LINE = 200
 
 
 class RanksDisagreeError(RuntimeError):
-    """Raised if a frame with collectives may not run compiled on this rank, and not all ranks agree to run it eagerly.
+    """Raised if a frame may not run compiled on this rank, and not all ranks agree to run it eagerly.
 
     Running the frame eagerly on this rank alone could hang the job, or give wrong results without an error.
     """
