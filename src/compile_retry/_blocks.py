@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from tenacity import Retrying
 from torch import nn
 
-from ._decorator import CompileOptions, check_module, check_options, compile_in_place, decoration
+from ._decorator import CompileOptions, Ranks, check_module, check_options, compile_in_place, decoration
 from ._schedule.policy import RetryPolicy
+from ._torch.distributed import check_group
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -30,6 +32,8 @@ def compile_repeated_blocks(
     *,
     policy: RetryPolicy | Retrying | None = None,
     name: str | None = None,
+    group: Ranks | None = None,
+    agree_timeout: float | timedelta | None = None,
     **compile_options: Unpack[CompileOptions],
 ) -> M:
     """Compile each repeated block of a model in place, as :func:`compile_with_fallback` compiles a module.
@@ -46,6 +50,8 @@ def compile_repeated_blocks(
             not count.
         policy: The retry policy: see :func:`compile_with_fallback`.
         name: The name in log lines; by default the class's name. Equal blocks with different names do not share.
+        group: The ranks that agree: see :func:`compile_with_fallback`.
+        agree_timeout: How long they wait for each other: see :func:`compile_with_fallback`.
         **compile_options: Arguments for ``torch.compile``: see :func:`compile_with_fallback`.
 
     Returns:
@@ -69,6 +75,7 @@ def compile_repeated_blocks(
     check_module(model)
     options = dict(compile_options)
     check_options(policy, name, options)
+    declared = check_group(group, agree_timeout)
     classes = _classes(block) if block is not None else _default_classes(model)
     blocks = dict(_outermost(model, classes, seen=set()))
     if not blocks:
@@ -77,7 +84,15 @@ def compile_repeated_blocks(
         check_module(part)
     decorated_at = decoration(sys._getframe(1))
     for fqn, part in blocks.items():
-        compile_in_place(part, policy=policy, name=name, options=options, decorated_at=decorated_at, fqn=fqn)
+        compile_in_place(
+            part,
+            policy=policy,
+            name=name,
+            group=declared,
+            options=options,
+            decorated_at=decorated_at,
+            fqn=fqn,
+        )
     return model
 
 

@@ -9,18 +9,26 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Coroutine
+from datetime import timedelta
 from types import FrameType, MethodType
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, TypeAlias, TypedDict, TypeVar, overload
 
 import torch
 
 from ._function import CompiledFunction, ModuleHandle, behind
 from ._schedule.policy import RetryPolicy
+from ._torch.distributed import DeclaredGroup, check_group
 from ._torch.eager import call_of, compiled_call_of, is_from_torch, is_from_torch_compile, optimized_call_of
 
 if TYPE_CHECKING:
     from tenacity import Retrying
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Unpack
+
+    Ranks: TypeAlias = Literal["world"] | ProcessGroup | DeviceMesh
+else:
+    Ranks = object  # not imported before it is needed, but type hints can be evaluated
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -64,6 +72,8 @@ def compile_with_fallback(
     *,
     policy: RetryPolicy | Retrying | None = ...,
     name: str | None = ...,
+    group: Ranks | None = ...,
+    agree_timeout: float | timedelta | None = ...,
     **compile_options: Unpack[CompileOptions],
 ) -> Decorator: ...
 @overload
@@ -73,6 +83,8 @@ def compile_with_fallback(  # type: ignore[overload-overlap]  # these are callab
     *,
     policy: RetryPolicy | Retrying | None = ...,
     name: str | None = ...,
+    group: Ranks | None = ...,
+    agree_timeout: float | timedelta | None = ...,
     **compile_options: Unpack[CompileOptions],
 ) -> K: ...
 @overload  # for a class, which raises: type checkers report that None is called
@@ -82,6 +94,8 @@ def compile_with_fallback(  # type: ignore[overload-overlap]  # classes are call
     *,
     policy: RetryPolicy | Retrying | None = ...,
     name: str | None = ...,
+    group: Ranks | None = ...,
+    agree_timeout: float | timedelta | None = ...,
     **compile_options: Unpack[CompileOptions],
 ) -> None: ...
 @overload  # for a coroutine function, which raises: they report `await`. If R is Any, it equals the next one
@@ -91,6 +105,8 @@ def compile_with_fallback(
     *,
     policy: RetryPolicy | Retrying | None = ...,
     name: str | None = ...,
+    group: Ranks | None = ...,
+    agree_timeout: float | timedelta | None = ...,
     **compile_options: Unpack[CompileOptions],
 ) -> CompiledFunction[P, R]: ...
 @overload
@@ -100,6 +116,8 @@ def compile_with_fallback(
     *,
     policy: RetryPolicy | Retrying | None = ...,
     name: str | None = ...,
+    group: Ranks | None = ...,
+    agree_timeout: float | timedelta | None = ...,
     **compile_options: Unpack[CompileOptions],
 ) -> CompiledFunction[P, R]: ...
 def compile_with_fallback(
@@ -108,6 +126,8 @@ def compile_with_fallback(
     *,
     policy: RetryPolicy | Retrying | None = None,
     name: str | None = None,
+    group: Ranks | None = None,
+    agree_timeout: float | timedelta | None = None,
     **compile_options: Any,
 ) -> Any:
     """Compile a function with ``torch.compile``, run it eagerly while that fails, and retry when an attempt is due.
@@ -123,6 +143,11 @@ def compile_with_fallback(
             used. By default, the first retry is due after 15 s, and waits grow by a quarter up to an hour, forever.
             Failed attempts may take at most a fifth of the time since the first failure.
         name: The name in log lines; by default the function's own name.
+        group: The ranks that run a frame either all compiled or all eagerly, and that attempt in the same calls:
+            ``"world"`` for all ranks, a ``ProcessGroup``, or a ``DeviceMesh`` of one dimension. Give it if the function
+            moves data between ranks. They must make the same calls, with arguments of the same shapes.
+        agree_timeout: Seconds, or a ``timedelta``, for which a rank waits in an attempt for one that gives no sign of
+            life; by default half the timeout of the process group. A rank that is still compiling gives signs of life.
         **compile_options: Arguments for ``torch.compile``: ``backend``, ``mode``, ``options``, ``dynamic``,
             ``fullgraph`` and any others that the installed version accepts. ``isolate_recompiles`` is on by default.
 
@@ -137,8 +162,17 @@ def compile_with_fallback(
     """
     if fn is None:
         check_options(policy, name, compile_options)
-        return functools.partial(compile_with_fallback, policy=policy, name=name, **compile_options)
-    decorate = functools.partial(_decorate, policy, name, compile_options, decoration(sys._getframe(1)))
+        check_group(group, agree_timeout)
+        return functools.partial(
+            compile_with_fallback,
+            policy=policy,
+            name=name,
+            group=group,
+            agree_timeout=agree_timeout,
+            **compile_options,
+        )
+    declared = check_group(group, agree_timeout)
+    decorate = functools.partial(_decorate, policy, name, declared, compile_options, decoration(sys._getframe(1)))
     if isinstance(fn, (staticmethod, classmethod)):
         method = type(fn)(decorate(fn.__func__))
         vars(method).update({name: value for name, value in vars(fn).items() if name not in vars(method)})
@@ -146,16 +180,25 @@ def compile_with_fallback(
     return decorate(fn)
 
 
-def _decorate(policy: object, name: str | None, options: dict[str, Any], decorated_at: tuple[str, int], fn: Any) -> Any:
+def _decorate(  # noqa: PLR0917  # only called through a partial
+    policy: object,
+    name: str | None,
+    group: DeclaredGroup | None,
+    options: dict[str, Any],
+    decorated_at: tuple[str, int],
+    fn: Any,
+) -> Any:
     target = plain(fn)
     if isinstance(target, torch.nn.Module):
         check_module(target)
         check_options(policy, name, options)
-        return compile_in_place(target, policy=policy, name=name, options=options, decorated_at=decorated_at)
+        return compile_in_place(
+            target, policy=policy, name=name, group=group, options=options, decorated_at=decorated_at
+        )
     check_function(target)
     check_options(policy, name, options)
     return CompiledFunction(
-        target, policy=RetryPolicy.of(policy), name=name, options=options, decorated_at=decorated_at
+        target, policy=RetryPolicy.of(policy), name=name, options=options, decorated_at=decorated_at, declared=group
     )
 
 
@@ -164,6 +207,7 @@ def compile_in_place(
     *,
     policy: object,
     name: str | None,
+    group: DeclaredGroup | None,
     options: dict[str, Any],
     decorated_at: tuple[str, int],
     fqn: str = "",
@@ -174,13 +218,20 @@ def compile_in_place(
         module: The module.
         policy: The retry policy.
         name: The name in log lines.
+        group: The ranks that agree.
         options: Arguments for ``torch.compile``.
         decorated_at: File and line of the decoration.
         fqn: The module's fully qualified name in its model; empty if it is not known.
     """
     policy = RetryPolicy.of(policy)
     function = CompiledFunction(
-        call_of(module), policy=policy, name=name, options=options, decorated_at=decorated_at, fqn=fqn
+        call_of(module),
+        policy=policy,
+        name=name,
+        options=options,
+        decorated_at=decorated_at,
+        fqn=fqn,
+        declared=group,
     )
     ModuleHandle(module, function)
     return module
@@ -296,7 +347,13 @@ _POLICY_ARGUMENTS |= dict.fromkeys(("timeout", "max_delay", "max_time"), "stop=s
 def _check_names(options: dict[str, Any]) -> None:
     parameters = inspect.signature(torch.compile).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # patched: unknown which arguments it takes
-    allowed = ["policy", "name", *(name for name in parameters if name not in ("model", "name"))]
+    allowed = [
+        "policy",
+        "name",
+        "group",
+        "agree_timeout",
+        *(name for name in parameters if name not in ("model", "name")),
+    ]
     for option, value in options.items():
         if option in allowed or (takes_any and option not in _POLICY_ARGUMENTS):
             continue

@@ -113,7 +113,8 @@ class CompileFailure:
         frame: The Python frame that was being compiled, as ``(function, file, line)``.
         attempt: The attempt's number within the episode, from 1.
         call: Number of the decorated function's call in which it failed, from 1.
-        traceback: The formatted traceback of the exception and its causes.
+        traceback: The formatted traceback of the exception and its causes; empty if it failed on another rank.
+        rank: The rank on which it failed, if the function has a group of ranks.
     """
 
     kind: FailureKind
@@ -124,6 +125,7 @@ class CompileFailure:
     attempt: int
     call: int
     traceback: str
+    rank: int | None = None
 
     def __str__(self) -> str:
         _, _, output = self.message.rpartition("Output:\n")  # a C++ compiler's output
@@ -145,7 +147,8 @@ def in_words(location: Location) -> str:
 
 def summary(failure: CompileFailure) -> str:
     """Describe a failed attempt in one line."""
-    when = f"attempt {failure.attempt} failed in call {failure.call}"
+    where = "" if failure.rank is None else f" on rank {failure.rank}"
+    when = f"attempt {failure.attempt} failed{where} in call {failure.call}"
     return f"{when}: {failure}, compiling {in_words(failure.frame)}"
 
 

@@ -27,6 +27,7 @@ from ._schedule.episode import NextRetry, Probe
 from ._schedule.policy import RetryPolicy
 from ._stats import CompileState, CompileStats
 from ._switches import active
+from ._torch.distributed import DeclaredGroup
 from ._torch.eager import (
     call_of,
     compiled_call_of,
@@ -101,6 +102,7 @@ class CompiledFunction(Generic[P, R]):
         "_compiled",
         "_compiled_calls",
         "_creation",
+        "_declared",
         "_decorated_at",
         "_eager_calls",
         "_group",
@@ -132,8 +134,10 @@ class CompiledFunction(Generic[P, R]):
         decorated_at: tuple[str, int],
         fqn: str = "",
         group: Group | None = None,
+        declared: DeclaredGroup | None = None,
     ) -> None:
         self.eager = fn
+        self._declared = declared
         self._decorated_at = decorated_at
         self._policy, self._clock = policy, policy.clock
         self._name = name if name is not None else _name_of(fn)
@@ -145,6 +149,7 @@ class CompiledFunction(Generic[P, R]):
             policy=policy,
             options=options,
             entry_frames=ENTRY_FRAMES,
+            declared=declared,
         )
         self._record = Record(policy.clock, fqn)
         group.add(self._record)
@@ -226,6 +231,8 @@ class CompiledFunction(Generic[P, R]):
             tally.call, tally.compiled, tally.eager, tally.given_up = number, 0, 0, 0
             tally.doubt, tally.at_end, tally.models, tally.record = None, [], [], self._record
             tally.first_attempt = None
+            if self._outcomes.has_request:
+                self._outcomes.carry_out_request(number)
             episode = self._breaker.episode
             is_timed = number >= self._history.next_call
             straight = self._admission.eager_together
@@ -409,11 +416,17 @@ class CompiledFunction(Generic[P, R]):
         return self._record.hooks.register(hook)
 
     def retry_now(self) -> None:
-        """Make an attempt due at the next call for everything that runs eagerly, even after giving up."""
+        """Make an attempt due at the next call for everything that runs eagerly, even after giving up.
+
+        With a group of ranks, call it on all of them, before the same call. Otherwise it has no effect.
+        """
         self._outcomes.retry_now()
 
     def reset(self) -> None:
-        """Forget all failures, including permanent ones, so that the next call attempts again. Counters are kept."""
+        """Forget all failures, including permanent ones, so that the next call attempts again. Counters are kept.
+
+        With a group of ranks, call it on all of them, before the same call. Otherwise it has no effect.
+        """
         self._outcomes.reset()
 
     # As on functions. Not in `__dict__`, which `functools.wraps` copies.
@@ -453,7 +466,9 @@ class CompiledFunction(Generic[P, R]):
     def __copy__(self) -> Self:
         location = _location(self.eager, self._decorated_at)
         return self._renewed(
-            self.eager, vars(self), Group(self._name, location, self._policy, self._options, ENTRY_FRAMES)
+            self.eager,
+            vars(self),
+            Group(self._name, location, self._policy, self._options, ENTRY_FRAMES, self._declared),
         )
 
     def _renewed(self, fn: Callable[P, R], attributes: dict[str, Any], group: Group | None) -> Self:
@@ -465,6 +480,7 @@ class CompiledFunction(Generic[P, R]):
             decorated_at=self._decorated_at,
             fqn=self._record.fqn,
             group=group,
+            declared=self._declared,
         )
         vars(renewed).update(attributes, __wrapped__=fn)
         return renewed

@@ -12,7 +12,7 @@ from ._function import CompiledFunction, live_functions
 from ._schedule.episode import NextRetry
 from ._stats import CompileState, CompileStats, total
 from ._switches import active
-from .events import title
+from .events import abbreviated, title
 
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderableType
@@ -55,6 +55,24 @@ _HTML_COLOURS = {
 
 
 @dataclass(frozen=True)
+class RanksReport:
+    """The group of ranks that agree on a function's attempts.
+
+    Attributes:
+        group: Its name.
+        rank: The rank of this process.
+        ranks: All ranks of the group.
+    """
+
+    group: str
+    rank: int
+    ranks: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.group}: {abbreviated([*map(str, self.ranks)])}"
+
+
+@dataclass(frozen=True)
 class FunctionReport:
     """The report on one function.
 
@@ -67,6 +85,8 @@ class FunctionReport:
         last_failure: The last failed attempt of the functions in the row.
         next_retry: The due moment of their next attempt.
         bypassed: The reasons, in words, for which the library had no effect on a call of them.
+        ranks: The group of ranks that agree on their attempts, and the place of this process in it; None if there is
+            none, or if it is not known yet.
     """
 
     name: str
@@ -77,6 +97,7 @@ class FunctionReport:
     last_failure: CompileFailure | None
     next_retry: NextRetry | None
     bypassed: tuple[str, ...] = ()
+    ranks: RanksReport | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as a dictionary of JSON-serializable values."""
@@ -90,6 +111,7 @@ class FunctionReport:
             "last_failure": None if failure is None else {**asdict(failure), "frame": list(failure.frame)},
             "next_retry": None if next_retry is None else asdict(next_retry),
             "bypassed": list(self.bypassed),
+            "ranks": None if self.ranks is None else asdict(self.ranks),
         }
 
 
@@ -105,9 +127,13 @@ class GroupReport:
 
     @property
     def name(self) -> str:
-        """Their name, number and modules, as in log lines: ``Block x20 (layers.0 ... layers.19)``."""
+        """Their name, number and modules, as in log lines: ``Block x20 (layers.0 ... layers.19)``.
+
+        With a group of ranks, the group and the rank of this process follow: ``step [rank 3 of world: 0 ... 7]``.
+        """
         fqns = tuple(dict.fromkeys(function.fqn for function in self.functions if function.fqn))
-        return title(self.functions[0].name, len(self.functions), fqns)
+        name, ranks = title(self.functions[0].name, len(self.functions), fqns), self.functions[0].ranks
+        return name if ranks is None else f"{name} [{ranks}]"
 
     @property
     def state(self) -> CompileState:
@@ -283,6 +309,7 @@ def report(*, expanded: bool = False) -> Report:
 
 
 def _report(fn: CompiledFunction[..., Any], group: int) -> FunctionReport:
+    ranks = fn._group.ranks()
     return FunctionReport(
         name=fn.name,
         fqn=fn._record.fqn,
@@ -292,6 +319,7 @@ def _report(fn: CompiledFunction[..., Any], group: int) -> FunctionReport:
         last_failure=fn.last_failure,
         next_retry=fn.next_retry,
         bypassed=tuple(fn._group.journal.bypassed),
+        ranks=RanksReport(ranks.name, ranks.ranks[ranks.rank], ranks.ranks) if ranks is not None else None,
     )
 
 

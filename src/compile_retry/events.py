@@ -33,6 +33,7 @@ __all__ = [
     "PartlyTuned",
     "RecompileLimit",
     "Recovered",
+    "RequestFailed",
     "RetryScheduled",
     "StillCompiling",
     "StillEager",
@@ -76,6 +77,7 @@ class Event:
         functions: The number of decorated functions that share their compiled code, and so this event.
         fqns: The fully qualified names of the modules among them, such as ``layers.0``, as far as they are known: see
             :func:`~compile_retry.compile_repeated_blocks`.
+        rank: The rank of this process, if the function has a group of ranks and has been attempted.
     """
 
     kind: ClassVar[str] = ""
@@ -87,6 +89,7 @@ class Event:
     level: int | None = None
     functions: int = 1
     fqns: tuple[str, ...] = ()
+    rank: int | None = None
 
     @property
     def who(self) -> str:
@@ -193,6 +196,13 @@ class GaveUp(Event):
 
     kind = "gave up"
     failure: CompileFailure
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestFailed(Event):
+    """``retry_now()`` or ``reset()`` has no effect, because not all ranks of the function's group have called it."""
+
+    kind = "request failed"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,11 +23,12 @@ import torch.distributed._functional_collectives as functional
 from coverage import Coverage
 from functorch.compile import make_boxed_func
 from torch import nn
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import _get_default_group, _get_default_store, _world
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.fx import GraphModule
@@ -194,6 +195,36 @@ def tensor_parallel(model: nn.Module) -> nn.Module:
     return parallelize_module(model, mesh, plan)
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(D, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.inner(x)) + x
+
+
+def fsdp2(name: str) -> Twins:
+    """Compile each block, and shard each block."""
+    pair = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        pair.append(nn.Sequential(Block(), Block()))
+    model, twin = pair
+    for block in model:
+        compile_with_fallback(block, name=name, backend=backend, policy=NEVER_AGAIN)
+    for each in pair:
+        for part in (*each, each):
+            fully_shard(part)
+    return Twins(
+        lambda x, scale: model(x),
+        lambda x, scale: twin(x),
+        [*model.parameters()],
+        [*twin.parameters()],
+        compiled_function(model[0]),
+    )
+
+
 def on_last_rank(faults: Faults) -> Faults:
     return faults if dist.get_rank() == dist.get_world_size() - 1 else nullcontext()
 
@@ -250,29 +281,41 @@ SCENARIOS: dict[str, Callable[[str], Twins]] = {
     "backward_shared": lambda name: train(functions(name), (8, 8), backward_faults.fail(1000)),
     "plain_module": lambda name: train(modules(name, lambda model: model), (8, 8), on_last_rank(broken(name, 1))),
     "ddp": lambda name: train(modules(name, DistributedDataParallel), (8, 8), on_last_rank(broken(name, 1))),
+    "fsdp2": lambda name: train(fsdp2(name), (8, 8), on_last_rank(broken(name, 1))),
     "first_attempt_stays": lambda name: train(functions(name), (8,), on_last_rank(broken(name))),
     "recompile_stays": lambda name: train(functions(name), (8, 9), on_last_rank(broken(name)), in_step=2),
 }
 
 
-def main(port: str, rank: str, size: str, timeout: str, *scenarios: str) -> None:
+def main(
+    port: str,
+    rank: str,
+    size: str,
+    timeout: str,
+    *names: str,
+    scenarios: dict[str, Callable[[str], Twins]] = SCENARIOS,
+) -> None:
     torch.set_num_threads(1)
     logging.getLogger("torch").setLevel(logging.CRITICAL)
     limit = timedelta(seconds=float(timeout))
     store = TCPStore("127.0.0.1", int(port), is_master=False)
-    dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(size), timeout=limit)
+    # After a restart, Gloo would find addresses of the earlier life and connect to those. Nothing else may be misled.
+    of_gloo = PrefixStore(os.environ.get("LIFE", "0"), store)
+    dist.init_process_group("gloo", store=of_gloo, rank=int(rank), world_size=int(size), timeout=limit)
+    _world.pg_map[_get_default_group()] = ("gloo", PrefixStore("default_pg", store))
     results: dict[str, Any] = {}
-    for name in scenarios:
+    for name in names:
         began = time.monotonic()
         try:
-            results[name] = SCENARIOS[name](name).result()
-            dist.barrier()
+            results[name] = scenarios[name](name).result()
+            if not results[name].get("is_over"):  # another rank is gone
+                dist.barrier()
         except Exception as exc:
             results[name] = {"raised": type(exc).__name__, "message": str(exc)}
         results[name]["seconds"] = time.monotonic() - began
         if "raised" in results[name]:
             break
-    sys.stdout.write(json.dumps(results))
+    sys.stdout.write(f"{json.dumps(results)}\n")
     sys.stdout.flush()
     if (measured := Coverage.current()) is not None:
         measured.stop()

@@ -5,10 +5,8 @@ A frame with collectives is compiled on all ranks, runs eagerly on all ranks, or
 
 from __future__ import annotations
 
-import heapq
 import json
 import random
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,83 +18,11 @@ from torch._C._distributed_c10d import FileStore, HashStore, Store
 
 from compile_retry._compile.ranks import RanksDisagreeError, settle_together
 from compile_retry._torch.distributed import World
+from simulation import SimulatedStore, Simulation
 
 FRAME = ("Block.forward", "/somewhere/model.py", 12)
 SECONDS = 60.0
 TIMEOUT = 16.0
-
-
-class Simulation:
-    """Ranks as threads that run one at a time, on a clock that jumps to the next wake-up.
-
-    Before and after every operation on the store, other ranks may run, for as long as `chance` decides.
-    """
-
-    def __init__(self, chance: random.Random, slowest: float) -> None:
-        self._slowest = slowest
-        self.now = 0.0
-        self._chance = chance
-        self._queue: list[tuple[float, float, threading.Semaphore]] = []
-        self._idle = threading.Semaphore(0)
-
-    def clock(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        turn = threading.Semaphore(0)
-        heapq.heappush(self._queue, (self.now + seconds, self._chance.random(), turn))
-        self._idle.release()
-        assert turn.acquire(timeout=SECONDS)
-
-    def step_aside(self) -> None:
-        if self._chance.random() < 0.3:
-            self.sleep(self._chance.choice((0.0, 0.01, self._slowest)))
-
-    def run(self, works: list[Callable[[], None]]) -> None:
-        def begin(work: Callable[[], None]) -> None:
-            self.sleep(0)
-            try:
-                work()
-            finally:
-                self._idle.release()
-
-        threads = [threading.Thread(target=begin, args=(work,), daemon=True) for work in works]
-        for thread in threads:
-            thread.start()
-            assert self._idle.acquire(timeout=SECONDS)
-        while self._queue:
-            self.now, _, turn = heapq.heappop(self._queue)
-            turn.release()
-            assert self._idle.acquire(timeout=SECONDS)
-        for thread in threads:
-            thread.join(SECONDS)
-            assert not thread.is_alive()
-
-
-class SimulatedStore:
-    """A store whose operations let other ranks run, and may fail before or after they have taken effect."""
-
-    def __init__(self, simulation: Simulation, store: Store, fails: Callable[[], bool] = lambda: False) -> None:
-        self._simulation = simulation
-        self._store = store
-        self._fails = fails
-        self.operations = 0
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def operation(*args: Any) -> Any:
-            self.operations += 1
-            self._simulation.step_aside()
-            if self._fails():
-                raise RuntimeError("Connection reset by peer")
-            if name in ("get", "multi_get"):  # would block
-                assert self._store.check(args[0] if name == "multi_get" else [args[0]])
-            result = getattr(self._store, name)(*args)
-            self._simulation.step_aside()
-            if self._fails():
-                raise RuntimeError("Connection reset by peer")
-            return result
-
-        return operation
 
 
 class SimulatedWorld(World):

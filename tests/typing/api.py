@@ -64,6 +64,8 @@ def train_step(
 
 def signatures(x: torch.Tensor, model: torch.nn.Module) -> None:
     assert_type(bare(x, n=2), torch.Tensor)
+    assert_type(compile_with_fallback(model, group="world", agree_timeout=60), torch.nn.Module)
+    compile_with_fallback(model, group="everyone")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
     bare("x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     loss, outputs = train_step(model, x, x, torch.nn.functional.mse_loss)
     assert_type(loss, torch.Tensor)

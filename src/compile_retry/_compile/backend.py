@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 from torch.fx import GraphModule
@@ -85,7 +86,11 @@ class GraphBackend:
         except BaseException:
             self._interrupted = True  # what the attempt has left may need healing too
             raise
-        outcomes.succeeded(conversion, tally, left=usual)
+        succeeded = partial(outcomes.succeeded, conversion, tally, left=usual)
+        if outcomes.agreement is None:
+            succeeded()
+        else:
+            conversion.once_agreed = succeeded
         return _counted(code, self._calls)
 
     def reset(self) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compile_retry._failures import FailureStage, Location
+from compile_retry._ranks.agreement import Verdict
 from compile_retry._record.record import Record
 from compile_retry._schedule.episode import Probe, Unsettled
 from compile_retry._torch.autotuning import Tuning
@@ -38,6 +39,7 @@ class Conversion:
         gave_way: Whether the backend raised `HeldOffError` to make the frame run eagerly.
         is_retuning: Whether the frame has code, which is to be tuned again.
         tuning: The autotuning of its graphs.
+        once_agreed: Called when all ranks have compiled the frame, if the function has a group.
     """
 
     location: Location
@@ -51,6 +53,7 @@ class Conversion:
     gave_way: bool = False
     is_retuning: bool = False
     tuning: Tuning = field(default_factory=Tuning)
+    once_agreed: Callable[[], object] = lambda: None
 
 
 class Attempt(NamedTuple):
@@ -75,6 +78,7 @@ class Doubt(Unsettled):
         can_be_retried: Whether another attempt is possible at all.
         traceback: The traceback as text.
         exc: The exception to raise in strict mode; None otherwise, because it would keep the call's tensors alive.
+        verdict: The verdict of all ranks, if the function has a group.
     """
 
     def __init__(
@@ -86,10 +90,12 @@ class Doubt(Unsettled):
         exc: BaseException | None,
         *,
         can_be_retried: bool,
+        verdict: Verdict | None = None,
     ) -> None:
         super().__init__()
         self.root, self.conversion, self.seconds = root, conversion, seconds
         self.traceback, self.exc, self.can_be_retried = traceback, exc, can_be_retried
+        self.verdict = verdict
 
 
 class PartlyTuned:

@@ -6,6 +6,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Collection
+from functools import partial
 from types import CodeType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -73,6 +74,15 @@ class Creation:
             return None
         conversion = outcomes.begin(CREATION)
         conversion.stage = "torch.compile"
+        if (agreement := outcomes.agreement) is not None:
+            together = outcomes.attempt_together(
+                agreement, partial(self._region.torch_compile, fn), conversion, tally, raises=is_fatal
+            )
+            if together is None:
+                admission.ran_eagerly(UNSEEN)
+                return None
+            outcomes.created(tally, left=together[1])
+            return together[0]
         try:
             created, usual = self._region.torch_compile(fn)
         except Exception as exc:

@@ -94,10 +94,23 @@ class FramelessGraph:
             self._admission.refused(tally, self._key)
             outcomes.postponed(tally)
             return None
+        compile_graph = partial(self._compile, graph_module, example_inputs, conversion, tally)
+        if (agreement := outcomes.agreement) is not None:
+            together = outcomes.attempt_together(
+                agreement,
+                compile_graph,
+                conversion,
+                tally,
+                raises=_must_be_raised,
+                can_be_retried=not self._has_numbers,
+            )
+            if together is not None:
+                outcomes.compiled(conversion, tally)
+            return together
         try:
-            code = self._compile(graph_module, example_inputs, conversion, tally)
+            code = compile_graph()
         except Exception as exc:
-            if is_fatal(exc) or compilers.is_for_dynamo(exc):
+            if _must_be_raised(exc):
                 raise
             outcomes.doubt(exc, conversion, tally, can_be_retried=not self._has_numbers)
             # Outside a call nothing else would settle it.
@@ -107,6 +120,10 @@ class FramelessGraph:
         outcomes.compiled(conversion, tally)
         outcomes.retuning.compiled(conversion, tally, None, outcomes.seconds_since(conversion))
         return code
+
+
+def _must_be_raised(exc: Exception) -> bool:
+    return is_fatal(exc) or compilers.is_for_dynamo(exc)
 
 
 def _metadata(value: Any) -> Hashable:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from compile_retry._failures import Location, device_error, is_fatal
+from compile_retry._ranks.agreement import Agreement
 from compile_retry._record.record import Record
 from compile_retry._switches import is_strict
 from compile_retry._torch import cache_entries, functions
@@ -148,9 +149,12 @@ class FrameConverter:
         """Compile the frame under Dynamo's lock, unless another thread's attempt has failed in the meantime."""
         with torch_frames.compile_lock():
             cache_entries.drop_abandoned()
-            if (held_off := self._held_off(request)) is not None:
-                return held_off
-            return self._convert(request, self._begin(request, is_covered=request.known.compiles > compiles))
+            if self._outcomes.agreement is None:
+                if (held_off := self._held_off(request)) is not None:
+                    return held_off
+                return self._convert(request, self._begin(request, is_covered=request.known.compiles > compiles))
+        # Without the lock: other ranks may wait for another function of this process, which needs it.
+        return self._convert(request, self._begin(request))
 
     def _begin(self, request: _Request, *, is_covered: bool = False) -> Conversion:
         code = request.frame.f_code
@@ -161,6 +165,12 @@ class FrameConverter:
         return conversion
 
     def _convert(self, request: _Request, conversion: Conversion) -> ConvertFrameReturn:
+        agreement = self._outcomes.agreement
+        if agreement is not None:
+            return self._convert_together(request, conversion, agreement)
+        return self._convert_alone(request, conversion)
+
+    def _convert_alone(self, request: _Request, conversion: Conversion) -> ConvertFrameReturn:
         """Let Dynamo compile the frame, and handle exceptions."""
         outcomes, tally = self._outcomes, request.tally
         try:
@@ -184,7 +194,36 @@ class FrameConverter:
             outcomes.failed_in_place(exc, conversion, tally)
         return self._settle_together(request, conversion)
 
+    def _convert_together(self, request: _Request, conversion: Conversion, agreement: Agreement) -> ConvertFrameReturn:
+        """Let Dynamo compile the frame, and use the code if it is compiled on all ranks of the function's group."""
+        known, tally = request.known, request.tally
+        compiles = torch_frames.count_compiles(known.state)
+        try:
+            result = self._outcomes.attempt_together(
+                agreement,
+                partial(self._compile, request, conversion),
+                conversion,
+                tally,
+                raises=lambda exc: conversion.gave_way or is_fatal(exc) or torch_frames.is_recompile_limit(exc),
+                counts=lambda result: conversion.runner is not None,  # otherwise there is no graph in the frame
+            )
+        except Exception as exc:
+            if conversion.gave_way:
+                self._admission.refused(tally, request.key)
+                return self._eagerly(request)
+            if torch_frames.is_recompile_limit(exc) and not (torch_frames.is_deliberate_limit(exc) or is_strict()):
+                return self._over_limit(request, conversion)
+            raise
+        if result is None:
+            torch_frames.uncount_compiles(known.state, compiles)
+            return self._eagerly(request)
+        return self._converted(result, request, conversion)
+
     def _attempt(self, request: _Request, conversion: Conversion) -> ConvertFrameReturn:
+        return self._converted(self._compile(request, conversion), request, conversion)
+
+    def _compile(self, request: _Request, conversion: Conversion) -> ConvertFrameReturn:
+        """Let Dynamo compile the frame."""
         known, tally = request.known, request.tally
         compiles = torch_frames.count_compiles(known.state)
         outer, tally.conversion = tally.conversion, conversion
@@ -200,7 +239,7 @@ class FrameConverter:
             tally.conversion = outer
         if conversion.is_retuning:
             torch_frames.uncount_compiles(known.state, compiles)
-        return self._converted(result, request, conversion)
+        return result
 
     def _converted(self, result: ConvertFrameReturn, request: _Request, conversion: Conversion) -> ConvertFrameReturn:
         if result.guarded_code is not None:
@@ -212,7 +251,7 @@ class FrameConverter:
             outcomes.compiled(conversion, request.tally)
             entry = cache_entries.CachedFrame(result.guarded_code), weakref.ref(request.tally.record)
             self._entries = [*(entry for entry in self._entries if entry[0].alive), entry]
-            to_retune = None if outcomes.collectives else entry[0]
+            to_retune = None if outcomes.collectives or outcomes.agreement else entry[0]
             outcomes.retuning.compiled(conversion, request.tally, to_retune, seconds)
             return result
         if torch_frames.hit_recompile_limit(result):

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import TypeVar, cast
 
 from compile_retry._failures import (
     CompileFailure,
     FailureKind,
+    FailureStage,
     Location,
     format_traceback,
+    in_words,
     qualified_name,
     release,
     root_cause,
     suggests_damaged_cache,
 )
+from compile_retry._ranks.agreement import COMPILED, NONE, PERMANENT, TRANSIENT, Agreement, Failure, Verdict
+from compile_retry._ranks.breaker import GroupBreaker
 from compile_retry._record.journal import Journal
 from compile_retry._schedule.breaker import Breaker
 from compile_retry._schedule.episode import WATCHED_CALLS
@@ -25,8 +33,19 @@ from .admission import Admission
 from .call import Conversion, Doubt, Tally
 from .frame_key import CREATION, FrameKey
 from .ledger import Ledger
+from .ranks import RanksDisagreeError
+from .team import Team
 from .tuning import Retuning
 from .turns import Turns
+
+T = TypeVar("T")
+
+# Seconds that a rank waits for the others after `retry_now` or `reset`. All ranks should call it at the same point.
+_PATIENCE = 10.0
+
+
+class PeerFailedError(RuntimeError):
+    """An attempt failed on another rank of the function's group. Raised in strict mode."""
 
 
 class Outcomes:
@@ -53,11 +72,16 @@ class Outcomes:
         admission: Admission,
         journal: Journal,
         retuning: Retuning,
+        team: Team | None = None,
     ) -> None:
         self.name = journal.name
         self._location, self._policy = location, breaker.policy
         self._breaker, self._ledger, self._turns = breaker, ledger, turns
         self._admission, self._journal, self.retuning = admission, journal, retuning
+        self._team = team
+        self._request = ""
+        if isinstance(breaker, GroupBreaker):
+            breaker.on_disagreement = self._disagree
         self.last_failure: CompileFailure | None = None
         self.suspects_cache = False
         self.collectives: tuple[str, ...] = ()
@@ -167,13 +191,15 @@ class Outcomes:
         tally.doubt = self._doubt(exc, conversion, can_be_retried=can_be_retried)
         self._breaker.doubt(tally.doubt)
 
-    def _doubt(self, exc: BaseException, conversion: Conversion, *, can_be_retried: bool) -> Doubt:
+    def _doubt(
+        self, exc: BaseException, conversion: Conversion, *, can_be_retried: bool, verdict: Verdict | None = None
+    ) -> Doubt:
         root, traceback, seconds = root_cause(exc), format_traceback(exc), self.seconds_since(conversion)
-        if is_strict():
-            return Doubt(root, conversion, seconds, traceback, exc, can_be_retried=can_be_retried)
-        release(exc)
-        root.__cause__ = root.__context__ = None
-        return Doubt(root, conversion, seconds, traceback, None, can_be_retried=can_be_retried)
+        kept = exc if is_strict() else None
+        if kept is None:
+            release(exc)
+            root.__cause__ = root.__context__ = None
+        return Doubt(root, conversion, seconds, traceback, kept, can_be_retried=can_be_retried, verdict=verdict)
 
     def settle(self, tally: Tally, *, program_raised: bool) -> None:
         """Settle a call's failure and run its callbacks, now that the call is over.
@@ -224,7 +250,8 @@ class Outcomes:
         if not doubt.can_be_retried or is_strict():
             return 1, doubt.can_be_retried
         try:
-            return self._breaker.failed(doubt.root, tally.call, doubt.conversion.began, doubt.seconds)
+            retry = None if doubt.verdict is None else doubt.verdict.outcome == TRANSIENT
+            return self._breaker.failed(doubt.root, tally.call, doubt.conversion.began, doubt.seconds, retry=retry)
         except Exception:
             log.exception("%s: the retry policy raised; giving up", self._journal.name)
             return 1, True
@@ -260,6 +287,12 @@ class Outcomes:
             call=tally.call,
             traceback=doubt.traceback,
         )
+        if doubt.verdict is not None and doubt.verdict.failure is not None:
+            rank, of = doubt.verdict.rank, doubt.verdict.failure
+            stage = cast("FailureStage", of.stage)
+            self.last_failure = failure = replace(
+                failure, error_type=of.error_type, message=of.message, stage=stage, rank=rank
+            )
         return failure
 
     def doubt_retuning(self, exc: BaseException, conversion: Conversion, tally: Tally) -> None:
@@ -284,6 +317,137 @@ class Outcomes:
         self.retuning.stop()
         if self._breaker.stop(tally.call):
             self._journal.lost_device(tally.call, error)
+
+    # Groups of ranks
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """The agreement with other ranks; None if the function has no group, or its group has only this process."""
+        return self._team.agreement if self._team is not None else None
+
+    def attempt_together(
+        self,
+        agreement: Agreement,
+        compile_it: Callable[[], T],
+        conversion: Conversion,
+        tally: Tally,
+        *,
+        raises: Callable[[Exception], bool],
+        counts: Callable[[T], bool] = lambda result: True,
+        can_be_retried: bool = True,
+    ) -> T | None:
+        """Make an attempt on all ranks of the function's group, and vote on it.
+
+        A failure counts at once, even if the program raises in the same call: otherwise ranks could differ.
+
+        Args:
+            agreement: The agreement with the other ranks.
+            compile_it: Runs the compiler.
+            conversion: The frame.
+            tally: This thread's tally.
+            raises: Returns True for exceptions that are not failures.
+            counts: Returns False for results that need no vote.
+            can_be_retried: Whether another attempt is possible at all.
+
+        Returns:
+            The result; None if the frame must run eagerly, as on all other ranks.
+
+        Raises:
+            RanksDisagreeError: The ranks do not agree, and another rank may run compiled code.
+        """
+        self._journal.speaks_for(agreement.name, agreement.size, leads=agreement.leads)
+        refused, failure, result = agreement.join(), None, None
+        if refused is None:
+            try:
+                with agreement.beating():
+                    result = compile_it()
+            except Exception as exc:
+                if raises(exc):
+                    raise
+                failure = exc
+            if result is not None and not counts(result):
+                return result
+            described = self._describe(failure, conversion, can_be_retried=can_be_retried)
+            makes_code = conversion.key is not CREATION
+            refused = agreement.vote(_what(conversion, tally), described, makes_code=makes_code)
+        if refused.outcome == COMPILED:
+            conversion.once_agreed()
+            return result
+        if refused.outcome == NONE:
+            self._disagree(tally.call, conversion, failure)
+            if not refused.may_run_eagerly:
+                raise RanksDisagreeError(self._why_not_eagerly(refused.text, conversion))
+        else:
+            self._failed_together(refused, failure, conversion, tally)
+        return None
+
+    def _describe(self, failure: Exception | None, conversion: Conversion, *, can_be_retried: bool) -> Failure | None:
+        if failure is None:
+            return None
+        root, outcome = root_cause(failure), PERMANENT
+        try:
+            if can_be_retried and self._breaker.is_worth_retry(root, self._policy.clock()):
+                outcome = TRANSIENT
+        except Exception:
+            log.exception("%s: the retry policy raised; giving up", self._journal.name)
+        return Failure(outcome, qualified_name(root), str(root), conversion.stage)
+
+    def _failed_together(
+        self, verdict: Verdict, failure: Exception | None, conversion: Conversion, tally: Tally
+    ) -> None:
+        tally.attempted(conversion)
+        of = verdict.failure
+        told = PeerFailedError(f"rank {verdict.rank}: {of.error_type}: {of.message}" if of is not None else "")
+        doubt = self._doubt(failure or told, conversion, can_be_retried=True, verdict=verdict)
+        self._failed(doubt, tally)
+        agreement = self.agreement
+        if agreement is not None and agreement.over is not None:  # on the next attempt
+            self._disagree(tally.call, conversion)
+        if doubt.exc is not None:
+            raise doubt.exc
+
+    def _disagree(self, call: int, conversion: Conversion | None = None, failure: Exception | None = None) -> None:
+        """Run the function eagerly for good, because the ranks cannot agree."""
+        self._breaker.stop(call)
+        self._admission.eager_together = True
+        agreement, last = self.agreement, self._breaker.episode
+        text = agreement.over.text if agreement is not None and agreement.over is not None else ""
+        if failure is not None:
+            text += f"; here it failed with {qualified_name(root_cause(failure))}: {root_cause(failure)}"
+            release(failure)
+        self.last_failure = noted = CompileFailure(
+            kind="permanent",
+            error_type=f"{RanksDisagreeError.__module__}.{RanksDisagreeError.__qualname__}",
+            message=text,
+            stage="trace" if conversion is None else conversion.stage,
+            frame=self._location if conversion is None else conversion.location,
+            attempt=last.failures + 1 if last is not None else 1,
+            call=call,
+            traceback="",
+        )
+        self._journal.cannot_agree(noted)
+
+    def _why_not_eagerly(self, text: str, conversion: Conversion) -> str:
+        known = f" ({', '.join(self.collectives)})" if self.collectives else ""
+        return (
+            f"the ranks of {self.name}'s group do not agree on {in_words(conversion.location)}: {text}. So it must not "
+            "run eagerly here: another rank may run it compiled, and compiled code may issue different collectives"
+            f"{known}. All ranks of a group must make the same calls, with arguments of the same shapes. If a rank has "
+            "died, restart from a checkpoint."
+        )
+
+    def carry_out_request(self, call: int) -> None:
+        """Carry out `retry_now` or `reset` in this call, if all ranks do."""
+        request, self._request = self._request, ""
+        agreement = self.agreement
+        if agreement is None or not request:
+            return
+        if trouble := agreement.start_anew(f"{request} {call}", _PATIENCE):
+            self._journal.request_failed(call, request, trouble)
+        elif request == "retry_now":
+            self._retry_now()
+        else:
+            self._reset()
 
     # Failures in functions with collectives
 
@@ -338,17 +502,45 @@ class Outcomes:
     # Users' requests
 
     def retry_now(self) -> None:
-        """Make everything that runs eagerly due now."""
+        """Make everything that runs eagerly due now. With a group, the next call does so, if it does on all ranks."""
+        if not self._is_left_to_next_call("retry_now"):
+            self._retry_now()
+
+    def reset(self) -> None:
+        """Forget all failures. With a group, the next call does so, if it does on all ranks."""
+        if not self._is_left_to_next_call("reset"):
+            self._reset()
+
+    def _is_left_to_next_call(self, request: str) -> bool:
+        if self.agreement is None:
+            return False
+        if self._breaker.episode is not None or self._ledger.given_up:  # otherwise nothing has failed, on any rank
+            self._request = request
+            self._breaker.resume_checks()
+        return True
+
+    @property
+    def has_request(self) -> bool:
+        """True if the next call must carry out a request."""
+        return bool(self._request)
+
+    def _retry_now(self) -> None:
         self._admission.eager_together = False
         self._ledger.forget(given_up=True)
         self._breaker.retry_now()
         self.retuning.retry_now()
 
-    def reset(self) -> None:
-        """Forget all failures."""
+    def _reset(self) -> None:
         self._admission.eager_together = False
         self._ledger.forget(waiting=True, given_up=True)
         self._turns.forget()
         self._breaker.reset()
         self.retuning.retry_now()
         self.last_failure = None
+
+
+def _what(conversion: Conversion, tally: Tally) -> str:
+    """Name an attempt alike on all ranks."""
+    function, file, line = conversion.location
+    # File name only, because directories may differ between hosts.
+    return f"{function} ({Path(file).name}:{line}) in call {tally.call}"

@@ -49,7 +49,7 @@ _LINE = 200
 
 
 class RanksDisagreeError(RuntimeError):
-    """Raised if this rank cannot compile a frame with collectives and not all ranks agree to run it eagerly.
+    """Raised if a frame may not run compiled on this rank, and not all ranks agree to run it eagerly.
 
     Running the frame eagerly on this rank alone could hang the job, or give wrong results without an error.
     """
@@ -113,8 +113,9 @@ def settle_together(
         f"timeout. It contains collectives ({what}), and not all {world.size} ranks have given up compiling it. "
         "So it must not run eagerly here: eager and compiled code may issue different collectives. The last attempt "
         f"failed with {attempts.failure}.{meeting.trouble} Repair the compiler on this rank and restart from a "
-        "checkpoint. A larger `timeout` of `init_process_group` leaves more time for attempts. To run without a "
-        "compiler, set TORCH_COMPILE_DISABLE=1 on every rank."
+        "checkpoint. With `group=`, all ranks of a group fall back and retry together. A larger `timeout` of "
+        "`init_process_group` leaves more time for attempts. To run without a compiler, set "
+        "TORCH_COMPILE_DISABLE=1 on every rank."
     )
 
 

@@ -16,6 +16,7 @@ import torch
 
 from compile_retry._failures import Location
 from compile_retry._locks import Lock
+from compile_retry._ranks.breaker import GroupBreaker
 from compile_retry._record import journal
 from compile_retry._record.journal import Journal
 from compile_retry._record.record import Record
@@ -24,6 +25,7 @@ from compile_retry._schedule.breaker import Breaker
 from compile_retry._schedule.equality import meaning
 from compile_retry._schedule.policy import RetryPolicy, policy_key
 from compile_retry._stats import Counter
+from compile_retry._torch.distributed import DeclaredGroup, Members
 from compile_retry._torch.eager import has_hooks
 
 from .admission import Admission
@@ -31,6 +33,7 @@ from .call import Calls
 from .creation import Creation, Region
 from .ledger import Ledger
 from .outcomes import Outcomes
+from .team import Team
 from .tuning import Retuning
 from .turns import Turns
 
@@ -39,7 +42,7 @@ class Key(NamedTuple):
     """Equal for functions that may share.
 
     Attributes:
-        exact: The code's identity, the options, the policy and the name.
+        exact: The code's identity, the options, the policy, the name and the group of ranks.
         kind: The same, but all objects of one class are equal.
         code: The code.
     """
@@ -62,19 +65,22 @@ class Group:
         outcomes: Records how attempts end.
         retuning: Code that is to be tuned again.
         key: That of its functions; None if they share with no other one.
+        team: The ranks that agree on their attempts; None without an argument `group`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917  # as everywhere, in this order
         self,
         name: str,
         location: Location,
         policy: RetryPolicy,
         options: dict[str, Any],
         entry_frames: Collection[CodeType],
+        declared: DeclaredGroup | None = None,
     ) -> None:
         self.key: Key | None = None
+        self.team = Team(declared, name, location) if declared is not None else None
         self.numbers, self.calls = Counter(), Calls()
-        self.breaker, self.ledger, turns = Breaker(policy), Ledger(), Turns()
+        self.breaker, self.ledger, turns = _breaker(policy, self.team), Ledger(), Turns()
         self.admission = admission = Admission(self.breaker, self.ledger, turns)
         self.journal = Journal(name, self.breaker, lambda: admission.state)
         self.retuning = Retuning(policy, admission, self.journal)
@@ -86,10 +92,15 @@ class Group:
             admission=admission,
             journal=self.journal,
             retuning=self.retuning,
+            team=self.team,
         )
         # Keeps the policy and the options alive: the key has the identities of their parts.
-        self._make_another = partial(Group, name, location, policy, options, entry_frames)
+        self._make_another = partial(Group, name, location, policy, options, entry_frames, declared)
         self._region = Region(options, self.calls, admission, self.outcomes, entry_frames)
+
+    def ranks(self) -> Members | None:
+        """Return the members of the functions' process group; None if there is none, or if it is not known yet."""
+        return self.team.members if self.team is not None else None
 
     def creation(self) -> Creation:
         """Return what calls ``torch.compile`` for one of the functions."""
@@ -171,16 +182,22 @@ def group_of(
     policy: RetryPolicy,
     options: dict[str, Any],
     entry_frames: Collection[CodeType],
+    declared: DeclaredGroup | None,
 ) -> Group:
     """Return the group of a function: that of others with the same code, options and policy, or a new one."""
-    make = partial(Group, name, location, policy, options, entry_frames)
+    make = partial(Group, name, location, policy, options, entry_frames, declared)
     code, of = _code_of(fn)
     if code is None:
         return make()
     # By identity: equal code objects, of the same line in two files, have their own cache entries.
-    exact = (id(code), of, name, meaning(options), policy_key(policy))
-    kind = (id(code), of, name, meaning(options, of_objects=type), policy_key(policy, of_objects=type))
+    ranks = declared.key if declared is not None else None
+    exact = (id(code), of, name, meaning(options), policy_key(policy), ranks)
+    kind = (id(code), of, name, meaning(options, of_objects=type), policy_key(policy, of_objects=type), ranks)
     return _group_with(Key(exact, kind, weakref.ref(code)), make)
+
+
+def _breaker(policy: RetryPolicy, team: Team | None) -> Breaker:
+    return Breaker(policy) if team is None else GroupBreaker(policy, lambda: team.agreement)
 
 
 def _group_with(key: Key, make: Callable[[], Group]) -> Group:

@@ -21,6 +21,7 @@ Report = Callable[[float], None]
 @dataclass(eq=False)
 class _Running:
     report: Report
+    every: float | None
     began: float = field(default_factory=time.monotonic)
     next: float = 0.0
 
@@ -62,7 +63,7 @@ class _Watch:
                 now = time.monotonic()
                 due = [running for running in self._running if running.next <= now]
                 for running in due:
-                    running.next = now + now - running.began
+                    running.next = now + (running.every or now - running.began)
                 wait = min(running.next for running in self._running) - now
                 wake = self._wake
             for running in due:
@@ -74,14 +75,15 @@ _watch = _Watch()
 
 
 @contextmanager
-def heartbeat(report: Report) -> Iterator[None]:
+def heartbeat(report: Report, *, every: float | None = None) -> Iterator[None]:
     """Call `report` after one minute, two, four and so on while the block runs.
 
     Args:
         report: Takes the seconds since the block began. It is called from another thread.
+        every: Seconds between calls, if they should be regular.
     """
-    running = _Running(report)
-    running.next = running.began + FIRST
+    running = _Running(report, every)
+    running.next = running.began + (every or FIRST)
     try:
         _watch.add(running)
     except RuntimeError:  # no thread can be started, so there are no reports

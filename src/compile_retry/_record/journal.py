@@ -28,6 +28,7 @@ from compile_retry.events import (
     PartlyTuned,
     RecompileLimit,
     Recovered,
+    RequestFailed,
     RetryScheduled,
     StillCompiling,
     StillEager,
@@ -68,12 +69,14 @@ class Journal:
     """Counts, logs and publishes what happens to one function, or to several that share their compiled code.
 
     Events are noted where they occur, possibly under locks. `tell` publishes them after the thread has released its
-    locks. An event has no log line if another event's line says the same.
+    locks. An event has no log line if another event's line says the same. If ranks agree on the function's attempts,
+    the lines of all but the first rank are for debugging, except those about failures of their own.
 
     Attributes:
         name: The function's name.
         records: The records of the functions that share.
         bypassed: The reasons for which the library had no effect on a call, in words.
+        rank: This process's rank, if the function has a group of ranks.
     """
 
     def __init__(self, name: str, breaker: Breaker, state: Callable[[], CompileState]) -> None:
@@ -85,6 +88,12 @@ class Journal:
         self._not_compiled_before = 0  # the episode
         self._reminders = Lock()
         self._reminder: tuple[float, float] | None = None  # the episode's start, and the due time of the next reminder
+        self.rank: int | None = None
+        self._ranks, self._leads = 1, True
+
+    def speaks_for(self, rank: int, ranks: int, *, leads: bool) -> None:
+        """Set this process's rank, the number of ranks in the group, and whether it is the first one."""
+        self.rank, self._ranks, self._leads = rank, ranks, leads
 
     def tell(self) -> None:
         """Publish the events noted in this thread. Call it only while holding no lock."""
@@ -107,7 +116,7 @@ class Journal:
         """Return the fields of an event that say whose it is."""
         records = self.records.alive()
         fqns = tuple(dict.fromkeys(record.fqn for record in records if record.fqn))  # a model's copy has the same ones
-        return {"function": self.name, "functions": len(records), "fqns": fqns}
+        return {"function": self.name, "functions": len(records), "fqns": fqns, "rank": self.rank}
 
     def _note(
         self,
@@ -116,8 +125,12 @@ class Journal:
         message: str,
         level: int | None,
         time: float | None = None,
+        *,
+        is_own: bool = False,
         **details: Any,
     ) -> None:
+        if level is not None and not (self._leads or is_own):
+            level = logging.DEBUG
         time = self._policy.clock() if time is None else time
         event = partial(
             kind,
@@ -172,21 +185,24 @@ class Journal:
         if failure.attempt == 1:
             self._not_compiled_before = self._not_compiled()
         what, where = summary(failure), in_words(failure.frame)
+        is_own = failure.rank is not None and failure.rank == self.rank
+        eagerly = "running eagerly" if failure.rank is None else f"all {self._ranks} ranks run eagerly"
         due = self._breaker.next_retry(failure.call)
         if is_strict():
             message, gave_up = f"{what}; strict mode raises", ""
         elif failure.kind == "permanent":
             message = what
-            gave_up = f"{where} cannot be compiled: {failure}; it runs eagerly {how_long} and will not be retried"
+            on = "" if failure.rank is None else f" on rank {failure.rank}"
+            gave_up = f"{where} cannot be compiled{on}: {failure}; it runs eagerly {how_long} and will not be retried"
         elif due is None and self._breaker.episode is not None:
-            message, gave_up = what, f"{what}; giving up, running eagerly until reset() or retry_now()"
+            message, gave_up = what, f"{what}; giving up, {eagerly} until reset() or retry_now()"
         else:
             # There is no due moment if another thread's call has ended the episode in the meantime.
-            message, gave_up = f"{what}; running eagerly, next attempt {due or 'on its next call'}", ""
+            message, gave_up = f"{what}; {eagerly}, next attempt {due or 'on its next call'}", ""
         level = None if gave_up else logging.WARNING
-        self._note(AttemptFailed, failure.call, message, level, time, failure=failure, seconds=seconds)
+        self._note(AttemptFailed, failure.call, message, level, time, is_own=is_own, failure=failure, seconds=seconds)
         if gave_up:
-            self._note(GaveUp, failure.call, gave_up, logging.ERROR, time, failure=failure)
+            self._note(GaveUp, failure.call, gave_up, logging.ERROR, time, is_own=is_own, failure=failure)
         elif due is not None:
             self._note(RetryScheduled, failure.call, f"next attempt {due}", None, time, next_retry=due)
 
@@ -205,6 +221,19 @@ class Journal:
         """Note that all ranks run the function eagerly, without a log line for the same reason."""
         message = f"{in_words(failure.frame)} cannot be compiled on any rank: {failure}; all ranks run it eagerly"
         self._note(GaveUp, failure.call, message, None, failure=failure)
+
+    def cannot_agree(self, failure: CompileFailure) -> None:
+        """Note that the ranks of a group cannot agree, so that this one runs the function eagerly from now on."""
+        message = (
+            f"the ranks do not agree in call {failure.call}: {failure.message}; running eagerly until retry_now() or"
+            " reset() is called on all ranks"
+        )
+        self._note(GaveUp, failure.call, message, logging.ERROR, is_own=True, failure=failure)
+
+    def request_failed(self, call: int, request: str, trouble: str) -> None:
+        """Note that the ranks of a group did not all ask for a retry, so that nothing changes."""
+        message = f"{request}() has no effect in call {call}, because not all ranks have called it: {trouble}"
+        self._note(RequestFailed, call, message, logging.WARNING, is_own=True)
 
     def postponed(self, call: int, next_retry: NextRetry, *, is_first: bool) -> None:
         """Note that something which has not failed is not attempted now, because other functions' attempts failed.

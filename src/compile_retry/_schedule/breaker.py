@@ -14,9 +14,9 @@ import weakref
 from compile_retry._failures import reason
 from compile_retry._locks import Lock
 
-from .budget import Outage, budget_of
+from .budget import Budget, Outage, budget_of
 from .episode import WATCHED_CALLS, Episode, NextRetry, Probe, Refusals, Unsettled
-from .policy import RetryPolicy, decide, pause
+from .policy import Decision, RetryPolicy, decide, is_worth_retry, pause
 
 
 class Breaker:
@@ -25,6 +25,7 @@ class Breaker:
     Args:
         policy: The policy.
         purpose: Attempts for another purpose have a budget of their own.
+        budget: The budget; by default that of all functions.
 
     Attributes:
         episode: The current episode; None if there is none.
@@ -33,9 +34,9 @@ class Breaker:
         held_off_before_time: The time until which `held_off_before_call` applies.
     """
 
-    def __init__(self, policy: RetryPolicy, purpose: str = "compiling") -> None:
+    def __init__(self, policy: RetryPolicy, purpose: str = "compiling", budget: Budget | None = None) -> None:
         self.policy = policy
-        self._budget = budget_of(policy, purpose)
+        self._budget = budget or budget_of(policy, purpose)
         self.outage: Outage | None = None
         self._lock = Lock()
         self.probe: weakref.ref[Probe] | None = None
@@ -204,7 +205,15 @@ class Breaker:
             not_before = -math.inf if at_once else episode.not_before
             self._begin(episode._replace(due_time=max(time, not_before), not_before=not_before))
 
-    def failed(self, exc: BaseException, call: int, began: float, cost: float) -> tuple[int, bool]:
+    def is_worth_retry(self, exc: BaseException, now: float) -> bool:
+        """Evaluate the policy's predicate for a failed attempt that is not recorded yet."""
+        last = self.episode
+        attempt, started = (last.failures + 1, last.started) if last else (1, now)
+        return is_worth_retry(self.policy, exc, attempt=attempt, started=started, now=now)
+
+    def failed(
+        self, exc: BaseException, call: int, began: float, cost: float, *, retry: bool | None = None
+    ) -> tuple[int, bool]:
         """Record a failed attempt. Hold off as the policy decides, or not at all if it rejects a retry.
 
         Args:
@@ -212,6 +221,7 @@ class Breaker:
             call: The call in which the attempt failed.
             began: The clock when the attempt began.
             cost: Duration of the attempt in seconds.
+            retry: Whether the failure is worth a retry, if that is already known.
 
         Returns:
             The attempt's number within the episode, and whether the policy allows a retry after this failure.
@@ -232,15 +242,16 @@ class Breaker:
                 attempt, started, now, waited, call, watched_until, math.inf, math.inf, stopped=True, spent=spent
             )
             try:  # without the lock, because the strategies are user code
-                decision = decide(
-                    self.policy,
+                decision = self._decide(
                     exc,
+                    call,
                     attempt=attempt,
                     number=max(attempt, budget.number(self, cause, began)),
                     started=started,
                     now=now,
                     waited=waited,
                     at_least=pause(self.policy, now - started, spent, cost),
+                    retry=retry,
                 )
             except Exception:
                 self._begin(episode)
@@ -261,6 +272,32 @@ class Breaker:
                 budget.leave(self)
                 budget.spend(cost)
             return attempt, decision.retry
+
+    def _decide(
+        self,
+        exc: BaseException,
+        call: int,
+        *,
+        attempt: int,
+        number: int,
+        started: float,
+        now: float,
+        waited: float,
+        at_least: float,
+        retry: bool | None,
+    ) -> Decision:
+        """Evaluate the policy: see `decide`."""
+        return decide(
+            self.policy,
+            exc,
+            attempt=attempt,
+            number=number,
+            started=started,
+            now=now,
+            waited=waited,
+            at_least=at_least,
+            retry=retry,
+        )
 
     def end(self, only: Episode | None = None) -> Episode | None:
         """End the episode and return it. With `only`, do nothing if another episode has begun since."""

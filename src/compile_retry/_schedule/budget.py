@@ -233,6 +233,18 @@ class Budget:
             member.outage = None
 
 
+class Unshared(Budget):
+    """No budget, for a function that other ranks run too: it must not wait for other functions of this process."""
+
+    def number(self, member: Member, reason: Hashable, began: float) -> int:
+        return 1
+
+    def failed(self, member: Member, reason: Hashable, began: float, cost: float, due_time: float) -> None: ...
+
+    def wait(self, member: Member) -> float:
+        return 0.0
+
+
 def _key(policy: RetryPolicy, reason: Hashable) -> Hashable:
     return policy_key(policy), reason
 

@@ -109,9 +109,14 @@ class Refusals:
         """End the row of failures, because an attempt has succeeded."""
         self._in_a_row = 0
 
+    @property
+    def are_few(self) -> bool:
+        """True for the first few in a row."""
+        return self._in_a_row < _FREE_REFUSALS
+
     def affords_another(self, policy: RetryPolicy) -> bool:
         """Return True for the first few in a row, and later if another one stays within ``max_overhead``."""
-        if self._since is None or self._in_a_row < _FREE_REFUSALS:
+        if self._since is None or self.are_few:
             return True
         return pause(policy, policy.clock() - self._since, self._spent, self._last) <= 0
 

@@ -223,6 +223,7 @@ def decide(
     now: float,
     waited: float,
     at_least: float,
+    retry: bool | None = None,
 ) -> Decision:
     """Evaluate the policy's strategies after a failed attempt.
 
@@ -238,15 +239,12 @@ def decide(
         now: The clock now.
         waited: Seconds of hold-off so far in this episode.
         at_least: Seconds to hold off at least, because of ``max_overhead``.
+        retry: Whether the failure is worth a retry, if that is already known.
     """
-    state = RetryCallState(_UNUSED_RETRYING, None, (), {})
-    state.attempt_number = attempt
-    state.start_time = started
+    state = _state(exc, attempt, started, now)
     state.idle_for = waited
-    state.set_exception((type(exc), exc, None))
-    state.outcome_timestamp = now
     try:
-        if not policy.retry(state):
+        if not (policy.retry(state) if retry is None else retry):
             return Decision(retry=False, stop=False, seconds=math.inf, calls=math.inf)
         state.attempt_number = number
         wait = _evaluate("wait", policy.wait, state)
@@ -261,6 +259,24 @@ def decide(
         return Decision(retry=True, stop=stop, seconds=seconds, calls=calls, at_least=at_least, wait=wait)
     finally:
         state.outcome = None
+
+
+def is_worth_retry(policy: RetryPolicy, exc: BaseException, *, attempt: int, started: float, now: float) -> bool:
+    """Evaluate the policy's predicate alone: see `decide`."""
+    state = _state(exc, attempt, started, now)
+    try:
+        return bool(policy.retry(state))
+    finally:
+        state.outcome = None
+
+
+def _state(exc: BaseException, attempt: int, started: float, now: float) -> RetryCallState:
+    state = RetryCallState(_UNUSED_RETRYING, None, (), {})
+    state.attempt_number = attempt
+    state.start_time = started
+    state.set_exception((type(exc), exc, None))
+    state.outcome_timestamp = now
+    return state
 
 
 def pause(policy: RetryPolicy, elapsed: float, spent: float, cost: float) -> float:

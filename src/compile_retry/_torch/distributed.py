@@ -1,12 +1,13 @@
-"""Private names of ``torch.distributed``: collectives in a captured graph, and facts about the default process group.
+"""Private names of ``torch.distributed``: collectives in a captured graph, and facts about process groups.
 
-Nothing here communicates. The agreement between ranks is in `_compile/ranks.py`.
+Nothing here communicates. The agreement between ranks is in `_compile/ranks.py` and `_ranks`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -74,13 +75,124 @@ def world() -> World:
     from torch.distributed.distributed_c10d import _get_default_store
 
     # The store has no public name. `ProcessGroup.get_group_store()` is undocumented too, and more recent.
-    return World(dist.get_rank(), dist.get_world_size(), _get_default_store(), _timeout(), _issued)
+    return World(dist.get_rank(), dist.get_world_size(), _get_default_store(), _timeout(_default_group()), _issued)
 
 
-def _timeout() -> float:
+class DeclaredGroup(NamedTuple):
+    """A decorated function's arguments `group` and `agree_timeout`, after `check_group`."""
+
+    group: object
+    agree_timeout: float | None
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for functions that may share their compiled code."""
+        return (self.group if isinstance(self.group, str) else id(self.group)), self.agree_timeout
+
+
+class Members(NamedTuple):
+    """The members of a process group.
+
+    Attributes:
+        rank: This process's place in the group, from 0.
+        ranks: The rank of each member in the default group.
+        name: The group's name.
+        store: The group's key-value store.
+        timeout: Seconds for which a member waits for others.
+    """
+
+    rank: int
+    ranks: tuple[int, ...]
+    name: str
+    store: Store
+    timeout: float
+
+    def substore(self, prefix: str) -> Store:
+        """Return the part of the store whose keys have this prefix."""
+        from torch._C._distributed_c10d import PrefixStore
+
+        return PrefixStore(prefix, self.store)
+
+
+def check_group(group: object, agree_timeout: object) -> DeclaredGroup | None:
+    """Check the arguments of a decorated function, as far as possible before there is a process group.
+
+    Returns:
+        The group; None if there is none.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument has a wrong value.
+    """
+    seconds = _checked_timeout(agree_timeout)
+    if group is None:
+        if seconds is not None:
+            raise ValueError(f"agree_timeout={agree_timeout!r} is for functions with a group; give group, too")
+        return None
+    if group != "world" and not _is_mesh(group) and not _is_process_group(group):
+        hint = "; this process is not a member of that group" if group == -100 else ""  # GroupMember.NON_GROUP_MEMBER
+        raise TypeError(f'group must be "world", a ProcessGroup, a DeviceMesh or None, not {group!r}{hint}')
+    if _is_mesh(group) and (axes := getattr(group, "ndim", 1)) != 1:
+        raise ValueError(f'group must be a DeviceMesh of one dimension, such as mesh["tp"], not of {axes}: {group!r}')
+    declared = DeclaredGroup(group, seconds)
+    members(declared)
+    return declared
+
+
+def _checked_timeout(value: object) -> float | None:
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if seconds is None:
+        return None
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise TypeError(f"agree_timeout must be a number of seconds, a timedelta or None, not {value!r}")
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"agree_timeout must be a positive number of seconds, not {value!r}")
+    return float(seconds)
+
+
+def _is_mesh(group: object) -> bool:
+    module: Any = sys.modules.get("torch.distributed.device_mesh")
+    return module is not None and isinstance(group, getattr(module, "DeviceMesh", ()))
+
+
+def _is_process_group(group: object) -> bool:
+    import torch.distributed as dist
+
+    return dist.is_available() and isinstance(group, dist.ProcessGroup)
+
+
+def members(declared: DeclaredGroup) -> Members | None:
+    """Return the members of a group; None if it has only this process, or if there is no process group yet.
+
+    Raises:
+        ValueError: `agree_timeout` is not below the group's own timeout.
+    """
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _world
+
+    if world_size() == 1:
+        return None
+    group: Any = declared.group
+    group = _default_group() if group == "world" else group.get_group() if _is_mesh(group) else group
+    if group.size() == 1:
+        return None
+    limit = _timeout(group)
+    seconds = declared.agree_timeout
+    if seconds is not None and seconds >= limit:
+        raise ValueError(f"agree_timeout must be below the process group's own timeout, {limit:.4g} s, not {seconds!r}")
+    # The store has no public name: see `world`. The map from groups to their stores is older than 2.0.
+    _, store = _world.pg_map[group]
+    name = "world" if declared.group == "world" else group.group_desc
+    return Members(group.rank(), tuple(dist.get_process_group_ranks(group)), name, store, seconds or limit / 2)
+
+
+def _default_group() -> Any:
     from torch.distributed.distributed_c10d import _get_default_group
 
-    group: Any = _get_default_group()
+    return _get_default_group()
+
+
+def _timeout(group: Any) -> float:
     # A group has one backend per device type, each with its own options. Not all backends expose them.
     backends = [group._get_backend(device) for device in group._device_types]
     timeouts = [options._timeout for backend in backends if (options := getattr(backend, "options", None)) is not None]

@@ -71,7 +71,7 @@ class OpenTelemetry:
         return callback
 
     def _measure(self, event: AttemptFailed | Compiled) -> None:
-        attributes = {"function": event.function}
+        attributes: dict[str, str | int] = _labels(event.function, event.rank)
         if isinstance(event, AttemptFailed):
             attributes["error.type"] = event.failure.error_type
             self._failures.add(1, attributes)
@@ -112,6 +112,8 @@ def _attributes(event: AttemptFailed | Compiled) -> dict[str, str | int]:
         "compile_retry.call": event.call,
         "compile_retry.state": event.state.value,
     }
+    if event.rank is not None:
+        common["compile_retry.rank"] = event.rank
     if isinstance(event, Compiled):
         return {**common, "compile_retry.graph": event.graph}
     failure, (function, file, line) = event.failure, event.failure.frame
@@ -127,29 +129,33 @@ def _attributes(event: AttemptFailed | Compiled) -> dict[str, str | int]:
     }
 
 
+def _labels(function: str, rank: int | None) -> dict[str, str | int]:
+    return {"function": function} if rank is None else {"function": function, "rank": rank}
+
+
 def _calls(reading: Reading) -> Iterable[Observation]:
     for path, count in reading.calls.items():
-        yield Observation(count, {"function": reading.function, "path": path})
+        yield Observation(count, {**_labels(reading.function, reading.rank), "path": path})
 
 
 def _attempts(reading: Reading) -> Iterable[Observation]:
-    yield Observation(reading.stats.attempts, {"function": reading.function})
+    yield Observation(reading.stats.attempts, _labels(reading.function, reading.rank))
 
 
 def _recoveries(reading: Reading) -> Iterable[Observation]:
-    yield Observation(reading.stats.recoveries, {"function": reading.function})
+    yield Observation(reading.stats.recoveries, _labels(reading.function, reading.rank))
 
 
 def _states(reading: Reading) -> Iterable[Observation]:
     for state in CompileState:
-        yield Observation(reading.states[state], {"function": reading.function, "state": state.value})
+        yield Observation(reading.states[state], {**_labels(reading.function, reading.rank), "state": state.value})
 
 
 def _calls_left(reading: Reading) -> Iterable[Observation]:
     if reading.calls_left is not None:
-        yield Observation(reading.calls_left, {"function": reading.function})
+        yield Observation(reading.calls_left, _labels(reading.function, reading.rank))
 
 
 def _seconds_left(reading: Reading) -> Iterable[Observation]:
     if reading.seconds_left is not None:
-        yield Observation(reading.seconds_left, {"function": reading.function})
+        yield Observation(reading.seconds_left, _labels(reading.function, reading.rank))

@@ -52,35 +52,51 @@ class Prometheus(Collector):
 
 
 def _counters(readings: list[Reading], failures: Mapping[tuple[str, str], int]) -> Iterable[Metric]:
-    calls = CounterMetricFamily("compile_retry_calls", "Calls by execution path.", labels=["function", "path"])
-    attempts = CounterMetricFamily("compile_retry_attempts", "Compile attempts.", labels=["function"])
-    failed = CounterMetricFamily("compile_retry_failures", "Failed attempts.", labels=["function", "error_type"])
-    recoveries = CounterMetricFamily("compile_retry_recoveries", "Recoveries.", labels=["function"])
-    seconds = CounterMetricFamily("compile_retry_attempt_seconds", "Seconds spent in attempts.", labels=["function"])
+    ranks = _Ranks(readings)
+    calls = CounterMetricFamily("compile_retry_calls", "Calls by execution path.", labels=ranks.labels("path"))
+    attempts = CounterMetricFamily("compile_retry_attempts", "Compile attempts.", labels=ranks.labels())
+    failed = CounterMetricFamily("compile_retry_failures", "Failed attempts.", labels=ranks.labels("error_type"))
+    recoveries = CounterMetricFamily("compile_retry_recoveries", "Recoveries.", labels=ranks.labels())
+    seconds = CounterMetricFamily("compile_retry_attempt_seconds", "Seconds spent in attempts.", labels=ranks.labels())
     for reading in readings:
         for path, count in reading.calls.items():
-            calls.add_metric([reading.function, path], count)
-        attempts.add_metric([reading.function], reading.stats.attempts)
-        recoveries.add_metric([reading.function], reading.stats.recoveries)
-        seconds.add_metric([reading.function], reading.stats.compile_seconds)
-    for labels, count in failures.items():
-        failed.add_metric(labels, count)
+            calls.add_metric(ranks.values(reading.function, path), count)
+        attempts.add_metric(ranks.values(reading.function), reading.stats.attempts)
+        recoveries.add_metric(ranks.values(reading.function), reading.stats.recoveries)
+        seconds.add_metric(ranks.values(reading.function), reading.stats.compile_seconds)
+    for (function, error_type), count in failures.items():
+        failed.add_metric(ranks.values(function, error_type), count)
     return calls, attempts, failed, recoveries, seconds
 
 
 def _gauges(readings: list[Reading]) -> Iterable[Metric]:
-    states = GaugeMetricFamily("compile_retry_state", "Functions by state.", labels=["function", "state"])
+    ranks = _Ranks(readings)
+    states = GaugeMetricFamily("compile_retry_state", "Functions by state.", labels=ranks.labels("state"))
     calls = GaugeMetricFamily(
-        "compile_retry_next_attempt_calls", "Calls until the next attempt is due.", labels=["function"]
+        "compile_retry_next_attempt_calls", "Calls until the next attempt is due.", labels=ranks.labels()
     )
     seconds = GaugeMetricFamily(
-        "compile_retry_next_attempt_seconds", "Seconds until the next attempt is due.", labels=["function"]
+        "compile_retry_next_attempt_seconds", "Seconds until the next attempt is due.", labels=ranks.labels()
     )
     for reading in readings:
         for state in CompileState:
-            states.add_metric([reading.function, state.value], reading.states[state])
+            states.add_metric(ranks.values(reading.function, state.value), reading.states[state])
         if reading.calls_left is not None:
-            calls.add_metric([reading.function], reading.calls_left)
+            calls.add_metric(ranks.values(reading.function), reading.calls_left)
         if reading.seconds_left is not None:
-            seconds.add_metric([reading.function], reading.seconds_left)
+            seconds.add_metric(ranks.values(reading.function), reading.seconds_left)
     return states, calls, seconds
+
+
+class _Ranks:
+    """Adds the label "rank" if any function has a group of ranks. It is empty for the others."""
+
+    def __init__(self, readings: list[Reading]) -> None:
+        known = {reading.function: reading.rank for reading in readings if reading.rank is not None}
+        self._ranks = {function: str(rank) for function, rank in known.items()}
+
+    def labels(self, *more: str) -> list[str]:
+        return ["function", *more, *(["rank"] if self._ranks else [])]
+
+    def values(self, function: str, *more: str) -> list[str]:
+        return [function, *more, *([self._ranks.get(function, "")] if self._ranks else [])]

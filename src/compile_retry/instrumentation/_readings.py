@@ -27,6 +27,7 @@ class Reading:
         states: The number of functions in each state.
         calls_left: The calls until the nearest next attempt; None if no policy counts calls.
         seconds_left: The same in seconds.
+        rank: The rank of this process, if one of them has a group of ranks and has been attempted.
     """
 
     function: str
@@ -34,6 +35,7 @@ class Reading:
     states: Counter[CompileState]
     calls_left: int | None
     seconds_left: float | None
+    rank: int | None = None
 
     @property
     def calls(self) -> dict[str, int]:
@@ -84,6 +86,7 @@ def _reading(name: str, stats: CompileStats, functions: list[CompiledFunction[..
         Counter(function.state for function in functions),
         _least(each.calls for each in due),
         _least(each.seconds for each in due),
+        _least(function._group.journal.rank for function in functions),  # all have the same, if any
     )
 
 

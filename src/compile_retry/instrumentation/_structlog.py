@@ -46,6 +46,8 @@ def _key_values(event: Event) -> dict[str, Any]:
     del values["level"]  # structlog adds its own
     if not event.fqns:
         del values["fqns"]
+    if event.rank is None:
+        del values["rank"]
     if "failure" in values:
         del values["failure"]["traceback"]  # pages of text
     return values
