@@ -357,7 +357,7 @@ def store_gone(name: str) -> Recorded:
     from torch._C._distributed_c10d import PrefixStore
 
     with mock.patch.multiple(PrefixStore, compare_set=gone, check=gone, add=gone):
-        steps(twins, 9, 8, 9)
+        steps(twins, 9, 8, 9, faults={1: on_last_rank(broken(name))})
         return steps(twins, 9)
 
 
@@ -416,6 +416,12 @@ def limit_with_fullgraph(name: str) -> Recorded:
     twins = functions(name, fullgraph=True)
     with torch._dynamo.config.patch(recompile_limit=2):
         return steps(twins, 8, 9, 10, 8, 10)
+
+
+def absent(name: str) -> Recorded:
+    """Without collectives. Only the first rank calls the function."""
+    twins = functions(name, plain, agree_timeout=5)
+    return steps(twins, 8, 8) if dist.get_rank() == 0 else twins
 
 
 def retry_of_nothing(name: str) -> Recorded:
@@ -566,6 +572,7 @@ SCENARIOS: dict[str, Callable[[str], Twins]] = {
     "store_gone_while_held_off": store_gone_while_held_off,
     "uneven_checks": uneven_checks,
     "retry_of_nothing": retry_of_nothing,
+    "absent": absent,
     "lost_announcement": lost_announcement,
     "arguments": arguments,
     "limit_with_fullgraph": limit_with_fullgraph,

@@ -68,7 +68,11 @@ def test_different_shapes() -> None:
 def test_without_collectives(subtests: pytest.Subtests) -> None:
     """Where nothing is communicated, ranks that cannot agree go on eagerly, and say why in an error of the log."""
     gone = {"store_gone": "ceeee", "store_gone_while_held_off": "eeee", "lost_announcement": "eee"}
-    results = train(2, 30, "unequal_calls", "uneven_checks", *gone)
+    results = train(2, 30, "unequal_calls", "uneven_checks", "absent", *gone)
+    with subtests.test("absent"):
+        present, _ = of(results, "absent")
+        assert (present["calls"], present["state"]) == ("ee", "gave up")
+        assert "rank 1 did not come to the first attempt within 5 s" in errors(present)[0]
     with subtests.test("unequal_calls"):
         often, rarely = of(results, "unequal_calls")
         assert often["calls"] == "e" * 12

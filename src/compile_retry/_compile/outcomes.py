@@ -440,9 +440,8 @@ class Outcomes:
         """Carry out `retry_now` or `reset` in this call, if all ranks do."""
         request, self._request = self._request, ""
         agreement = self.agreement
-        if agreement is None or not request:
-            return
-        if trouble := agreement.start_anew(f"{request} {call}", _PATIENCE):
+        trouble = agreement.start_anew(f"{request} {call}", _PATIENCE) if agreement is not None else ""
+        if trouble:
             self._journal.request_failed(call, request, trouble)
         elif request == "retry_now":
             self._retry_now()
