@@ -72,7 +72,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     # For type checkers only, told under its public name, or in no inventory of PyTorch's.
     ("py:class", r"Axes|Retrying|nn\.Module|timedelta|compile_retry\._report\.Report"),
-    ("py:class", r"torch\.utils\.hooks\.RemovableHandle"),
+    ("py:class", r"torch\.utils\.hooks\.RemovableHandle|torch\.distributed\..*|Ranks"),
     # Type variables have no page.
     ("py:(class|obj)", r"([\w.]+\.)?_?[A-Z]"),
 ]

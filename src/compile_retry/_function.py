@@ -97,6 +97,7 @@ class CompiledFunction(Generic[P, R]):
         "__weakref__",
         "_admission",
         "_breaker",
+        "_bypassed_because",
         "_calls",
         "_clock",
         "_compiled",
@@ -167,6 +168,7 @@ class CompiledFunction(Generic[P, R]):
         # compiled for other arguments.
         self._with_guards: Callable[..., R] = self._create_and_call
         self._skips_guards: Callable[[], bool] = bool
+        self._bypassed_because: Callable[[], str] = str
         self._stock: Callable[..., R] | None = None
         functools.update_wrapper(self, fn, updated=())
         # Partials and callable objects lack these two. Decorators need a name, and the class has its own annotations.
@@ -301,8 +303,8 @@ class CompiledFunction(Generic[P, R]):
             clean = raised is None and tally.eager == tally.given_up and bool(tally.compiled or tally.given_up)
         finally:
             next(self._record.books.calls[path])
-            if not (tally.compiled or tally.eager or raised):
-                self._outcomes.ran_no_graph(tally)
+            if not (tally.compiled or tally.eager or raised) and (reason := self._bypassed_because()):
+                self._journal.found_bypassed(tally.call, reason)
             if lost is not None:
                 self._outcomes.lost_device(lost, tally)
             if probing:
@@ -349,6 +351,7 @@ class CompiledFunction(Generic[P, R]):
         if created is None:
             return self.eager(*args, **kwargs)
         self._with_guards, self._skips_guards = created.with_guards, created.skips_guards
+        self._bypassed_because = created.bypassed_because
         self._compiled = created.compiled
         return self._compiled(*args, **kwargs)
 

@@ -229,6 +229,8 @@ def test_assert_compiled_where_nothing_was_attempted() -> None:
             "Calls: 1 (0 compiled, 0 mixed, 1 eager)."
             " Attempts: 0. torch.compile may be disabled by the environment, an option or a stance."
         ),
+        "Events:",
+        "  bypassed: calls run eagerly under torch.compiler.set_stance('force_eager')",
     ]
 
 

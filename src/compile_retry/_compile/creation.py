@@ -36,11 +36,13 @@ class Created(NamedTuple):
         compiled: The function.
         with_guards: The same function, but it evaluates guards even under the stance that skips them.
         skips_guards: Returns True if that stance is on.
+        bypassed_because: Returns the setting that makes PyTorch compile nothing, in words; empty if there is none.
     """
 
     compiled: Callable[..., Any]
     with_guards: Callable[..., Any]
     skips_guards: Callable[[], bool]
+    bypassed_because: Callable[[], str]
 
 
 class Creation:
@@ -135,7 +137,10 @@ class Region:
             compiled = _torch_compile(visible, options)
             functions.interpose(compiled, self._in_front)
             self._number = functions.join_region(compiled, self._number)
-        return Created(compiled, functions.with_guards(compiled), functions.skips_guards), usual
+        created = Created(
+            compiled, functions.with_guards(compiled), functions.skips_guards, functions.compiles_nothing_because
+        )
+        return created, usual
 
     @property
     def is_open(self) -> bool:

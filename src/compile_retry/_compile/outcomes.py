@@ -168,14 +168,6 @@ class Outcomes:
         """Return the seconds since an attempt began, by the policy's clock."""
         return self._policy.clock() - conversion.began
 
-    def ran_no_graph(self, tally: Tally) -> None:
-        """Record a call that ran no graph, compiled or not. Note it once if torch was told to compile nothing."""
-        from compile_retry._torch import functions  # has been imported by `torch.compile`
-
-        reason = functions.compiles_nothing_because()
-        if reason:
-            self._journal.found_bypassed(tally.call, reason)
-
     # Failures
 
     def doubt(self, exc: BaseException, conversion: Conversion, tally: Tally, *, can_be_retried: bool = True) -> None:
