@@ -1,6 +1,6 @@
 """Everything at once, in any order: a training step, its eager twin and a reference model, driven by Hypothesis.
 
-`make test` makes the same few runs every time, and `make test-all` the same eighty. To search for new failures, for as
+`make test` makes the same few runs every time, and `make test-all` the same forty. To search for new failures, for as
 long as you like::
 
     HYPOTHESIS_PROFILE=long python -m pytest -o faulthandler_timeout=0 tests/state_machine -k at_length
