@@ -28,7 +28,7 @@ test: $(INSTALLED) ## run the tests that are not marked as long, and measure the
 	$(VENV_PYTHON) -m coverage report --omit='$(LEFT_OUT_OF_QUICK_COVERAGE)' --fail-under=99
 
 test-all: test ## run `make test`, then the long tests, and measure the coverage of all (half an hour)
-	$(PYTEST_WITH_COVERAGE) -m long --cov-append
+	$(PYTEST_WITH_COVERAGE) -m long --cov-append --cov-fail-under=99
 
 # The torch in constraints.txt may have no CUDA: PYTHON_GPU=python uses another environment, which needs only pytest.
 PYTHON_GPU ?= $(VENV_PYTHON)

@@ -48,7 +48,7 @@ sys.exit(7)
 
 # Trains on two ranks, each of which fails once.
 DISTRIBUTED = """
-import pathlib, signal, sys, time
+import os, pathlib, signal, sys, time
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -79,8 +79,9 @@ if "--wait" in sys.argv:
     signal.signal(signal.SIGTERM, end)
     folder.joinpath(f"waits {rank}").touch()
     time.sleep(300)
-dist.destroy_process_group()
-sys.exit(3)
+dist.barrier()  # torchrun ends the other rank as soon as one has failed
+sys.stderr.flush()
+os._exit(3)  # threads of Gloo may abort a process that ends in the usual way
 """
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -146,7 +147,8 @@ def test_torchrun(installed: Path) -> None:
     """``torchrun -m compile_retry run`` trains on two ranks, each of which recovers, and reports their exit status."""
     program = str(installed / "distributed.py")
     ended = run(*TORCHRUN, "-m", "compile_retry", "run", program, str(installed))
-    assert len(re.findall(r"exitcode *: 3 ", ended.stderr)) == 2, ended.stderr
+    assert ended.returncode == 1
+    assert re.search(r"exitcode *: 3 ", ended.stderr), ended.stderr
     assert ended.stderr.count("Linear: recovered in call 2") == 2
 
 

@@ -99,7 +99,7 @@ def test_waits_in_seconds() -> None:
 
 def chunks() -> Iterator[Any]:
     """Yield numbers of ranks, and seeds: 40 with HYPOTHESIS_PROFILE=long, otherwise a few."""
-    for size, seeds, at_once in ((2, range(16), 4), (4, range(16, 30), 2), (8, range(30, 40), 1)):
+    for size, seeds, at_once in ((2, range(16), 2), (4, range(16, 30), 1), (8, range(30, 40), 1)):
         parts = [seeds[first : first + at_once] for first in range(0, len(seeds), at_once)]
         for part in parts if os.environ.get("HYPOTHESIS_PROFILE") == "long" else parts[:1]:
             yield pytest.param(size, part, id=f"{size}-{part.start}")

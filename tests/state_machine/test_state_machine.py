@@ -1,6 +1,6 @@
 """Everything at once, in any order: a training step, its eager twin and a reference model, driven by Hypothesis.
 
-`make test` makes the same few runs every time, and `make test-all` the same forty. To search for new failures, for as
+`make test` makes the same few runs every time, and `make test-all` the same twenty. To search for new failures, for as
 long as you like::
 
     HYPOTHESIS_PROFILE=long python -m pytest -o faulthandler_timeout=0 tests/state_machine -k at_length
@@ -360,4 +360,4 @@ def test_training() -> None:
 @pytest.mark.parametrize("part", range(4))
 def test_training_at_length(part: int) -> None:
     """Many runs, in parts with different draws, find no failure."""
-    train(type(f"TrainingMachine{part}", (TrainingMachine,), {}), 10)
+    train(type(f"TrainingMachine{part}", (TrainingMachine,), {}), 5)

@@ -208,7 +208,7 @@ class FrameConverter:
                 counts=lambda result: conversion.runner is not None,  # otherwise there is no graph in the frame
             )
         except Exception as exc:
-            if conversion.gave_way:
+            if conversion.gave_way:  # pragma: no cover  # needs a second thread
                 self._admission.refused(tally, request.key)
                 return self._eagerly(request)
             if torch_frames.is_recompile_limit(exc) and not (torch_frames.is_deliberate_limit(exc) or is_strict()):

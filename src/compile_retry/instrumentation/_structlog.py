@@ -44,10 +44,8 @@ def _log(event: Event) -> None:
 def _key_values(event: Event) -> dict[str, Any]:
     values = {**asdict(event), "state": event.state.value, "fqns": abbreviated(event.fqns)}
     del values["level"]  # structlog adds its own
-    if not event.fqns:
-        del values["fqns"]
-    if event.rank is None:
-        del values["rank"]
+    # Most functions have neither a group of ranks nor a name in a model.
+    values = {name: value for name, value in values.items() if name not in ("fqns", "rank") or value not in ("", None)}
     if "failure" in values:
         del values["failure"]["traceback"]  # pages of text
     return values
