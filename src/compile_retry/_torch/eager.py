@@ -104,7 +104,8 @@ def mark_as_compiled(fn: Any, like: Any) -> None:
     Since 2.12; without it a function that is compiled twice is not unwrapped.
     """
     fn.__wrapped__ = like.__wrapped__
-    fn._torchdynamo_wrapper_id = id(fn)
+    if hasattr(like, "_torchdynamo_wrapper_id"):  # pragma: no branch  # as of 2.12
+        fn._torchdynamo_wrapper_id = id(fn)
 
 
 def run_while_tracing(fn: F) -> F:
