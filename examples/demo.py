@@ -332,7 +332,7 @@ def claims(twin: Training, ours: Training, *, has_compiler: bool) -> dict[str, b
 
 def draw(path: Path) -> None:
     """Save a plot of the train step's calls, and one for dark pages."""
-    # Imported only when the speeds are measured, so that it cannot affect them. Not pyplot: there may be no display.
+    # Imported only after the speeds were measured, so that it cannot affect them. No pyplot: there may be no display.
     from matplotlib.figure import Figure
     from matplotlib.style import context
 

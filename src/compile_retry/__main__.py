@@ -92,7 +92,7 @@ def _parser() -> ArgumentParser:
 
 
 def _run(options: Namespace, arguments: Sequence[str]) -> NoReturn:
-    """Replace this process by the program, so that it has its own `__main__`, arguments, signals and exit status."""
+    """Replace this process with the program, so that it has its own `__main__`, arguments, signals and exit status."""
     if not entry_points(group="torch.backends", name="compile_retry"):
         sys.exit("compile_retry is not installed, so PyTorch cannot load it; install it with pip")
     program = ["-m", options.module] if options.module else [options.script]

@@ -61,7 +61,7 @@ def compile_repeated_blocks(
         TypeError: `model` is not an ``nn.Module``, `block` is neither a module class nor a name, or a block or another
             argument is wrong in the same way as for :func:`compile_with_fallback`.
         ValueError: The model has no such block, or another argument has a value that is not allowed. In the first case
-            the message lists the classes of which the model has more than one module.
+            the message lists the classes that occur more than once in the model.
 
     Example:
         >>> import torch

@@ -15,7 +15,7 @@ def is_command() -> bool:
     They work without PyTorch, so the package does not import it there: it may be missing or broken, or its import may
     hang, and the doctor is run to find that out.
     """
-    if sys.argv[:1] == ["-m"]:  # while Python looks for the module that it is to run
+    if sys.argv[:1] == ["-m"]:  # Python is still locating the module to run
         module = sys.orig_argv[-len(sys.argv) :][:1]
         return "".join(module).removeprefix("-m") in _MODULES
     return Path("".join(sys.argv[:1])).name in _SCRIPTS

@@ -31,7 +31,7 @@ class Member(Protocol):
 
     Attributes:
         policy: Its policy.
-        outage: The outage that it belongs to, if any. Set by the budget; it lives as long as one of its functions.
+        outage: The outage to which it belongs, if any. The budget sets it.
     """
 
     policy: RetryPolicy

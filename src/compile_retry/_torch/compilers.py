@@ -160,7 +160,8 @@ def _with_copies(backward: Callable[..., Any], donated: list[int]) -> Callable[.
 
     disabled: Any = torch._dynamo.disable(call, reason="a compiled backward")
     disabled._boxed_call = is_boxed
-    return disabled  # type: ignore[no-any-return]
+    result: Callable[..., Any] = disabled
+    return result
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
