@@ -89,6 +89,15 @@ def test_strict_from_the_environment(value: str, strict: bool) -> None:
     assert ended.stderr.count(warning) == (value == "nonsense")
 
 
+@pytest.mark.usefixtures("measured")
+def test_strict_from_its_own_variable() -> None:
+    """COMPILE_RETRY_STRICT=1 does the same."""
+    code = f"from {is_strict.__module__} import is_strict; print(is_strict())"
+    environment = {**os.environ, "COMPILE_RETRY_STRICT": "1"}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert ended.stdout == "True\n"
+
+
 def test_one_line_per_transition(caplog: pytest.LogCaptureFixture) -> None:
     """A failure's line says what failed, what runs now, and when the next attempt is due. A recovery has a line too."""
     policy = RetryPolicy(wait=None, wait_calls=10, stop=tenacity.stop_after_attempt(3))

@@ -31,6 +31,7 @@ _SECONDS_TO_BEGIN = 3.0
 _DISABLING = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
 # For each variable, the value that has an effect (None for any value), and the effect.
 _CHANGING: dict[str, tuple[str | None, str]] = {
+    "COMPILE_RETRY_STRICT": ("1", "failed compiles raise"),
     "TORCHDYNAMO_SUPPRESS_ERRORS": (None, "frames that fail to compile run eagerly for good, without an error"),
     "TORCH_COMPILE_OVERRIDE_BACKENDS": (None, "some graphs use another backend"),
     "TORCHINDUCTOR_FORCE_DISABLE_CACHES": ("1", "compile caches are disabled"),
